@@ -1,0 +1,44 @@
+# Every target works from a fresh clone with nothing but python3 (3.11+) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread: on small shared machines torch's threads wait for each other at every operation.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help test demo lint format bench clean
+
+help:
+	@echo "make test    run the test suite"
+	@echo "make demo    train a small memory model and question it at a million tokens (about 15 minutes)"
+	@echo "make lint    style, types and layering"
+	@echo "make bench   side-by-side measurements, written to benchmarks/results"
+
+# torch comes first and alone: a CPU build already on the machine, or already chosen, is then kept.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(VENV)/installed
+	$(BIN)/memlm demo $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) demo-run build dist .pytest_cache .mypy_cache .ruff_cache

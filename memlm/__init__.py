@@ -1,0 +1,30 @@
+"""memlm: a memory that never fills up, for any Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Imported on first use: torch and transformers take seconds, and `memlm --help` needs neither.
+_WHERE = {
+    "MemLMConfig": "memlm.config",
+    "MemLMForCausalLM": "memlm.modeling",
+    "MemoryState": "memlm.state",
+    "DocumentStream": "memlm.streaming",
+    "Answer": "memlm.streaming",
+}
+__all__ = ["Answer", "DocumentStream", "MemLMConfig", "MemLMForCausalLM", "MemoryState"]
+
+if TYPE_CHECKING:
+    from memlm.config import MemLMConfig
+    from memlm.modeling import MemLMForCausalLM
+    from memlm.state import MemoryState
+    from memlm.streaming import Answer, DocumentStream
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'memlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

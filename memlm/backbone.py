@@ -1,0 +1,411 @@
+"""The base model, seen as stages: the only file that knows transformers' internals.
+
+Stages are found by structure, never by class name: the decoder, its layers, their attention modules,
+and the softmax core behind transformers' attention interface. Each found module gets a subclass of its
+own class that asks, per call, whether memories are at work; parameters, names and the module tree stay
+as they were, and without memories at work every forward is the base model's own.
+
+What is at work in a call (`Run`) travels in a context variable between modules and as a keyword
+argument through a layer's `__call__`, so that a recomputation by activation checkpointing, which
+happens long after the call, finds the same memories and states.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memlm.memory.base import QKV, Dims, Memory, Site
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One memory at one stage, and the name its state goes by."""
+
+    name: str
+    memory: Memory
+
+
+# (site, layer) -> the memories there, outermost first. Site "model" has layer -1.
+Cells = Mapping[tuple[Site, int], list[Cell]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is at work while one segment passes through the base model."""
+
+    backbone: Backbone
+    cells: Cells
+    states: Mapping[str, Any]
+    write: bool
+    mask: Tensor | None = None
+    # Filled as the stages are passed; a recomputation fills it with the same values again.
+    new: dict[str, Any] = field(default_factory=dict)
+
+    def chain(self, site: Site, layer: int, stage: Callable[..., Tensor], x: Any) -> Tensor:
+        """Pass `x` through the memories at one stage, `stage` innermost."""
+
+        def wrapped(depth: int) -> Callable[..., Tensor]:
+            if depth == len(cells):
+                return stage
+            cell, inside = cells[depth], wrapped(depth + 1)
+
+            def call(x: Any, mask: Tensor | None = None) -> Tensor:
+                length = (x.q if isinstance(x, QKV) else x).shape[1 if site != "heads" else 2]
+                known = self._mask_of(length) if mask is None else mask
+                y, self.new[cell.name] = cell.memory(
+                    x, self.states[cell.name], inside, mask=known, write=self.write
+                )
+                return y
+
+            return call
+
+        cells = self.cells.get((site, layer), [])
+        return wrapped(0)(x)
+
+    def _mask_of(self, length: int) -> Tensor | None:
+        if self.mask is None or self.mask.shape[1] == length:
+            return self.mask
+        return F.pad(self.mask, (length - self.mask.shape[1], 0), value=True)
+
+
+_RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
+_HIDDEN: ContextVar[Tensor | None] = ContextVar("memlm_hidden", default=None)
+
+
+@contextmanager
+def _entered(run: Run | None) -> Iterator[None]:
+    token = _RUN.set(run)
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
+
+
+class _DecoderStage(nn.Module):
+    """The decoder; returns given hidden states untouched when only the head is asked for."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = _HIDDEN.get()
+        if hidden is not None:
+            return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return super().forward(*args, **kwargs)
+
+
+class _MemoryStage(nn.Module):
+    """A decoder layer or its attention module, with the memories of the run around it."""
+
+    _memlm_original: ClassVar[type[nn.Module]]
+    _memlm_site: Site
+    _memlm_layer: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = _RUN.get()
+        if run is not None:
+            kwargs["memory_run"] = run
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, memory_run: Run | None = None, **kwargs: Any) -> Any:
+        call = super().forward
+        if memory_run is None:
+            return call(*args, **kwargs)
+        site, layer = self._memlm_site, self._memlm_layer
+        if (site, layer) not in memory_run.cells:
+            with _entered(memory_run):
+                return call(*args, **kwargs)
+        arguments = _bind(type(self)._memlm_original, args, kwargs)
+        hidden = arguments.pop("hidden_states")
+        rest: tuple[Any, ...] | None = None
+
+        def stage(x: Tensor, mask: Tensor | None = None) -> Tensor:
+            nonlocal rest
+            inside = memory_run
+            given = arguments
+            if x.shape[1] != hidden.shape[1]:
+                mask = memory_run._mask_of(x.shape[1]) if mask is None else mask
+                given = memory_run.backbone.lengthened(layer, arguments, x, mask)
+                inside = replace(memory_run, mask=mask)
+            with _entered(inside):
+                out = call(x, **given)
+            if isinstance(out, tuple):
+                out, rest = out[0], out[1:]
+            return out
+
+        y = memory_run.chain(site, layer, stage, hidden)
+        return y if rest is None else (y, *rest)
+
+
+@lru_cache(maxsize=None)
+def _signature(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def _bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a stage's forward by name; the hidden states come first in all of them."""
+    signature = _signature(cls)
+    bound = signature.bind_partial(None, *args, **kwargs).arguments
+    names = list(signature.parameters)
+    first = names[1]
+    named = {k: v for k, v in bound.items() if k not in (names[0], first)}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise TypeError(f"{cls.__name__}.forward takes *{name}; its arguments cannot be named")
+    return {"hidden_states": bound[first], **named}
+
+
+@lru_cache(maxsize=None)
+def _subclass(stage: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    # The name stays: FSDP wrapping policies and _no_split_modules go by it.
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "_memlm_original": cls,
+    }
+    return type(cls.__name__, (stage, cls), namespace)
+
+
+def _become(module: nn.Module, stage: type[nn.Module]) -> None:
+    if not isinstance(module, stage):
+        module.__class__ = _subclass(stage, type(module))
+
+
+class Backbone:
+    """A causal language model of transformers, opened at its stages. Raises ValueError if it has none."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self.base = base
+        self.decoder: nn.Module = base.get_decoder()
+        self.layers = find_layers(base)
+        _become(self.decoder, _DecoderStage)
+        for index, layer in enumerate(self.layers):
+            stages = [("layer", layer)]
+            stages += [("attention", module) for module in find_attention(layer)]
+            for site, module in stages:
+                _become(module, _MemoryStage)
+                module._memlm_site, module._memlm_layer = site, index
+        original = type(self.decoder)._memlm_original
+        self._takes_positions = "position_ids" in _signature(original).parameters
+
+    @property
+    def config(self) -> Any:
+        """The decoder's own configuration."""
+        return self.base.config.get_text_config(decoder=True)
+
+    def dims(self, segment_length: int) -> Dims:
+        """Sizes a mechanism needs."""
+        config = self.config
+        heads = config.num_attention_heads
+        return Dims(
+            hidden_size=config.hidden_size,
+            embedding_size=self.base.get_input_embeddings().embedding_dim,
+            num_layers=len(self.layers),
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            segment_length=segment_length,
+        )
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the base model was built for, None when it names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window when every layer attends within one; None when some layer sees everything."""
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is not None and any(kind != "sliding_attention" for kind in types):
+            return None
+        if getattr(self.config, "use_sliding_window", True) is False:
+            return None
+        return window
+
+    def embedding_std(self) -> float:
+        """Scale of the embeddings as the decoder receives them (some families scale in the module)."""
+        embeddings = self.base.get_input_embeddings()
+        rows = min(1024, embeddings.num_embeddings)
+        with torch.no_grad():
+            ids = torch.arange(rows, device=embeddings.weight.device)
+            return float(embeddings(ids).float().std())
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, E)."""
+        return self.base.get_input_embeddings()(ids)
+
+    def run_segment(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        cells: Cells,
+        tokens: Tensor | None,
+        states: Mapping[str, Any],
+        write: bool,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """One segment through the base model and its memories.
+
+        ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to flow behind the segment, or None.
+        Returns last hidden states (B, T, D) and the states the cells returned, by name.
+        """
+        run = Run(self, cells, states, write, mask)
+        if tokens is not None and not write:
+            tokens = None
+
+        def decoder(x: Tensor, mask: Tensor | None = None) -> Tensor:
+            length = x.shape[1]
+            mask = run._mask_of(length) if mask is None else mask
+            if tokens is not None:
+                x = torch.cat([x, tokens.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
+                if mask is not None:
+                    mask = F.pad(mask, (0, tokens.shape[0]), value=True)
+            with _entered(replace(run, mask=mask) if cells else None):
+                return self._decode(x, mask)[:, :length]
+
+        return run.chain("model", -1, decoder, self.embed(ids)), run.new
+
+    def _decode(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
+        if mask is not None:
+            # A row without a token would attend to nothing and fill its gradients with NaN; it may see
+            # its first position, and what it computes is thrown away with the row.
+            mask = mask.clone()
+            mask[:, 0] |= ~mask.any(dim=1)
+            arguments["attention_mask"] = mask.to(torch.long)
+            if self._takes_positions:
+                arguments["position_ids"] = _positions(mask)
+        return self.decoder(**arguments).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The base model's own head, with its scaling and soft-capping. (..., D) -> (..., V)."""
+        token = _HIDDEN.set(hidden)
+        try:
+            return self.base(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            _HIDDEN.reset(token)
+
+    def lengthened(
+        self, layer: int, arguments: Mapping[str, Any], x: Tensor, mask: Tensor | None
+    ) -> dict[str, Any]:
+        """A stage's arguments for `x` (B, T', D) of another length: positions and mask made anew."""
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        positions = _positions(mask)
+        config = self.config
+        types = getattr(config, "layer_types", None)
+        kind = types[layer] if types else None
+        if kind is not None:
+            make_mask = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+        elif getattr(config, "sliding_window", None):
+            make_mask = create_sliding_window_causal_mask
+        else:
+            make_mask = create_causal_mask
+        given = dict(arguments)
+        given["attention_mask"] = make_mask(
+            config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
+        )
+        if given.get("position_ids") is not None:
+            given["position_ids"] = positions
+        if given.get("position_embeddings") is not None:
+            rotary = self.decoder.rotary_emb
+            by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+            given["position_embeddings"] = (
+                rotary(x, positions, kind) if by_type else rotary(x, positions)
+            )
+        return given
+
+    def open_heads(self) -> None:
+        """Route the softmax core through memories of site "heads"."""
+        inner = self.config._attn_implementation or "sdpa"
+        if inner.startswith("memlm_"):
+            return
+        if inner not in ALL_ATTENTION_FUNCTIONS:
+            inner = "sdpa"
+        name = f"memlm_{inner}"
+        AttentionInterface.register(name, partial(_attend, inner))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+        for module in self.base.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._attn_implementation = name
+        self.config._attn_implementation = name
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Position of each real token among the real tokens of its row. (B, T) -> (B, T)."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of transformers' interface, with the memories of site "heads" around it."""
+    attention = ALL_ATTENTION_FUNCTIONS[implementation]
+    run = _RUN.get()
+    layer = getattr(module, "_memlm_layer", -1)
+    if run is None or ("heads", layer) not in run.cells:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+
+    def stage(x: QKV, mask: Tensor | None = None) -> Tensor:
+        extra = x.k.shape[2] - key.shape[2]
+        seen = attention_mask
+        if extra and seen is None:
+            shape = (x.q.shape[2], key.shape[2])
+            seen = torch.ones(shape, dtype=torch.bool, device=x.q.device).tril()[None, None]
+        if extra and seen is not None:
+            # Keys a memory puts in front are seen by every query.
+            seen = F.pad(seen, (extra, 0), value=True if seen.dtype == torch.bool else 0.0)
+        return attention(module, x.q, x.k, x.v, seen, **kwargs)[0].transpose(1, 2)
+
+    return run.chain("heads", layer, stage, QKV(query, key, value)).transpose(1, 2), None
+
+
+def find_layers(base: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers of `base`, by structure. ValueError when there is no such list."""
+    count = base.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in base.get_decoder().named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    layers = [
+        (name, module)
+        for name, module in lists
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if not layers:
+        raise ValueError(
+            f"base={type(base).__name__} has no list of {count} decoder layers; "
+            "use a decoder-only causal language model of transformers"
+        )
+    return list(min(layers, key=lambda found: found[0].count("."))[1])
+
+
+def find_attention(layer: nn.Module) -> list[nn.Module]:
+    """The self-attention modules of a decoder layer (one in all families met so far)."""
+    return [child for child in layer.children() if "Attention" in type(child).__name__]

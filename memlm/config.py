@@ -1,0 +1,68 @@
+"""MemLMConfig: the base model's configuration, the memories' and the segment length, in one JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers import configuration_utils as _configuration_utils
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FORMAT_VERSION = 1
+# Read by trainers, trackers and evaluation harnesses off the top-level config.
+_MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
+_MIRRORED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class MemLMConfig(PreTrainedConfig):
+    """Configuration of a base model with memories.
+
+    text_config: the base model's own configuration (or its dict). memory: one dict per memory, with
+    its `name` and its fields; empty for independent segments. segment_length: tokens of text a segment,
+    memory tokens not counted.
+    """
+
+    model_type = "memlm"
+    # The sub-config spec appeared during transformers 5; before it, sub_configs alone did the work.
+    if hasattr(_configuration_utils, "SubConfigSpec"):
+        sub_configs_defaults = {  # noqa: RUF012
+            "text_config": _configuration_utils.SubConfigSpec(
+                config_class=AutoConfig, model_type="llama"
+            )
+        }
+    else:
+        sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["memory_state"]  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    memory: list | None = None
+    segment_length: int = 512
+    memlm_version: int = FORMAT_VERSION
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.memlm_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has memlm format {self.memlm_version}, the installed memlm reads up "
+                f"to {FORMAT_VERSION}; upgrade memlm"
+            )
+        if isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            model_type = fields.pop("model_type", "llama")
+            self.text_config = CONFIG_MAPPING[model_type](**fields)
+        elif self.text_config is None:
+            self.text_config = CONFIG_MAPPING["llama"]()
+        self.memory = [dict(entry) for entry in self.memory or []]
+        super().__post_init__(**kwargs)
+        inner = self.text_config.get_text_config(decoder=True)
+        for name in _MIRRORED:
+            setattr(self, name, getattr(inner, name, None))
+        for name in _MIRRORED_TOKENS:
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(inner, name, None))
+        if isinstance(self.segment_length, bool) or not isinstance(self.segment_length, int):
+            raise ValueError(f"segment_length={self.segment_length!r} must be a whole number of tokens")
+        if self.segment_length < 1:
+            raise ValueError(
+                f"segment_length={self.segment_length} is no segment; give at least 1 token"
+            )

@@ -1,0 +1,118 @@
+"""What a memory is: a pure function wrapped around a stage of the base model, threading a state.
+
+Legend: B batch, T tokens of a segment, M memory tokens, D hidden, E embedding, H heads, G key-value
+heads, L layers, dh head size. A file adds only its own letters.
+
+A mechanism concatenates, slices, reads and writes. Positions, rotary angles, masks of lengthened
+sequences and rows whose document has ended are the house's business (`memlm.backbone`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Site = Literal["model", "layer", "attention", "heads"]
+
+
+class QKV(NamedTuple):
+    """Queries (B, H, T, dh), keys and values (B, G, T, dh): what passes at the site "heads"."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+# inner(x, mask=None): the stage itself. `x` may have any length T'; when T' differs from the stage's T
+# and the batch is padded, say which positions are real with `mask` (B, T'). Without it the extra
+# positions are taken to be real and to stand first.
+Inner = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of the base model and the segment, as every mechanism needs them."""
+
+    hidden_size: int
+    embedding_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    segment_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Fields every mechanism has. `layers`: which decoder layers it is attached to; None means all."""
+
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+class Memory(nn.Module, ABC):
+    """One memory at one stage. Site "model" has one instance, the others one per attached layer."""
+
+    site: ClassVar[Site]
+    Config: ClassVar[type[MemoryConfig]]
+    # True when a freshly attached memory leaves the base model's logits as they were.
+    neutral: ClassVar[bool] = False
+
+    def __init__(self, config: MemoryConfig, dims: Dims) -> None:
+        super().__init__()
+        self.config = config
+        self.dims = dims
+
+    @classmethod
+    def resolve(cls, config: Any, dims: Dims) -> Any:
+        """Fill what `config` leaves open from `dims`, and refuse what cannot be (ValueError)."""
+        return config
+
+    @classmethod
+    def num_segment_tokens(cls, config: Any) -> int:
+        """Learned embeddings the house lets flow behind each segment, through all layers.
+
+        They stand after the last token when the segment is written, and are left out otherwise:
+        under the causal mask no token sees them. A layer's `x` ends with them.
+        """
+        return 0
+
+    @classmethod
+    def num_extra_positions(cls, config: Any) -> int:
+        """Positions beyond the segment's own that the base model is asked for."""
+        return cls.num_segment_tokens(config)
+
+    @abstractmethod
+    def init_state(self, batch_size: int) -> Any:
+        """State before the first segment: tensors in a NamedTuple, every leaf (B, ...)."""
+
+    @abstractmethod
+    def forward(
+        self, x: Any, state: Any, inner: Inner, *, mask: Tensor | None, write: bool = True
+    ) -> tuple[Tensor, Any]:
+        """Run the stage on `x` with what is remembered, and remember.
+
+        x (B, T, D), or QKV at "heads". mask (B, T) bool, True on real tokens; None when all are.
+        Returns what `inner(x)` would, and the new state; with write=False, `state` itself.
+        """
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        """Initialise the parameters; `embedding_std` is the scale of the base's embeddings."""
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a state accumulates in: float32, or float64 in a float64 model."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,15 @@
+"""Feature maps that turn dot products into the kernel of a linear attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dpfp(x: Tensor, nu: int) -> Tensor:
+    """Deterministic parameter-free projection (Schlag et al. 2021, eq. 37). (..., d) -> (..., 2 nu d).
+
+    r = [relu(x); relu(-x)]; features r_i * r_{i-j} for j = 1..nu: non-negative and sparse.
+    """
+    r = torch.cat([x, -x], dim=-1).relu()
+    return torch.cat([r * r.roll(shifts=j, dims=-1) for j in range(1, nu + 1)], dim=-1)

@@ -1,0 +1,81 @@
+"""RMT: memory tokens before and behind each segment (Bulatov, Kuratov, Burtsev 2022, section 3.2).
+
+The decoder reads [M; x; M]: tokens see the leading (read) copy, the trailing (write) copy sees
+everything, and its last hidden states are the next segment's M. Without writing, the trailing copy is
+left out: under the causal mask no token sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site
+from memlm.memory.parts.checks import memory_tokens_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMTConfig(MemoryConfig):
+    """num_memory_tokens: vectors carried from segment to segment; None picks 16, or half a segment."""
+
+    num_memory_tokens: int | None = None
+
+
+class RMTState(NamedTuple):
+    """memory (B, M, D): what the next segment reads."""
+
+    memory: Tensor
+
+
+class RMT(Memory):
+    """Recurrent Memory Transformer."""
+
+    site: ClassVar[Site] = "model"
+    Config: ClassVar[type[MemoryConfig]] = RMTConfig
+
+    def __init__(self, config: RMTConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        assert config.num_memory_tokens is not None
+        self.num_memory_tokens = config.num_memory_tokens
+        self.initial_memory = nn.Parameter(torch.empty(config.num_memory_tokens, dims.hidden_size))
+
+    @classmethod
+    def resolve(cls, config: RMTConfig, dims: Dims) -> RMTConfig:
+        if config.layers is not None:
+            raise ValueError(
+                f"layers={config.layers} has no meaning for rmt, which wraps the whole decoder; "
+                "leave it out"
+            )
+        if dims.embedding_size != dims.hidden_size:
+            raise ValueError(
+                f"rmt feeds hidden states ({dims.hidden_size}) back as embeddings "
+                f"({dims.embedding_size}), which this base keeps at another size; use memory='armt'"
+            )
+        return replace(config, num_memory_tokens=memory_tokens_for(config.num_memory_tokens, dims))
+
+    @classmethod
+    def num_extra_positions(cls, config: Any) -> int:
+        return 2 * config.num_memory_tokens
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        nn.init.normal_(self.initial_memory, std=embedding_std)
+
+    def init_state(self, batch_size: int) -> RMTState:
+        return RMTState(self.initial_memory.expand(batch_size, -1, -1))
+
+    def forward(
+        self, x: Tensor, state: RMTState, inner: Inner, *, mask: Tensor | None, write: bool = True
+    ) -> tuple[Tensor, RMTState]:
+        m, tokens = self.num_memory_tokens, x.shape[1]
+        memory = state.memory.to(x.dtype)
+        parts = [memory, x, memory] if write else [memory, x]
+        if mask is not None:
+            real = mask.new_ones(mask.shape[0], m)
+            mask = torch.cat([real, mask, real] if write else [real, mask], dim=1)
+        y = inner(torch.cat(parts, dim=1), mask=mask)
+        if not write:
+            return y[:, m:], state
+        return y[:, m : m + tokens], RMTState(y[:, m + tokens :])

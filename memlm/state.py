@@ -1,0 +1,215 @@
+"""The memory of a batch of documents: named tensors, every one of them (B, ...).
+
+A state is a value. Every method returns a new one; nothing in the package changes a state in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "memlm-state"
+VERSION = 1
+
+
+def flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Name the leaves of a mechanism's state: NamedTuples, dicts, tuples and tensors, nested."""
+    if isinstance(tree, Tensor):
+        yield prefix, tree
+        return
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        items: Any = zip(tree._fields, tree, strict=True)
+    elif isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, (tuple, list)):
+        items = enumerate(tree)
+    else:
+        raise TypeError(
+            f"a state holds tensors in NamedTuples, dicts or tuples, not {type(tree).__name__} "
+            f"(at {prefix!r}); return tensors only"
+        )
+    for key, value in items:
+        yield from flatten(value, f"{prefix}.{key}")
+
+
+def unflatten(template: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """Rebuild a tree shaped like `template` from the leaves `flatten` named."""
+    if isinstance(template, Tensor):
+        return tensors[prefix]
+    if isinstance(template, tuple) and hasattr(template, "_fields"):
+        values = (
+            unflatten(value, f"{prefix}.{key}", tensors)
+            for key, value in zip(template._fields, template, strict=True)
+        )
+        return type(template)(*values)
+    if isinstance(template, dict):
+        return {k: unflatten(v, f"{prefix}.{k}", tensors) for k, v in template.items()}
+    return type(template)(
+        unflatten(value, f"{prefix}.{i}", tensors) for i, value in enumerate(template)
+    )
+
+
+class MemoryState:
+    """What a model remembers of `batch_size` documents, row by row.
+
+    tensors: name -> (B, ...). signature: which memories made it, as text ("" when unknown); a model
+    refuses the state of another one.
+    """
+
+    __slots__ = ("batch_size", "signature", "tensors")
+
+    def __init__(self, tensors: dict[str, Tensor], batch_size: int, signature: str = "") -> None:
+        for name, value in tensors.items():
+            if value.ndim == 0 or value.shape[0] != batch_size:
+                raise ValueError(
+                    f"state tensor {name!r} has shape {tuple(value.shape)}, but every leaf must be "
+                    f"(batch_size={batch_size}, ...)"
+                )
+        self.tensors = dict(tensors)
+        self.batch_size = batch_size
+        self.signature = signature
+
+    def __repr__(self) -> str:
+        return (
+            f"MemoryState(batch_size={self.batch_size}, tensors={len(self.tensors)}, "
+            f"nbytes={self.nbytes})"
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def map(self, function: Callable[[Tensor], Tensor], batch_size: int | None = None) -> MemoryState:
+        """Apply `function` to every tensor."""
+        new = {name: function(value) for name, value in self.tensors.items()}
+        return MemoryState(
+            new, self.batch_size if batch_size is None else batch_size, self.signature
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: constant however much was read."""
+        return sum(value.numel() * value.element_size() for value in self.tensors.values())
+
+    def detach(self) -> MemoryState:
+        """The same values without their graph."""
+        return self.map(lambda value: value.detach())
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MemoryState:
+        """Move to a device, and floating-point tensors to a dtype."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(
+                device=device, dtype=dtype if value.is_floating_point() else None
+            )
+
+        return self.map(move)
+
+    def select(self, rows: Sequence[int] | Tensor) -> MemoryState:
+        """Rows by index (repeats allowed) or by a (B,) bool mask, in the order given."""
+        index = torch.as_tensor(rows)
+        if index.dtype == torch.bool:
+            if index.shape != (self.batch_size,):
+                raise ValueError(
+                    f"rows is a mask of shape {tuple(index.shape)}, but the state has "
+                    f"{self.batch_size} rows; give one bool a row"
+                )
+            index = index.nonzero().squeeze(1)
+        index = index.to(torch.long).reshape(-1)
+        if index.numel() and not -self.batch_size <= int(index.min()) <= int(index.max()) < self.batch_size:
+            raise IndexError(
+                f"rows {index.tolist()} are outside the state's {self.batch_size} rows; "
+                f"use 0 to {self.batch_size - 1}"
+            )
+        index = index % max(self.batch_size, 1)
+        return self.map(lambda value: value.index_select(0, index.to(value.device)), len(index))
+
+    def where(self, rows: Tensor, other: MemoryState) -> MemoryState:
+        """This state on rows where `rows` (B,) is True, `other` on the rest."""
+        return MemoryState(
+            {
+                name: where_rows(rows, value, other.tensors[name])
+                for name, value in self.tensors.items()
+            },
+            self.batch_size,
+            self.signature,
+        )
+
+    def fork(self) -> MemoryState:
+        """An independent copy, detached."""
+        return self.map(lambda value: value.detach().clone())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        from safetensors.torch import save_file
+
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "batch_size": str(self.batch_size),
+            "signature": self.signature,
+        }
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.tensors.items()}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> MemoryState:
+        """Read what `save` wrote. ValueError when the file is damaged, foreign, or newer."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path {str(path)!r} holds no state; give a file `save` wrote")
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError, OSError) as error:
+            raise ValueError(
+                f"path {str(path)!r} is not a readable state file ({error}); save the state again"
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"path {str(path)!r} is a safetensors file, but no {FORMAT}; "
+                "give a file written by MemoryState.save"
+            )
+        if int(metadata.get("version", "0")) > VERSION:
+            raise ValueError(
+                f"path {str(path)!r} has state version {metadata['version']}, this memlm reads up to "
+                f"{VERSION}; upgrade memlm"
+            )
+        return cls(tensors, int(metadata["batch_size"]), metadata.get("signature", ""))
+
+
+def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` on rows where `rows` (B,) is True, `old` elsewhere; both (B, ...)."""
+    return torch.where(rows.reshape(-1, *(1 for _ in new.shape[1:])), new, old)
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON, atomically, with sorted keys left as given and a final newline."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
