@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,15 @@ class AttachedMemory(nn.Module):
         if self.tokens is not None:
             nn.init.normal_(self.tokens, std=embedding_std)
         for cell in self.cells.values():
-            cell.reset_parameters(embedding_std)
+            cast(Memory, cell).reset_parameters(embedding_std)
 
 
 class MemoryStack(nn.Module):
     """All memories of a model, in the order they were given: the first is outermost at a stage."""
 
-    def __init__(self, configs: Sequence[MemoryConfig], backbone: Backbone, segment_length: int) -> None:
+    def __init__(
+        self, configs: Sequence[MemoryConfig], backbone: Backbone, segment_length: int
+    ) -> None:
         super().__init__()
         dims = backbone.dims(segment_length)
         resolved = [resolve(config, dims) for config in configs]
@@ -58,7 +60,7 @@ class MemoryStack(nn.Module):
                 count += 1
                 name = f"{described['name']}_{count}"
             self.attached[name] = AttachedMemory(described["name"], config, dims)
-        owners = [name for name, memory in self.attached.items() if memory.tokens is not None]
+        owners = [name for name, memory in self._memories().items() if memory.tokens is not None]
         if len(owners) > 1:
             raise ValueError(
                 f"memory={owners} would each append tokens to a segment, and a layer could not tell "
@@ -69,15 +71,15 @@ class MemoryStack(nn.Module):
     @property
     def tokens(self) -> Tensor | None:
         """(M, E) embeddings that flow behind each segment, or None."""
-        return None if self._owner is None else self.attached[self._owner].tokens
+        return None if self._owner is None else self._memories()[self._owner].tokens
 
     def cells(self) -> Cells:
         """The memories by stage. Looked up at every call: peft may have put copies in their place."""
         found: dict[tuple[Any, int], list[Cell]] = {}
-        for name, memory in self.attached.items():
+        for name, memory in self._memories().items():
             for key, cell in memory.cells.items():
                 layer, label = (-1, name) if key == "model" else (int(key), f"{name}.{key}")
-                found.setdefault((memory.site, layer), []).append(Cell(label, cell))
+                found.setdefault((memory.site, layer), []).append(Cell(label, cast(Memory, cell)))
         return found
 
     def init_state(self, batch_size: int) -> MemoryState:
@@ -100,6 +102,9 @@ class MemoryStack(nn.Module):
         for label, tree in trees.items():
             tensors.update(flatten(tree, label))
         return MemoryState(tensors, batch_size, self.signature)
+
+    def _memories(self) -> dict[str, AttachedMemory]:
+        return cast(dict[str, AttachedMemory], dict(self.attached.items()))
 
     def _labelled(self) -> list[tuple[str, Memory]]:
         return [(cell.name, cell.memory) for cells in self.cells().values() for cell in cells]

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm.memory.base import QKV, Dims, Memory, Site
@@ -90,6 +90,9 @@ class Run:
 
 _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
 _HIDDEN: ContextVar[Tensor | None] = ContextVar("memlm_hidden", default=None)
+# One subclass and one signature a class, however many models are opened.
+_SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+_SIGNATURES: dict[type[nn.Module], inspect.Signature] = {}
 
 
 @contextmanager
@@ -101,13 +104,21 @@ def _entered(run: Run | None) -> Iterator[None]:
         _RUN.reset(token)
 
 
+class _Hidden(BaseModelOutputWithPastAndCrossAttentions):
+    """Hidden states as a decoder's output; what else a family's head looks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _DecoderStage(nn.Module):
     """The decoder; returns given hidden states untouched when only the head is asked for."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = _HIDDEN.get()
         if hidden is not None:
-            return BaseModelOutputWithPast(last_hidden_state=hidden)
+            return _Hidden(last_hidden_state=hidden)
         return super().forward(*args, **kwargs)
 
 
@@ -154,9 +165,10 @@ class _MemoryStage(nn.Module):
         return y if rest is None else (y, *rest)
 
 
-@lru_cache(maxsize=None)
 def _signature(cls: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(cls.forward)
+    if cls not in _SIGNATURES:
+        _SIGNATURES[cls] = inspect.signature(cls.forward)
+    return _SIGNATURES[cls]
 
 
 def _bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -174,15 +186,18 @@ def _bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return {"hidden_states": bound[first], **named}
 
 
-@lru_cache(maxsize=None)
 def _subclass(stage: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    known = _SUBCLASSES.get((stage, cls))
+    if known is not None:
+        return known
     # The name stays: FSDP wrapping policies and _no_split_modules go by it.
     namespace = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "_memlm_original": cls,
     }
-    return type(cls.__name__, (stage, cls), namespace)
+    _SUBCLASSES[stage, cls] = type(cls.__name__, (stage, cls), namespace)
+    return _SUBCLASSES[stage, cls]
 
 
 def _become(module: nn.Module, stage: type[nn.Module]) -> None:
@@ -194,18 +209,29 @@ class Backbone:
     """A causal language model of transformers, opened at its stages. Raises ValueError if it has none."""
 
     def __init__(self, base: PreTrainedModel) -> None:
+        if base.config.is_encoder_decoder:
+            raise ValueError(
+                f"base={type(base).__name__} has an encoder; "
+                "use a decoder-only causal language model of transformers"
+            )
         self.base = base
         self.decoder: nn.Module = base.get_decoder()
         self.layers = find_layers(base)
         _become(self.decoder, _DecoderStage)
         for index, layer in enumerate(self.layers):
-            stages = [("layer", layer)]
+            stages: list[tuple[Site, nn.Module]] = [("layer", layer)]
             stages += [("attention", module) for module in find_attention(layer)]
             for site, module in stages:
                 _become(module, _MemoryStage)
-                module._memlm_site, module._memlm_layer = site, index
+                stage = cast(_MemoryStage, module)
+                stage._memlm_site, stage._memlm_layer = site, index
         original = type(self.decoder)._memlm_original
         self._takes_positions = "position_ids" in _signature(original).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids and states have to be."""
+        return cast(Tensor, self.base.get_input_embeddings().weight).device
 
     @property
     def config(self) -> Any:
@@ -215,7 +241,7 @@ class Backbone:
     def dims(self, segment_length: int) -> Dims:
         """Sizes a mechanism needs."""
         config = self.config
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 1
         return Dims(
             hidden_size=config.hidden_size,
             embedding_size=self.base.get_input_embeddings().embedding_dim,
@@ -327,7 +353,7 @@ class Backbone:
         if given.get("position_ids") is not None:
             given["position_ids"] = positions
         if given.get("position_embeddings") is not None:
-            rotary = self.decoder.rotary_emb
+            rotary = cast(nn.Module, self.decoder.rotary_emb)
             by_type = "layer_type" in inspect.signature(rotary.forward).parameters
             given["position_embeddings"] = (
                 rotary(x, positions, kind) if by_type else rotary(x, positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import configuration_utils as _configuration_utils
@@ -25,13 +25,13 @@ class MemLMConfig(PreTrainedConfig):
     model_type = "memlm"
     # The sub-config spec appeared during transformers 5; before it, sub_configs alone did the work.
     if hasattr(_configuration_utils, "SubConfigSpec"):
-        sub_configs_defaults = {  # noqa: RUF012
+        sub_configs_defaults = {
             "text_config": _configuration_utils.SubConfigSpec(
                 config_class=AutoConfig, model_type="llama"
             )
         }
     else:
-        sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+        sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = ["memory_state"]  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
@@ -54,14 +54,16 @@ class MemLMConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING["llama"]()
         self.memory = [dict(entry) for entry in self.memory or []]
         super().__post_init__(**kwargs)
-        inner = self.text_config.get_text_config(decoder=True)
+        inner: Any = cast(PreTrainedConfig, self.text_config).get_text_config(decoder=True)
         for name in _MIRRORED:
             setattr(self, name, getattr(inner, name, None))
         for name in _MIRRORED_TOKENS:
             if getattr(self, name, None) is None:
                 setattr(self, name, getattr(inner, name, None))
         if isinstance(self.segment_length, bool) or not isinstance(self.segment_length, int):
-            raise ValueError(f"segment_length={self.segment_length!r} must be a whole number of tokens")
+            raise ValueError(
+                f"segment_length={self.segment_length!r} must be a whole number of tokens"
+            )
         if self.segment_length < 1:
             raise ValueError(
                 f"segment_length={self.segment_length} is no segment; give at least 1 token"

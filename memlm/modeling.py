@@ -105,6 +105,12 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters(self.backbone.embedding_std())
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        # Custom code may fill parameters behind transformers' guards, so transformers passes over its
+        # modules without parameters of their own. `_init_weights` here goes through the guards.
+        return False
+
+    @classmethod
     def from_base(
         cls,
         base: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
@@ -164,6 +170,12 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.base.get_decoder()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        embeddings = self.base.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config = copy.deepcopy(self.base.config)
+        self.config.vocab_size = self.backbone.config.vocab_size
+        return embeddings
+
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         # Whole segments are recomputed, not layers: activations of one segment at a time.
         self.gradient_checkpointing = enable
@@ -222,8 +234,10 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         total: Tensor | None = None
         run_window = self._window(write, keep)
         segments = list(cut(ids, mask, targets, self.config.segment_length))
-        for loss, state in scan(run_window, segments, state, bptt_depth or len(segments)):
+        depth = len(segments) if bptt_depth is None else bptt_depth
+        for loss, behind in scan(run_window, segments, state, depth):
             total = loss if total is None or loss is None else total + loss
+            state = behind
 
         loss = None
         if targets is not None and total is not None:
@@ -232,7 +246,9 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             if self.training:
                 # Every window gives every memory parameter a gradient, which data-parallel training
                 # counts on; a later window alone would not touch the initial memory.
-                loss = loss + sum(p.sum() * 0.0 for p in self.memory.parameters() if p.requires_grad)
+                loss = loss + sum(
+                    p.sum() * 0.0 for p in self.memory.parameters() if p.requires_grad
+                )
         kept = keep.result()
         out = MemLMOutput(
             loss=loss,
@@ -348,7 +364,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{theirs.get(odd[0], 'missing')}, here {ours.get(odd[0], 'missing')}; "
                 "use a state of this model"
             )
-        device = self.get_input_embeddings().weight.device
+        device = self.backbone.device
         if any(value.device != device for value in state.tensors.values()):
             state = state.to(device)
         return state
@@ -399,7 +415,9 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Train the memories alone: no gradient for the base model's parameters."""
         self.base.requires_grad_(False)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
         """As transformers does; the base model's configuration is saved as it is now."""
         self.config.text_config = copy.deepcopy(self.base.config)
         return super().save_pretrained(save_directory, *args, **kwargs)

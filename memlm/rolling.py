@@ -50,7 +50,9 @@ class RollingMemory:
             )
         ]
         if any(len(row) == 0 for row in rows):
-            raise ValueError("input_ids has a prompt without a token; give at least one token a row")
+            raise ValueError(
+                "input_ids has a prompt without a token; give at least one token a row"
+            )
         length = self.model.segment_length
         start = self._initial(len(rows))
         group = max(1, len(rows) // (self.initial.batch_size if self.initial else len(rows)))
@@ -92,7 +94,11 @@ class RollingMemory:
             for other in candidates:
                 same_document = self.initial is None or other // group == index // group
                 prefix = self.committed[other]
-                if same_document and len(prefix) <= len(row) and torch.equal(prefix, row[: len(prefix)]):
+                if (
+                    same_document
+                    and len(prefix) <= len(row)
+                    and torch.equal(prefix, row[: len(prefix)])
+                ):
                     found = other
                     break
             source.append(found)

@@ -85,7 +85,9 @@ class MemoryState:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def map(self, function: Callable[[Tensor], Tensor], batch_size: int | None = None) -> MemoryState:
+    def map(
+        self, function: Callable[[Tensor], Tensor], batch_size: int | None = None
+    ) -> MemoryState:
         """Apply `function` to every tensor."""
         new = {name: function(value) for name, value in self.tensors.items()}
         return MemoryState(
@@ -107,9 +109,7 @@ class MemoryState:
         """Move to a device, and floating-point tensors to a dtype."""
 
         def move(value: Tensor) -> Tensor:
-            return value.to(
-                device=device, dtype=dtype if value.is_floating_point() else None
-            )
+            return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
         return self.map(move)
 
@@ -124,7 +124,10 @@ class MemoryState:
                 )
             index = index.nonzero().squeeze(1)
         index = index.to(torch.long).reshape(-1)
-        if index.numel() and not -self.batch_size <= int(index.min()) <= int(index.max()) < self.batch_size:
+        if (
+            index.numel()
+            and not -self.batch_size <= int(index.min()) <= int(index.max()) < self.batch_size
+        ):
             raise IndexError(
                 f"rows {index.tolist()} are outside the state's {self.batch_size} rows; "
                 f"use 0 to {self.batch_size - 1}"
@@ -171,7 +174,7 @@ class MemoryState:
         try:
             with safe_open(path, framework="pt", device=device) as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError, OSError) as error:
             raise ValueError(
                 f"path {str(path)!r} is not a readable state file ({error}); save the state again"

@@ -55,7 +55,7 @@ def _discover() -> dict[str, type[Memory]]:
 _MECHANISMS = _discover()
 for _class in _MECHANISMS.values():
     globals()[_class.Config.__name__] = _class.Config
-    __all__.append(_class.Config.__name__)  # noqa: PYI056
+    __all__.append(_class.Config.__name__)
 
 
 def available_memories() -> tuple[str, ...]:

@@ -63,6 +63,7 @@ class ARMT(Memory):
         self.num_memory_tokens = config.num_memory_tokens
         self.nu = config.nu
         self.correction = config.correction
+        self.initial_gate, self.value_std = config.initial_gate, config.value_std
         self.query = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.key = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.value = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
@@ -83,11 +84,11 @@ class ARMT(Memory):
         for projection in (self.query, self.key):
             nn.init.normal_(projection.weight, std=self.dims.hidden_size**-0.5)
         nn.init.normal_(self.gate.weight, std=self.dims.hidden_size**-0.5)
-        nn.init.constant_(self.gate.bias, self.config.initial_gate)
-        if self.config.value_std == 0:
+        nn.init.constant_(self.gate.bias, self.initial_gate)
+        if self.value_std == 0:
             nn.init.zeros_(self.value.weight)
         else:
-            nn.init.normal_(self.value.weight, std=self.config.value_std)
+            nn.init.normal_(self.value.weight, std=self.value_std)
 
     def init_state(self, batch_size: int) -> ARMTState:
         weight = self.value.weight

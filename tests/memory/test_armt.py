@@ -1,0 +1,175 @@
+"""ARMT against the paper's equations, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memlm.memory import ARMTConfig
+from memlm.memory.armt import ARMT, ARMTState
+from memlm.memory.base import Dims
+from memlm.modeling import MemLMForCausalLM
+from tests.cases import LAW_FAMILIES, SEGMENT, base_model, randomise, tokens
+
+EPS = 1e-5
+D, D_MEM, M, B = 12, 4, 3, 2
+
+
+def naive_phi(x: torch.Tensor) -> torch.Tensor:
+    r = [max(float(v), 0.0) for v in x] + [max(-float(v), 0.0) for v in x]
+    n = len(r)
+    products = [r[i] * r[(i - j) % n] for j in (1, 2, 3) for i in range(n)]
+    return torch.tensor(products, dtype=torch.float64)
+
+
+def naive_read(cell: ARMT, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    out = x.clone()
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            phi = naive_phi(cell.query.weight @ x[b, t])
+            out[b, t] += a[b].T @ phi / (z[b] @ phi + EPS)
+    return out
+
+
+def naive_write(
+    cell: ARMT, memory: torch.Tensor, a: torch.Tensor, z: torch.Tensor, first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    new_a, new_z = a.clone(), z.clone()
+    for b in range(memory.shape[0]):
+        for i in range(memory.shape[1]):
+            m = memory[b, i]
+            k, v = naive_phi(cell.key.weight @ m), cell.value.weight @ m
+            beta = torch.sigmoid(cell.gate.weight[0] @ m + cell.gate.bias[0])
+            old = torch.zeros_like(v) if first else a[b].T @ k / (z[b] @ k + EPS)
+            gamma = 1.0 if first else (1 - (z[b] @ k + EPS) / (k @ k + EPS)).clamp(0, 1)
+            new_a[b] += beta * torch.outer(k, v - old)
+            new_z[b] += gamma * k
+    return new_a, new_z
+
+
+def cell_of(**options: object) -> ARMT:
+    dims = Dims(
+        hidden_size=D,
+        embedding_size=D,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=6,
+        segment_length=8,
+    )
+    config = ARMTConfig(num_memory_tokens=M, d_mem=D_MEM, **options)
+    cell = ARMT(config, dims).double()
+    cell.reset_parameters(1.0)
+    randomise(cell, std=0.5)
+    return cell
+
+
+@torch.no_grad()
+def test_equals_the_equations_over_several_segments() -> None:
+    cell = cell_of()
+    state = cell.init_state(B)
+    a, z = (t.clone() for t in state)
+    for step in range(5):
+        x = torch.randn(B, 7 + M, D, dtype=torch.float64)
+        seen = {}
+
+        def inner(h: torch.Tensor, mask: torch.Tensor | None = None, seen: dict = seen):
+            seen["h"] = h
+            return torch.tanh(h) + 0.1 * h.cumsum(1)
+
+        _, state = cell(x, state, inner, mask=None)
+        expected = naive_read(cell, x, a, z)
+        torch.testing.assert_close(seen["h"], expected, rtol=1e-10, atol=1e-10)
+        a, z = naive_write(cell, inner(expected)[:, -M:], a, z, first=step == 0)
+        torch.testing.assert_close(state.associations, a, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(state.normaliser, z, rtol=1e-9, atol=1e-9)
+    assert a.abs().max() > 1e-3 and z.abs().max() > 1e-3
+
+
+def test_gamma_carries_no_gradient() -> None:
+    cell = cell_of()
+    start = ARMTState(
+        torch.rand(B, 6 * D_MEM, D, dtype=torch.float64),
+        torch.rand(B, 6 * D_MEM, dtype=torch.float64, requires_grad=True),
+    )
+    memory = torch.randn(B, M, D, dtype=torch.float64)
+    state = cell.write(memory, start)
+    gradient = torch.autograd.grad(state.normaliser.sum(), start.normaliser)[0]
+    torch.testing.assert_close(gradient, torch.ones_like(gradient))
+
+
+@torch.no_grad()
+def test_without_correction_every_key_counts_whole() -> None:
+    cell = cell_of(correction=False)
+    state = cell.init_state(1)
+    memory = torch.randn(1, M, D, dtype=torch.float64)
+    for _ in range(2):
+        state = cell.write(memory, state)
+    keys = sum(naive_phi(cell.key.weight @ m) for m in memory[0])
+    torch.testing.assert_close(state.normaliser[0], 2 * keys, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_writing_a_key_again_replaces_its_value() -> None:
+    cell = cell_of()
+    cell.gate.bias.fill_(50.0)
+    memory = torch.randn(1, 1, D, dtype=torch.float64)
+    state = cell.write(memory, cell.init_state(1))
+    for _ in range(20):
+        state = cell.write(memory, state)
+    phi = naive_phi(cell.key.weight @ memory[0, 0])
+    got = state.associations[0].T @ phi / (state.normaliser[0] @ phi + EPS)
+    torch.testing.assert_close(got, cell.value.weight @ memory[0, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", LAW_FAMILIES)
+@torch.no_grad()
+def test_whole_model_equals_layers_unrolled_by_hand(family: str) -> None:
+    """Memory tokens flow through all layers; each layer reads its input and writes its output."""
+    base = base_model(family)
+    config = ARMTConfig(num_memory_tokens=M, d_mem=D_MEM)
+    model = MemLMForCausalLM.from_base(base, memory=config, segment_length=SEGMENT)
+    randomise(model.memory)
+    ids = tokens(2, 3 * SEGMENT)
+    expected_state = model.init_state(2)
+    attached = model.memory.attached["armt"]
+    captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    logits = []
+    for s in range(3):
+        handles = []
+        for i, layer in enumerate(model.backbone.layers):
+            a, z = (expected_state[f"armt.{i}.{n}"] for n in ("associations", "normaliser"))
+            cell = attached.cells[str(i)]
+
+            def before(module, args, kwargs, cell=cell, a=a, z=z):
+                return (naive_read(cell, args[0], a, z), *args[1:]), kwargs
+
+            def after(module, args, kwargs, out, i=i, cell=cell, a=a, z=z, s=s):
+                hidden = out[0] if isinstance(out, tuple) else out
+                captured[i] = naive_write(cell, hidden[:, -M:], a, z, first=s == 0)
+
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        text = base.get_input_embeddings()(ids[:, s * SEGMENT : (s + 1) * SEGMENT])
+        x = torch.cat([text, attached.tokens.expand(2, -1, -1)], 1)
+        logits.append(base(inputs_embeds=x, use_cache=False).logits[:, :SEGMENT])
+        for handle in handles:
+            handle.remove()
+        for i, (a, z) in captured.items():
+            expected_state.tensors[f"armt.{i}.associations"] = a
+            expected_state.tensors[f"armt.{i}.normaliser"] = z
+    out = model(ids)
+    torch.testing.assert_close(out.logits, torch.cat(logits, 1), rtol=1e-8, atol=1e-8)
+    for name, tensor in expected_state.tensors.items():
+        torch.testing.assert_close(out.memory_state[name], tensor, rtol=1e-8, atol=1e-8)
+
+
+def test_bad_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="d_mem=0"):
+        MemLMForCausalLM.from_base(base_model("llama"), ARMTConfig(d_mem=0), segment_length=8)
+    with pytest.raises(ValueError, match="num_memory_tokens=20"):
+        MemLMForCausalLM.from_base(
+            base_model("llama"), ARMTConfig(num_memory_tokens=20), segment_length=8
+        )
+    with pytest.raises(ValueError, match=r"layers=\(0, 7\)"):
+        MemLMForCausalLM.from_base(base_model("llama"), ARMTConfig(layers=(0, 7)), segment_length=8)

@@ -1,0 +1,307 @@
+"""The laws every mechanism obeys, on three architectures, in float64, nothing at zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memlm import MemoryState
+from memlm.memory import available_memories, memory_class
+from memlm.modeling import MemLMForCausalLM
+from tests.cases import CASES, LAW_FAMILIES, SEGMENT, base_model, memory_model, randomise, tokens
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+MEMORIES = [name for name in available_memories() if name != "none"]
+
+families = pytest.mark.parametrize("family", LAW_FAMILIES)
+memories = pytest.mark.parametrize("memory", MEMORIES)
+with_none = pytest.mark.parametrize("memory", available_memories())
+
+
+def same_state(a: MemoryState, b: MemoryState) -> bool:
+    return a.tensors.keys() == b.tensors.keys() and all(
+        torch.allclose(a[name], b[name], **EXACT) for name in a.tensors
+    )
+
+
+def test_every_mechanism_has_a_case() -> None:
+    assert set(CASES) == set(MEMORIES)
+
+
+@families
+@with_none
+@torch.no_grad()
+def test_carry(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 4 * SEGMENT + 3)
+    whole = model(ids)
+    for grouping in ([1, 1, 1, 1, 1], [2, 3], [3, 1, 1]):
+        state, logits, start = None, [], 0
+        for count in grouping:
+            out = model(ids[:, start : start + count * SEGMENT], memory_state=state)
+            state, start = out.memory_state, start + count * SEGMENT
+            logits.append(out.logits)
+        torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **EXACT)
+        assert same_state(state, whole.memory_state)
+
+
+@families
+@with_none
+@torch.no_grad()
+def test_causality(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(1, 3 * SEGMENT + 2)
+    before = model(ids).logits
+    for changed in (1, SEGMENT - 1, SEGMENT, 2 * SEGMENT + 2):
+        other = ids.clone()
+        other[0, changed] = (other[0, changed] - 2) % 50 + 3
+        after = model(other).logits
+        torch.testing.assert_close(after[:, :changed], before[:, :changed], **EXACT)
+        assert (after[:, changed] - before[:, changed]).abs().max() > 1e-6
+
+
+@families
+@memories
+@torch.no_grad()
+def test_the_first_segment_reaches_the_last(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(1, 4 * SEGMENT)
+    other = ids.clone()
+    other[0, 2] = (other[0, 2] - 2) % 50 + 3
+    difference = (model(ids).logits - model(other).logits)[:, -SEGMENT:].abs().max()
+    assert difference > 1e-7
+
+
+@families
+@torch.no_grad()
+def test_without_memory_segments_are_independent(family: str) -> None:
+    model, ids = memory_model(family, "none"), tokens(1, 3 * SEGMENT)
+    alone = model(ids[:, -SEGMENT:]).logits
+    torch.testing.assert_close(model(ids).logits[:, -SEGMENT:], alone, **EXACT)
+
+
+@families
+@with_none
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+@torch.no_grad()
+def test_rows_of_a_ragged_batch_equal_rows_alone(family: str, memory: str, side: str) -> None:
+    model = memory_model(family, memory)
+    lengths, total = [3 * SEGMENT + 2, 1, SEGMENT, 2 * SEGMENT + 5], 4 * SEGMENT
+    rows = [tokens(1, n, seed=10 + n)[0] for n in lengths]
+    ids = torch.zeros(len(rows), total, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        n = len(row)
+        if side == "holes":
+            at = torch.randperm(total, generator=torch.Generator().manual_seed(i))[:n].sort()[0]
+        else:
+            at = torch.arange(n) if side == "right" else torch.arange(total - n, total)
+        ids[i, at], mask[i, at] = row, 1
+    labels = ids.clone()
+    out = model(ids, attention_mask=mask, labels=labels)
+    summed, count = 0.0, 0
+    for i, row in enumerate(rows):
+        alone = model(row[None], labels=row[None])
+        torch.testing.assert_close(out.logits[i][mask[i].bool()], alone.logits[0], **EXACT)
+        assert same_state(out.memory_state.select([i]), alone.memory_state)
+        summed, count = summed + float(alone.loss) * (len(row) - 1), count + len(row) - 1
+    assert abs(float(out.loss) - summed / count) < 1e-10
+    order = [2, 0, 3, 1]
+    permuted = model(ids[order], attention_mask=mask[order])
+    torch.testing.assert_close(permuted.logits, out.logits[order], **EXACT)
+    assert same_state(permuted.memory_state, out.memory_state.select(order))
+    for keep in (1, 5):
+        last = model(ids, attention_mask=mask, logits_to_keep=keep).logits
+        torch.testing.assert_close(last, out.logits[:, -keep:], **EXACT)
+
+
+@families
+@with_none
+def test_bptt_depth_cuts_exactly_there(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 4 * SEGMENT + 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [
+            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+        ]
+
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    count = int((shifted != -100).sum())
+    full = gradients(model(ids, labels=ids).loss)
+    for depth in (1, 2, 3):
+        cut = gradients(model(ids, labels=ids, bptt_depth=depth).loss)
+        state, total = None, 0.0
+        for start in range(0, ids.shape[1], depth * SEGMENT):
+            at = slice(start, start + depth * SEGMENT)
+            out = model(
+                ids[:, at],
+                shift_labels=shifted[:, at],
+                memory_state=state,
+                num_items_in_batch=count,
+            )
+            state, total = out.memory_state.detach(), total + out.loss
+        by_hand = gradients(total)
+        for a, b in zip(cut, by_hand, strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+        if memory != "none":
+            assert max((a - b).abs().max() for a, b in zip(cut, full, strict=True)) > 1e-9
+    deep = gradients(model(ids, labels=ids, bptt_depth=5).loss)
+    for a, b in zip(deep, full, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@families
+@with_none
+def test_recomputing_segments_changes_no_gradient(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 3 * SEGMENT + 1)
+    model.train()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        states.append(out.memory_state.detach())
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    states: list[MemoryState] = []
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    recomputed = gradients()
+    model.gradient_checkpointing_disable()
+    assert len(plain) == len(recomputed)
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    assert same_state(states[0], states[1])
+
+
+@families
+@memories
+def test_layer_checkpointing_of_the_base_changes_no_gradient(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 2 * SEGMENT)
+    model.train()
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            model.base.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@families
+@memories
+def test_every_memory_parameter_gets_a_gradient(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 3 * SEGMENT)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.memory.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@families
+@with_none
+@torch.no_grad()
+def test_purity(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 2 * SEGMENT + 1)
+    start = model(ids).memory_state
+    kept = start.fork()
+    attributes = {n: sorted(vars(m)) for n, m in model.named_modules()}
+    weights = {n: p.clone() for n, p in model.state_dict().items()}
+    first = model(ids, memory_state=start)
+    second = model(ids, memory_state=start)
+    assert torch.equal(first.logits, second.logits)
+    assert same_state(start, kept)
+    assert attributes == {n: sorted(vars(m)) for n, m in model.named_modules()}
+    assert all(torch.equal(weights[n], p) for n, p in model.state_dict().items())
+    reading = model(ids[:, :SEGMENT], memory_state=start, write=False)
+    assert reading.memory_state is start
+    torch.testing.assert_close(
+        reading.logits, model(ids[:, :SEGMENT], memory_state=start).logits, **EXACT
+    )
+
+
+@families
+@with_none
+@torch.no_grad()
+def test_constant_size(family: str, memory: str) -> None:
+    model = memory_model(family, memory)
+    model.config.segment_length = 2
+    one = model(tokens(1, 2), logits_to_keep=None).memory_state
+    many = model(tokens(1, 2 * 400), logits_to_keep=None).memory_state
+    shapes = [{n: (t.shape, t.dtype) for n, t in s.tensors.items()} for s in (one, many)]
+    assert shapes[0] == shapes[1]
+    assert one.nbytes == many.nbytes
+    assert shapes[0] == {n: (t.shape, t.dtype) for n, t in model.init_state(1).tensors.items()}
+
+
+@families
+@memories
+@torch.no_grad()
+def test_neutral_at_the_start(family: str, memory: str) -> None:
+    if not memory_class(memory).neutral:
+        pytest.skip("the mechanism does not promise it")
+    base, ids = base_model(family), tokens(2, SEGMENT)
+    plain = base(ids).logits
+    model = MemLMForCausalLM.from_base(base, memory=CASES[memory], segment_length=SEGMENT)
+    torch.testing.assert_close(model(ids).logits, plain, **EXACT)
+
+
+@families
+@with_none
+@torch.no_grad()
+def test_round_trips(family: str, memory: str, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, ids = memory_model(family, memory), tokens(2, 4 * SEGMENT)
+    half = 2 * SEGMENT
+    middle = model(ids[:, :half]).memory_state
+    expected = model(ids[:, half:], memory_state=middle).logits
+    middle.save(tmp_path / "state.safetensors")
+    state = MemoryState.load(tmp_path / "state.safetensors")
+    assert state.batch_size == 2 and same_state(state, middle)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64).eval()
+    assert isinstance(loaded, MemLMForCausalLM)
+    got = loaded(ids[:, half:], memory_state=state).logits
+    torch.testing.assert_close(got, expected, **EXACT)
+    model.save_memory(tmp_path / "memory")
+    other = MemLMForCausalLM.from_base(
+        base_model(family), memory=CASES.get(memory, memory), segment_length=SEGMENT
+    ).eval()
+    randomise(other.memory, seed=9)
+    other.load_memory(tmp_path / "memory")
+    got = other(ids[:, half:], memory_state=state).logits
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@families
+@with_none
+@torch.no_grad()
+def test_bfloat16_stays_close(family: str, memory: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 3 * SEGMENT + 1)
+    # Weights of ordinary size: the law is about rounding, not about a chaotic network.
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(0.2)
+    exact = model(ids).logits
+    single = model.to(torch.float32)(ids)
+    assert (single.logits - exact).abs().max() < 1e-3 * exact.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(ids).logits
+    half = model.to(torch.bfloat16)(ids)
+    for logits in (mixed, half.logits):
+        assert logits.isfinite().all()
+        assert (logits.double() - exact).abs().max() < 0.1 * exact.abs().max()
+    for name, tensor in half.memory_state.tensors.items():
+        assert tensor.dtype == single.memory_state[name].dtype or memory == "rmt", name
+
+
+@memories
+@torch.no_grad()
+def test_long_documents_stay_bounded(memory: str) -> None:
+    model = memory_model("llama", memory, segment_length=32).to(torch.float32)
+    early = model(tokens(1, 32 * 20), logits_to_keep=None).memory_state
+    late = model(tokens(1, 100_000), logits_to_keep=None).memory_state
+    for name, tensor in late.tensors.items():
+        assert tensor.isfinite().all()
+        assert tensor.abs().max() < 100 * early[name].abs().max() + 100, name

@@ -1,0 +1,116 @@
+"""`generate`: tokens are those of reading the whole prefix anew at every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memlm.memory import available_memories
+from tests.cases import LAW_FAMILIES, SEGMENT, memory_model, tokens
+
+NEW = 2 * SEGMENT + 3
+families = pytest.mark.parametrize("family", LAW_FAMILIES)
+memories = pytest.mark.parametrize("memory", available_memories())
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@torch.no_grad()
+def by_rereading(model, ids: torch.Tensor, steps: int, state=None) -> torch.Tensor:
+    for _ in range(steps):
+        token = model(ids, memory_state=state).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, token], 1)
+    return ids
+
+
+@families
+@memories
+@pytest.mark.parametrize("length", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT + 2])
+def test_greedy_equals_rereading_the_prefix(family: str, memory: str, length: int) -> None:
+    model, ids = memory_model(family, memory), tokens(2, length)
+    assert torch.equal(model.generate(ids, **GREEDY), by_rereading(model, ids, NEW))
+
+
+@families
+@memories
+def test_ragged_prompts_equal_prompts_alone(family: str, memory: str) -> None:
+    model = memory_model(family, memory)
+    rows = [tokens(1, n, seed=n)[0] for n in (2 * SEGMENT + 1, 1, SEGMENT, 5)]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+    out = model.generate(ids, attention_mask=mask, **GREEDY)[:, width:]
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], **GREEDY)[0, len(row) :]
+        assert torch.equal(out[i], alone)
+
+
+@memories
+def test_generation_goes_on_after_a_state(memory: str) -> None:
+    model, ids = memory_model("llama", memory), tokens(2, 4 * SEGMENT + 2)
+    state = model(ids[:, : 3 * SEGMENT], logits_to_keep=None).memory_state
+    kept = state.fork()
+    tail = ids[:, 3 * SEGMENT :]
+    out = model.generate(tail, memory_state=state, **GREEDY)
+    assert torch.equal(out[:, tail.shape[1] :], model.generate(ids, **GREEDY)[:, ids.shape[1] :])
+    assert all(torch.equal(kept[n], state[n]) for n in kept.tensors)
+
+
+@memories
+@torch.no_grad()
+def test_beam_search_carries_each_beams_own_memory(memory: str) -> None:
+    """A beam's score is the log-probability of its tokens, however beams were exchanged."""
+    model, ids = memory_model("llama", memory), tokens(2, SEGMENT + 2)
+    out = model.generate(
+        ids,
+        num_beams=4,
+        num_return_sequences=4,
+        return_dict_in_generate=True,
+        output_scores=True,
+        length_penalty=0.0,
+        **GREEDY,
+    )
+    for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
+        logits = model(sequence[None]).logits.log_softmax(-1)
+        picked = logits[0, :-1].gather(1, sequence[1:, None])[:, 0]
+        assert abs(float(picked[ids.shape[1] - 1 :].sum()) - float(score)) < 1e-4
+
+
+def test_sampling_is_reproducible_and_expands_rows() -> None:
+    model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT + 2)
+    state = model(ids[:, :SEGMENT]).memory_state
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        drawn.append(
+            model.generate(
+                ids[:, SEGMENT:],
+                memory_state=state,
+                do_sample=True,
+                num_return_sequences=3,
+                max_new_tokens=NEW,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        )
+    assert torch.equal(*drawn)
+    assert drawn[0].shape == (6, 2 + NEW)
+    assert len({tuple(row.tolist()) for row in drawn[0]}) > 2
+
+
+def test_rows_stop_at_their_own_end() -> None:
+    model, ids = memory_model("llama", "rmt"), tokens(2, 5)
+    free = model.generate(ids, **GREEDY)[:, 5:]
+    end = int(free[0, 3])
+    out = model.generate(ids, **{**GREEDY, "eos_token_id": end})[:, 5:]
+    first = free[0].tolist().index(end)
+    assert out[0, first] == end and (out[0, first + 1 :] == 0).all()
+
+
+def test_an_empty_prompt_in_a_batch_is_refused() -> None:
+    model, ids = memory_model("llama", "armt"), tokens(2, 4)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    with pytest.raises(ValueError, match="without a token"):
+        model.generate(ids, attention_mask=mask, **GREEDY)
