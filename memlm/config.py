@@ -9,6 +9,8 @@ from transformers import configuration_utils as _configuration_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FORMAT_VERSION = 1
+# How a question follows a document, and an answer the question; a trained model keeps its own.
+QUESTION_TEMPLATE = "\n\nQuestion: {question}\nAnswer:"
 # Read by trainers, trackers and evaluation harnesses off the top-level config.
 _MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _MIRRORED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -19,7 +21,8 @@ class MemLMConfig(PreTrainedConfig):
 
     text_config: the base model's own configuration (or its dict). memory: one dict per memory, with
     its `name` and its fields; empty for independent segments. segment_length: tokens of text a segment,
-    memory tokens not counted.
+    memory tokens not counted. question_template: the text that puts a question behind a document, with
+    {question} in it; the answer follows after a space.
     """
 
     model_type = "memlm"
@@ -37,6 +40,7 @@ class MemLMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     memory: list | None = None
     segment_length: int = 512
+    question_template: str = QUESTION_TEMPLATE
     memlm_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 
@@ -67,4 +71,9 @@ class MemLMConfig(PreTrainedConfig):
         if self.segment_length < 1:
             raise ValueError(
                 f"segment_length={self.segment_length} is no segment; give at least 1 token"
+            )
+        if "{question}" not in self.question_template:
+            raise ValueError(
+                f"question_template={self.question_template!r} has no place for the question; "
+                "put {question} into it"
             )

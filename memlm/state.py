@@ -150,11 +150,12 @@ class MemoryState:
         """An independent copy, detached."""
         return self.map(lambda value: value.detach().clone())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
+    def save(self, path: str | os.PathLike[str], extra: dict[str, str] | None = None) -> None:
+        """Write one safetensors file, atomically; `extra` goes into its metadata."""
         from safetensors.torch import save_file
 
         metadata = {
+            **(extra or {}),
             "format": FORMAT,
             "version": str(VERSION),
             "batch_size": str(self.batch_size),
@@ -166,6 +167,13 @@ class MemoryState:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> MemoryState:
         """Read what `save` wrote. ValueError when the file is damaged, foreign, or newer."""
+        return cls.load_with_extra(path, device)[0]
+
+    @classmethod
+    def load_with_extra(
+        cls, path: str | os.PathLike[str], device: str = "cpu"
+    ) -> tuple[MemoryState, dict[str, str]]:
+        """As `load`, with the file's metadata."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
@@ -189,7 +197,8 @@ class MemoryState:
                 f"path {str(path)!r} has state version {metadata['version']}, this memlm reads up to "
                 f"{VERSION}; upgrade memlm"
             )
-        return cls(tensors, int(metadata["batch_size"]), metadata.get("signature", ""))
+        state = cls(tensors, int(metadata["batch_size"]), metadata.get("signature", ""))
+        return state, metadata
 
 
 def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:

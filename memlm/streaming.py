@@ -1,0 +1,286 @@
+"""DocumentStream: write text of any length into a model's memory, and ask in between.
+
+Text becomes tokens in blocks whose borders depend on the text alone, never on how it was handed over:
+a document written character by character leaves the state of one write. Each block is tokenised with
+the end of the one before it in front, so that the tokens are those of the whole text.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.modeling import MemLMForCausalLM
+from memlm.segment import IGNORE
+from memlm.state import MemoryState
+
+FILE = "stream.safetensors"
+VERSION = 1
+# Characters a block: large enough that tokenising costs little, small enough to be no delay.
+BLOCK = 4096
+# Characters of the block before that a tokeniser sees again; no pre-tokeniser looks further back.
+CONTEXT = 64
+# Segments read in one call.
+WINDOW = 8
+
+
+class Answer(str):
+    """What the model answered. sources: the recalled passages it was shown, none without retrieval."""
+
+    __slots__ = ("sources",)
+    sources: tuple[Any, ...]
+
+    def __new__(cls, text: str, sources: Iterable[Any] = ()) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.sources = tuple(sources)
+        return answer
+
+
+class DocumentStream:
+    """One document, read as it comes, remembered in a state of constant size.
+
+    model: a MemLMForCausalLM (put into evaluation mode). tokenizer: its tokenizer, with an end token.
+    retrieval: reserved; None. ValueError when they do not fit each other.
+    """
+
+    def __init__(self, model: MemLMForCausalLM, tokenizer: Any, retrieval: Any = None) -> None:
+        if retrieval is not None:
+            raise ValueError(
+                f"retrieval={retrieval!r} is not available in this version of memlm; use None"
+            )
+        if not isinstance(model, MemLMForCausalLM):
+            raise TypeError(
+                f"model={type(model).__name__} has no memory; wrap it with MemLMForCausalLM.from_base"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer has no end token, and an answer would never end; set tokenizer.eos_token"
+            )
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer has {len(tokenizer)} tokens, but the model embeds "
+                f"{model.config.vocab_size}; use the model's own tokenizer"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self._state = model.init_state(1).detach()
+        self._committed = 0
+        # Tokens behind the last committed segment; at most one segment between two calls, and never
+        # none once something was read: the last token is what predicts the next one.
+        self._open: list[int] = []
+        # Text that is no tokens yet, and the text in front of it.
+        self._text = ""
+        self._context: str | None = None
+
+    def write(self, text: str | Iterable[str]) -> None:
+        """Read text: a string, or pieces of one (a list, a generator, an open file), lazily."""
+        if isinstance(text, bytes):
+            raise TypeError(
+                "text is bytes; decode it first, for instance with text.decode('utf-8')"
+            )
+        for piece in (text,) if isinstance(text, str) else text:
+            if not isinstance(piece, str):
+                raise TypeError(f"text holds a {type(piece).__name__}; give strings")
+            self._text += piece
+            while (at := _border(self._text)) is not None:
+                block, self._text = self._text[:at], self._text[at:]
+                self._read(self._encode(block))
+                self._context = ((self._context or "") + block)[-CONTEXT:]
+
+    @torch.no_grad()
+    def ask(self, question: str, max_new_tokens: int = 32) -> Answer:
+        """Answer a question about what was written; the stream stays as it is.
+
+        The question follows the document as the model's `question_template` says; decoding is greedy,
+        up to the end token or `max_new_tokens`. ValueError when nothing was written.
+        """
+        if not question.strip():
+            raise ValueError(f"question={question!r} is empty; ask something")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        tail = self._open + self._encode(self._text)
+        if not self._committed and not tail:
+            raise ValueError("the stream is empty, nothing was written; write a document first")
+        template = self.model.config.question_template
+        prompt = tail + self._plain(template.replace("{question}", question.strip()))
+        ids = self._tensor(prompt)
+        pad = self.tokenizer.pad_token_id
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            memory_state=self._state,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+        )
+        text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return Answer(text.strip())
+
+    @torch.no_grad()
+    def score(self, text: str) -> float:
+        """Mean negative log-likelihood of `text` as the document's continuation, in nats per token.
+
+        The stream stays as it is. In an empty stream the first token is predicted by nothing, and is
+        not counted. ValueError when no token is left to count.
+        """
+        ids, starts = self._encode_with_starts(self._text + text)
+        known = sum(start < len(self._text) for start in starts)
+        known += len(ids) - len(starts) if self._context is None else 0
+        before = self._open + ids[:known]
+        after = ids[known:]
+        counted = len(after) - (0 if before else 1)
+        if counted < 1:
+            raise ValueError(f"text={text!r} has no token to score; give a longer text")
+        tokens = self._tensor(before + after)
+        labels = self._tensor([IGNORE] * len(before) + after)
+        out = self.model(
+            input_ids=tokens, labels=labels, memory_state=self._state, logits_to_keep=None
+        )
+        return float(out.loss)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens written so far, with the special tokens a document begins with."""
+        return self._committed + len(self._open) + len(self._encode(self._text))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the memory: the same after a page and after a library."""
+        return self._state.nbytes
+
+    def fork(self) -> DocumentStream:
+        """A second stream that goes on from here on its own; model and tokenizer are shared."""
+        other = copy.copy(self)
+        other._state = self._state.fork()
+        other._open = list(self._open)
+        return other
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the stream into one file in `directory`, atomically; the model is not saved."""
+        extra = {
+            "stream_version": str(VERSION),
+            "stream": json.dumps(
+                {
+                    "committed": self._committed,
+                    "open": self._open,
+                    "text": self._text,
+                    "context": self._context,
+                    "segment_length": self.model.segment_length,
+                    "vocabulary": len(self.tokenizer),
+                }
+            ),
+        }
+        self._state.save(Path(directory) / FILE, extra)
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], model: MemLMForCausalLM, tokenizer: Any
+    ) -> DocumentStream:
+        """Go on with a saved stream. ValueError when it is damaged, or another model's."""
+        path = Path(directory) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"directory={str(directory)!r} holds no stream; give a folder DocumentStream.save wrote"
+            )
+        state, metadata = MemoryState.load_with_extra(path)
+        if "stream" not in metadata:
+            raise ValueError(f"{str(path)!r} is a state without a stream; use MemoryState.load")
+        if int(metadata.get("stream_version", "0")) > VERSION:
+            raise ValueError(
+                f"{str(path)!r} has stream version {metadata['stream_version']}, this memlm reads up to "
+                f"{VERSION}; upgrade memlm"
+            )
+        saved = json.loads(metadata["stream"])
+        for name, ours in (
+            ("segment_length", model.segment_length),
+            ("vocabulary", len(tokenizer)),
+        ):
+            if saved[name] != ours:
+                raise ValueError(
+                    f"{str(path)!r} was saved with {name}={saved[name]}, but here it is {ours}; use the "
+                    "model and the tokenizer it was written with"
+                )
+        stream = cls(model, tokenizer)
+        stream._state = model._admit(state, 1)
+        stream._committed, stream._open = saved["committed"], saved["open"]
+        stream._text, stream._context = saved["text"], saved["context"]
+        return stream
+
+    def _read(self, ids: list[int]) -> None:
+        """Take tokens, and commit every segment that another token follows."""
+        self._open += ids
+        length = self.model.segment_length
+        full = (len(self._open) - 1) // length * length
+        for start in range(0, full, WINDOW * length):
+            window = self._open[start : min(start + WINDOW * length, full)]
+            with torch.no_grad():
+                out = self.model(
+                    input_ids=self._tensor(window), memory_state=self._state, logits_to_keep=None
+                )
+            self._state = out.memory_state
+        self._open = self._open[max(full, 0) :]
+        self._committed += max(full, 0)
+
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], dtype=torch.long, device=self.model.backbone.device)
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_with_starts(text)[0]
+
+    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Tokens of `text` behind what was read, and where each starts; special tokens have no start."""
+        if not text:
+            return [], []
+        first = self._context is None
+        if not self.tokenizer.is_fast:
+            # Without offsets the context cannot be told from the text.
+            ids = self._plain(text)
+            starts = [i * len(text) // len(ids) for i in range(len(ids))]
+        else:
+            context = self._context or ""
+            encoded = self.tokenizer(
+                context + text, add_special_tokens=False, return_offsets_mapping=True
+            )
+            found = [
+                (token, start - len(context))
+                for token, (start, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+                if start >= len(context)
+            ]
+            ids = [token for token, _ in found]
+            starts = [start for _, start in found]
+        return (self._leading() + ids if first else ids), starts
+
+    def _leading(self) -> list[int]:
+        """The special tokens this tokenizer puts in front of a document."""
+        whole, bare = self.tokenizer("a").input_ids, self._plain("a")
+        at = next((i for i, token in enumerate(whole) if token == bare[0]), 0) if bare else 0
+        return whole[:at]
+
+
+def _border(text: str) -> int | None:
+    """Where the first block of `text` ends; None while the block is not complete.
+
+    In front of a single space between words, where every tokeniser splits; else in front of white space;
+    else anywhere. It depends on the block alone, not on how much text follows.
+    """
+    if len(text) <= BLOCK:
+        return None
+    back = range(BLOCK - 1, BLOCK // 2, -1)
+    for at in back:
+        if text[at] == " " and not (text[at - 1].isspace() or text[at + 1].isspace()):
+            return at
+    for at in back:
+        if text[at].isspace() and not text[at - 1].isspace():
+            return at
+    return BLOCK

@@ -1,0 +1,225 @@
+"""DocumentStream: pieces of any size, questions without trace, files."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import memlm.streaming
+from memlm import DocumentStream, MemLMForCausalLM, MemoryState
+from memlm.memory import available_memories
+from tests.cases import CASES, FAMILIES, randomise
+from tests.tokenizers import TEXT, tokenizer
+
+KINDS = ("byte-bpe", "metaspace", "words")
+SEGMENT = 12
+
+
+def model_for(memory: str = "armt", vocab_size: int = 400) -> MemLMForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**FAMILIES["llama"], "vocab_size": vocab_size})
+    model = MemLMForCausalLM.from_base(
+        config, memory=CASES.get(memory, memory), segment_length=SEGMENT, dtype=torch.float64
+    )
+    randomise(model.memory)
+    return model
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Blocks of a few words, so that short texts cross many borders."""
+    monkeypatch.setattr(memlm.streaming, "BLOCK", 40)
+
+
+def written(text, memory: str = "armt", kind: str = "byte-bpe") -> DocumentStream:
+    stream = DocumentStream(model_for(memory), tokenizer(kind))
+    stream.write(text)
+    return stream
+
+
+def same(a: DocumentStream, b: DocumentStream) -> bool:
+    states = zip(a._state.tensors.values(), b._state.tensors.values(), strict=True)
+    return (
+        a._open == b._open
+        and a._text == b._text
+        and a.tokens_seen == b.tokens_seen
+        and all(torch.allclose(x, y, rtol=0, atol=1e-10) for x, y in states)
+    )
+
+
+@pytest.mark.parametrize("memory", available_memories())
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_any_size_leave_the_state_of_one_write(small_blocks, memory, kind) -> None:
+    whole = written(TEXT, memory, kind)
+    characters = written(list(TEXT), memory, kind)
+    assert same(characters, whole)
+    stream, rest = DocumentStream(model_for(memory), tokenizer(kind)), TEXT
+    generator = random.Random(0)
+    while rest:
+        size = generator.randint(1, 90)
+        stream.write(rest[:size])
+        rest = rest[size:]
+    assert same(stream, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [TEXT, "no" * 200, "  \n " * 60, "a" + " b" * 100, "日本語" * 80])
+def test_tokens_are_those_of_the_whole_text(small_blocks, kind, text) -> None:
+    stream = DocumentStream(model_for(), tokenizer(kind))
+    read = []
+    stream._read = lambda ids: read.extend(ids)  # type: ignore[method-assign]
+    stream.write(text)
+    got = read + stream._encode(stream._text)
+    expected = tokenizer(kind)(text).input_ids
+    if text in (TEXT, "a" + " b" * 100):
+        assert got == expected
+    # Text without a word border is cut hard, and loses no character.
+    decode = tokenizer(kind).decode
+    if kind == "byte-bpe":
+        assert decode(got) == text
+
+
+@torch.no_grad()
+def test_the_state_is_that_of_the_model_over_the_tokens(small_blocks) -> None:
+    stream = written(TEXT)
+    ids = tokenizer("byte-bpe")(TEXT, return_tensors="pt").input_ids
+    assert stream.tokens_seen == ids.shape[1]
+    committed = model_for().eval()(ids[:, : stream._committed]).memory_state
+    for name, tensor in committed.tensors.items():
+        torch.testing.assert_close(stream._state[name], tensor, rtol=0, atol=1e-9)
+    assert 1 <= len(stream._open) <= SEGMENT
+
+
+@pytest.mark.parametrize("memory", available_memories())
+def test_asking_and_scoring_change_nothing(small_blocks, memory) -> None:
+    stream = written(TEXT, memory)
+    before = stream.fork()
+    answer = stream.ask("Where is Mary?", max_new_tokens=20)
+    assert isinstance(answer, str) and answer.sources == ()
+    stream.score(" and so on")
+    assert same(stream, before)
+    assert stream.ask("Where is Mary?", max_new_tokens=20) == answer
+    stream.write(" More text follows here." * 5)
+    before.write(" More text follows here." * 5)
+    assert same(stream, before)
+
+
+@torch.no_grad()
+def test_score_is_the_mean_loss_of_the_continuation() -> None:
+    text, continuation = TEXT[:200], TEXT[200:260]
+    stream = written(text)
+    ids = tokenizer("byte-bpe")(
+        text + continuation, return_tensors="pt", return_offsets_mapping=True
+    )
+    labels = ids.input_ids.clone()
+    labels[ids.offset_mapping[..., 0] < len(text)] = -100
+    expected = float(model_for().eval()(ids.input_ids, labels=labels).loss)
+    assert abs(stream.score(continuation) - expected) < 1e-9
+    empty = DocumentStream(model_for(), tokenizer("byte-bpe"))
+    whole = tokenizer("byte-bpe")(text, return_tensors="pt").input_ids
+    expected = float(model_for().eval()(whole, labels=whole).loss)
+    assert abs(empty.score(text) - expected) < 1e-9
+
+
+def test_a_continuation_at_a_segment_border_is_predicted_by_the_last_token() -> None:
+    """The last token stays open, or nothing would predict the next one."""
+    words = tokenizer("words")
+    stream = DocumentStream(model_for(), words)
+    stream.write("Mary " * SEGMENT)
+    assert stream.score("Mary") > 0
+
+
+def test_the_answer_equals_asking_about_all_tokens_at_once(small_blocks) -> None:
+    stream = written(TEXT)
+    model, tok = model_for().eval(), tokenizer("byte-bpe")
+    question = model.config.question_template.format(question="Where is Mary?")
+    ids = tok(TEXT).input_ids + tok(question, add_special_tokens=False).input_ids
+    out = model.generate(
+        torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=0
+    )
+    expected = tok.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    assert stream.ask("Where is Mary?", max_new_tokens=20) == expected
+
+
+def test_memory_is_constant_and_a_generator_is_read_lazily(small_blocks) -> None:
+    stream = written(TEXT)
+    size, alive = stream.memory_bytes, []
+
+    def pages():
+        for number in range(50):
+            alive.append(number)
+            yield TEXT[:100]
+            assert len(stream._text) <= 41 and len(stream._open) <= SEGMENT
+
+    stream.write(pages())
+    assert len(alive) == 50 and stream.memory_bytes == size
+
+
+def test_a_fork_goes_its_own_way(small_blocks) -> None:
+    stream = written(TEXT)
+    fork = stream.fork()
+    fork.write("Something else entirely. " * 10)
+    assert fork.tokens_seen > stream.tokens_seen
+    assert same(stream, written(TEXT))
+
+
+@pytest.mark.parametrize("memory", available_memories())
+def test_save_and_load_in_the_middle_of_a_word(small_blocks, tmp_path, memory) -> None:
+    stream = written(TEXT[:333], memory)
+    stream.save(tmp_path / "s")
+    loaded = DocumentStream.load(tmp_path / "s", model_for(memory), tokenizer("byte-bpe"))
+    assert same(loaded, stream)
+    loaded.write(TEXT[333:])
+    assert same(loaded, written(TEXT, memory))
+
+
+def test_damaged_and_foreign_streams_are_refused(tmp_path) -> None:
+    stream = written(TEXT)
+    stream.save(tmp_path)
+    tok = tokenizer("byte-bpe")
+    with pytest.raises(ValueError, match="another model's"):
+        DocumentStream.load(tmp_path, model_for("rmt"), tok)
+    with pytest.raises(ValueError, match="vocabulary="):
+        DocumentStream.load(tmp_path, model_for(), tokenizer("words"))
+    with pytest.raises(FileNotFoundError, match="holds no stream"):
+        DocumentStream.load(tmp_path / "nowhere", model_for(), tok)
+    path = tmp_path / "stream.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="not a readable state"):
+        DocumentStream.load(tmp_path, model_for(), tok)
+    MemoryState({}, 1).save(path)
+    with pytest.raises(ValueError, match="without a stream"):
+        DocumentStream.load(tmp_path, model_for(), tok)
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    tok = tokenizer("byte-bpe")
+    stream = DocumentStream(model_for(), tok)
+    with pytest.raises(ValueError, match="stream is empty"):
+        stream.ask("Where?")
+    with pytest.raises(ValueError, match="no token to score"):
+        stream.score("")
+    with pytest.raises(TypeError, match="bytes"):
+        stream.write(b"raw")
+    with pytest.raises(TypeError, match="int"):
+        stream.write([1])
+    stream.write("One")
+    stream.ask("Where?", max_new_tokens=2)
+    with pytest.raises(ValueError, match="question="):
+        stream.ask("  ")
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        stream.ask("Where?", max_new_tokens=0)
+    with pytest.raises(ValueError, match="tokens, but the model embeds 100"):
+        DocumentStream(model_for(vocab_size=100), tok)
+    with pytest.raises(ValueError, match="retrieval="):
+        DocumentStream(model_for(), tok, retrieval=object())
+    with pytest.raises(TypeError, match="has no memory"):
+        DocumentStream(model_for().base, tok)
+    from transformers import PreTrainedTokenizerFast
+
+    endless = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer)
+    with pytest.raises(ValueError, match="no end token"):
+        DocumentStream(model_for(), endless)
