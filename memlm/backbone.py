@@ -63,24 +63,21 @@ class Run:
 
     def chain(self, site: Site, layer: int, stage: Callable[..., Tensor], x: Any) -> Tensor:
         """Pass `x` through the memories at one stage, `stage` innermost."""
+        # No closure that refers to itself: cyclic garbage would keep a segment's tensors until
+        # Python's next full collection.
+        for cell in reversed(self.cells.get((site, layer), ())):
+            stage = partial(self._through, cell, stage)
+        return stage(x)
 
-        def wrapped(depth: int) -> Callable[..., Tensor]:
-            if depth == len(cells):
-                return stage
-            cell, inside = cells[depth], wrapped(depth + 1)
-
-            def call(x: Any, mask: Tensor | None = None) -> Tensor:
-                length = (x.q if isinstance(x, QKV) else x).shape[1 if site != "heads" else 2]
-                known = self._mask_of(length) if mask is None else mask
-                y, self.new[cell.name] = cell.memory(
-                    x, self.states[cell.name], inside, mask=known, write=self.write
-                )
-                return y
-
-            return call
-
-        cells = self.cells.get((site, layer), [])
-        return wrapped(0)(x)
+    def _through(
+        self, cell: Cell, inner: Callable[..., Tensor], x: Any, mask: Tensor | None = None
+    ) -> Tensor:
+        length = x.q.shape[2] if isinstance(x, QKV) else x.shape[1]
+        known = self._mask_of(length) if mask is None else mask
+        y, self.new[cell.name] = cell.memory(
+            x, self.states[cell.name], inner, mask=known, write=self.write
+        )
+        return y
 
     def _mask_of(self, length: int) -> Tensor | None:
         if self.mask is None or self.mask.shape[1] == length:

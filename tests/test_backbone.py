@@ -321,3 +321,26 @@ def test_an_encoder_decoder_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
         MemLMForCausalLM.from_base(base, memory="armt", segment_length=4)
+
+
+@pytest.mark.parametrize("memory", ["none", "rmt", "armt", "prefix", "infini-test"])
+@torch.no_grad()
+def test_a_segment_leaves_no_cyclic_garbage(memory: str) -> None:
+    """What waits for the collector holds tensors, and a long document would grow."""
+    import gc
+
+    model, ids = site_model("llama", memory), tokens(2, 4 * SEGMENT)
+    model(ids, logits_to_keep=None)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):
+            model(ids, logits_to_keep=None)
+        gc.collect()
+        kept = [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not kept

@@ -1,0 +1,265 @@
+"""The `memlm` command: thin over the functions of the package.
+
+torch and transformers are imported when a command needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memlm import __version__
+
+EXAMPLES = """\
+examples:
+  memlm demo
+  memlm train tiny-armt-qa1 --out runs/tiny training.learning_rate=1e-3
+  memlm eval runs/tiny --tasks qa1 --lengths 0k 4k 128k --samples 100 --out runs/tiny/eval
+  memlm ask runs/tiny book.txt notes.txt -q "Where is Mary?"
+  memlm data babilong --tasks qa1 qa2 --lengths 4k --samples 100 --out data/mine
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status: 0 done, 1 failed, 2 a mistake of the user, 130 interrupted."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except KeyboardInterrupt:
+        print("\nmemlm: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"memlm: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="memlm",
+        description="A memory that never fills up, for any Hugging Face causal language model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"memlm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, run: Any, **kwargs: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            parents=[shared],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            **kwargs,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", "train a memory model from a recipe", _train)
+    train.add_argument("recipe", help="a YAML file, or the name of a recipe shipped with memlm")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    train.add_argument("--out", type=Path, help="folder of the run (default: the recipe's own)")
+    train.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="refuse a folder that holds a run, instead of going on with it",
+    )
+    train.add_argument("--keys", action="store_true", help="print every key of a recipe and exit")
+
+    evaluate = command("eval", "evaluate a model on BABILong at any length", _evaluate)
+    evaluate.add_argument("model", help="folder or hub id of a memory model")
+    _add_samples(evaluate, tasks=["qa1"], lengths=["0k", "4k"])
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="samples read side by side")
+    evaluate.add_argument("--max-new-tokens", type=int, default=20, help="longest answer")
+    evaluate.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16, ... or auto")
+
+    ask = command("ask", "read files into a memory, and ask", _ask)
+    ask.add_argument("model", help="folder or hub id of a memory model")
+    ask.add_argument("files", nargs="*", type=Path, metavar="FILE", help="UTF-8 text files, in order")
+    ask.add_argument(
+        "-q", "--question", action="append", required=True, help="what to ask; may be repeated"
+    )
+    ask.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    ask.add_argument("--load", type=Path, metavar="DIR", help="go on with a stream saved there")
+    ask.add_argument("--save", type=Path, metavar="DIR", help="keep the stream, after reading, there")
+    ask.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    ask.add_argument("--dtype", default="auto", help="float32, bfloat16, ... or auto")
+
+    data = command("data", "write a data set in the layout others read", _data)
+    data.add_argument("kind", choices=["babilong"], help="which data set")
+    _add_samples(data, tasks=["qa1"], lengths=["0k", "4k"])
+    data.add_argument("--out", type=Path, required=True, help="folder for data/TASK/LENGTH.json")
+    data.add_argument(
+        "--tokenizer", default="words", help="folder or hub id whose tokens count, or 'words'"
+    )
+
+    demo = command(
+        "demo", "train a small memory model and question it at a million tokens", _demo
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of the run")
+    demo.add_argument("--seed", type=int, default=0, help="seed of weights, data and samples")
+    demo.add_argument("--ask", type=Path, metavar="FILE", help="also ask about a text file of yours")
+    demo.add_argument("-q", "--question", help="the question about --ask FILE")
+    demo.add_argument(
+        "--quick", action="store_true", help="a minute's version: trains too little to answer well"
+    )
+    return parser
+
+
+def _add_samples(parser: argparse.ArgumentParser, tasks: list[str], lengths: list[str]) -> None:
+    parser.add_argument("--tasks", nargs="+", default=tasks, help="bAbI tasks, such as qa1 qa2")
+    parser.add_argument(
+        "--lengths", nargs="+", default=lengths, help="tokens of context: 0k 4k 128k 1M ..."
+    )
+    parser.add_argument("--samples", type=int, default=100, help="samples per task and length")
+    parser.add_argument(
+        "--haystack", default="builtin", help="builtin, a text file or folder, or hub:ID"
+    )
+    parser.add_argument(
+        "--stories", default="generated", help="generated, or a folder of bAbI's own files"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from memlm.train import Recipe, train
+
+    if arguments.keys:
+        print(Recipe.describe())
+        return
+    recipe = Recipe.load(arguments.recipe, overrides=arguments.overrides)
+    result = train(recipe, arguments.out, resume=False if arguments.no_resume else "auto")
+    _written(result.files)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from memlm import MemLMForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name = arguments.model
+    folder = Path(name)
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"model={name!r} does not exist; give a folder or a hub id")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model={name!r} has no config.json; give the folder of a saved model")
+    if arguments.dtype != "auto" and not isinstance(
+        getattr(torch, arguments.dtype, None), torch.dtype
+    ):
+        raise ValueError(f"dtype={arguments.dtype!r} is unknown; use float32, bfloat16 or auto")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
+    if not isinstance(model, MemLMForCausalLM):
+        raise ValueError(
+            f"model={name!r} is a {type(model).__name__} without memory; "
+            "give a model saved by memlm, or wrap it with MemLMForCausalLM.from_base and train it"
+        )
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from memlm.eval import evaluate
+
+    model, tokenizer = _load(arguments)
+    report = evaluate(
+        model,
+        tokenizer,
+        tasks=arguments.tasks,
+        lengths=arguments.lengths,
+        samples=arguments.samples,
+        haystack=arguments.haystack,
+        stories=arguments.stories,
+        out=arguments.out,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        progress=True,
+    )
+    print(report.to_markdown())
+    _written(arguments.out / name for name in ("samples.jsonl", "summary.json", "accuracy.png"))
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from memlm.text import check_text_file, read_text
+
+    files = [check_text_file(path) for path in arguments.files]
+    if not files and arguments.load is None:
+        raise ValueError("no FILE to read; name text files, or a saved stream with --load DIR")
+    model, tokenizer = _load(arguments)
+    from memlm import DocumentStream
+
+    if arguments.load is not None:
+        stream = DocumentStream.load(arguments.load, model, tokenizer)
+    else:
+        stream = DocumentStream(model, tokenizer)
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=1, leave=False) as bar:
+        for path in files:
+            stream.write(read_text(path, bar.update))
+    print(f"{stream.tokens_seen:,} tokens read, {stream.memory_bytes:,} bytes of memory", flush=True)
+    for question in arguments.question:
+        print(f"{question}\n  {stream.ask(question, max_new_tokens=arguments.max_new_tokens)}")
+    if arguments.save is not None:
+        stream.save(arguments.save)
+        _written([arguments.save])
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from memlm.eval import babilong
+
+    _written(
+        babilong.write(
+            arguments.out,
+            tasks=arguments.tasks,
+            lengths=arguments.lengths,
+            samples=arguments.samples,
+            haystack=arguments.haystack,
+            stories=arguments.stories,
+            tokenizer=arguments.tokenizer,
+            seed=arguments.seed,
+        )
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from memlm.demo import demo
+
+    _written(
+        demo(
+            arguments.out,
+            seed=arguments.seed,
+            quick=arguments.quick,
+            file=arguments.ask,
+            question=arguments.question,
+        )
+    )
+
+
+def _written(paths: Any) -> None:
+    for path in paths:
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Evaluation: bAbI stories, haystacks, BABILong composition, metrics and the streaming runner.
+
+Names are imported on first use, so that importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memlm.eval import babi, babilong, haystack, metrics
+    from memlm.eval.haystack import Haystack
+    from memlm.eval.report import Report
+    from memlm.eval.runner import evaluate
+
+_MODULES = ("babi", "babilong", "haystack", "metrics", "report", "runner")
+_NAMES = {
+    "Haystack": "memlm.eval.haystack",
+    "Report": "memlm.eval.report",
+    "evaluate": "memlm.eval.runner",
+}
+
+__all__ = ["Haystack", "Report", "babi", "babilong", "evaluate", "haystack", "metrics"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"memlm.eval.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'memlm.eval' has no attribute {name!r}")

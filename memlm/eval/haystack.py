@@ -1,0 +1,520 @@
+"""Noise text: sources of documents, their sentences, and a tokenised form that costs nothing to cut.
+
+Sources are "builtin" (English that every Python installation carries), a text file or a folder of
+text files, and "hub:ID[@CONFIG][:COLUMN]" (any text dataset, streamed through `datasets`). Documents
+are divided into a train and an eval split by their names, so noise trained on is never evaluated on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "eval", "all"]
+
+# Reading stops here (some ten million tokens): a document of 10M tokens then repeats little.
+MAX_CHARACTERS = 50_000_000
+# BABILong's own filter: shorter ones are headings, page numbers and cries.
+MIN_TOKENS = 10
+# Text without full stops is cut here, so that facts find gaps in it.
+MAX_SENTENCE_CHARACTERS = 2_000
+# Fewer files than this are cut into blocks, or a tenth of the files would be none.
+MIN_FILES_AS_DOCUMENTS = 20
+BLOCK_CHARACTERS = 20_000
+# A built-in document gathers neighbours up to this size: noise should run on like a book.
+BUILTIN_WORDS = 1_500
+_MEMO_LIMIT = 50_000
+
+TEXT_COLUMNS = ("text", "content", "document", "article", "body")
+
+# Only modules whose import opens, prints, registers and changes nothing.
+BUILTIN_MODULES = (
+    "abc argparse array ast asyncio asyncio.base_events asyncio.events asyncio.futures "
+    "asyncio.locks asyncio.protocols asyncio.queues asyncio.runners asyncio.sslproto "
+    "asyncio.streams asyncio.subprocess asyncio.tasks asyncio.transports asyncio.unix_events "
+    "base64 bdb binascii bisect builtins bz2 calendar cmath cmd code codecs codeop collections "
+    "colorsys compileall concurrent.futures configparser contextlib contextvars copy copyreg csv "
+    "ctypes dataclasses datetime decimal difflib dis doctest email email.charset "
+    "email.contentmanager email.generator email.header email.headerregistry email.message "
+    "email.mime.text email.parser email.policy email.utils enum errno fcntl filecmp fileinput "
+    "fnmatch fractions ftplib functools gc getopt getpass gettext glob graphlib gzip hashlib heapq "
+    "hmac html html.parser http http.client http.cookiejar http.cookies http.server imaplib "
+    "importlib importlib.abc importlib.machinery importlib.metadata importlib.resources "
+    "importlib.util inspect io ipaddress itertools json json.decoder json.encoder keyword "
+    "linecache locale logging logging.config logging.handlers lzma mailbox marshal math mimetypes "
+    "mmap modulefinder multiprocessing multiprocessing.connection multiprocessing.managers "
+    "multiprocessing.pool multiprocessing.queues multiprocessing.shared_memory netrc ntpath "
+    "numbers opcode operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib "
+    "poplib posix posixpath pprint profile pstats py_compile pyclbr pydoc queue quopri random re "
+    "reprlib resource runpy sched secrets select selectors shelve shlex shutil signal smtplib "
+    "socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable "
+    "sys sysconfig tarfile tempfile textwrap threading timeit token tokenize trace traceback "
+    "tracemalloc types typing unittest unittest.case unittest.loader unittest.mock unittest.runner "
+    "unittest.suite urllib.error urllib.parse urllib.request urllib.response urllib.robotparser "
+    "uuid venv warnings wave weakref wsgiref.handlers wsgiref.headers wsgiref.simple_server "
+    "wsgiref.util wsgiref.validate xml.dom xml.dom.minidom xml.dom.pulldom xml.etree.ElementTree "
+    "xml.sax xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.client xmlrpc.server "
+    "zipapp zipfile zipimport zlib zoneinfo"
+).split()
+
+_PARAGRAPH = re.compile(r"\n\s*\n|\n\s*(?:[*+\-\u2022]|\d+\.)\s+")
+_BOUNDARY = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*\s+(?=[\"'\u201c\u2018(\[]*[A-Z0-9])")
+_LAST_WORD = re.compile(r"([\w.]+)$")
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof rev gen col capt lt sgt hon st jr sr vs etc e.g i.e cf al fig vol pp p "
+    "inc ltd co corp dept approx jan feb mar apr jun jul aug sep sept oct nov dec".split()
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A named stretch of text, cut into sentences in reading order."""
+
+    name: str
+    sentences: list[str]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut text into sentences by rule; blank lines and list items always end one."""
+    sentences = []
+    for paragraph in _PARAGRAPH.split(text):
+        flat = " ".join(paragraph.split())
+        start = 0
+        for boundary in _BOUNDARY.finditer(flat):
+            if flat[boundary.start()] == "." and _is_abbreviation(flat[start : boundary.start()]):
+                continue
+            sentences.append(flat[start : boundary.end()].rstrip())
+            start = boundary.end()
+        if start < len(flat):
+            sentences.append(flat[start:])
+    return [piece for sentence in sentences for piece in _cut_long(sentence)]
+
+
+def _is_abbreviation(before: str) -> bool:
+    word = _LAST_WORD.search(before)
+    if word is None:
+        return False
+    last = word.group(1)
+    return last.lower() in _ABBREVIATIONS or (len(last) == 1 and last.isupper())
+
+
+def _cut_long(sentence: str) -> Iterator[str]:
+    while len(sentence) > MAX_SENTENCE_CHARACTERS:
+        space = sentence.rfind(" ", 0, MAX_SENTENCE_CHARACTERS)
+        at = space if space > 0 else MAX_SENTENCE_CHARACTERS
+        yield sentence[:at]
+        sentence = sentence[at:].lstrip()
+    if sentence:
+        yield sentence
+
+
+class Haystack:
+    """Documents of one split of a source."""
+
+    def __init__(self, source: str, documents: Sequence[Document]) -> None:
+        kept = [document for document in documents if document.sentences]
+        if not kept:
+            raise ValueError(
+                f"haystack {source!r} holds no sentence; give a source with prose in it"
+            )
+        self.source = source
+        self.documents = kept
+        self._tokenized: TokenHaystack | None = None
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str] = "builtin",
+        split: Split = "eval",
+        max_characters: int = MAX_CHARACTERS,
+    ) -> Haystack:
+        """Read the documents of `source` that belong to `split`, about one in ten to eval."""
+        check_source(source)
+        if split not in get_args(Split):
+            raise ValueError(f"unknown haystack split {split!r}; use one of {get_args(Split)}")
+        source = os.fspath(source)
+        texts, divided = _texts(source, split)
+        texts = _bounded(texts, max_characters)
+        documents = [Document(name, split_sentences(text)) for name, text in texts]
+        if source == "builtin":
+            documents = [Document(d.name, _prose(d.sentences)) for d in documents]
+            documents = _gather(documents, BUILTIN_WORDS)
+        documents = [document for document in documents if document.sentences]
+        if not documents:
+            raise ValueError(f"haystack {source!r} holds no text; give a source with prose in it")
+        chosen = documents if divided else _of_split(documents, split)
+        if not chosen:
+            raise ValueError(
+                f"haystack {source!r} has a single document, which leaves nothing for split "
+                f"{split!r}; use split='all' or a longer text"
+            )
+        return cls(source, chosen)
+
+    def sentences(self, rng: np.random.Generator) -> Iterator[str]:
+        """Yield without end: a random document from a random sentence to its end, then another."""
+        while True:
+            sentences = self.documents[int(rng.integers(len(self.documents)))].sentences
+            yield from itertools.islice(sentences, int(rng.integers(len(sentences))), None)
+
+    def tokenized(
+        self, tokenizer: PreTrainedTokenizerBase, min_tokens: int = MIN_TOKENS
+    ) -> TokenHaystack:
+        """Tokenise every sentence once; the last result is kept for the next call."""
+        known = self._tokenized
+        if known is None or known.tokenizer is not tokenizer or known.min_tokens != min_tokens:
+            known = TokenHaystack(self.documents, tokenizer, self.source, min_tokens)
+            self._tokenized = known
+        return known
+
+
+class TokenHaystack:
+    """The sentences of a haystack as one flat array of token ids.
+
+    Each sentence is tokenised by itself behind one space, so a composed document is the
+    concatenation of its sentences' ids; for byte-level BPE that equals tokenising the joined text.
+    Sentences under `min_tokens` tokens are left out.
+
+    ids (tokens,) int32; offsets (sentences + 1,) where sentences start in ids; first_sentence
+    (documents + 1,) where documents start among the sentences. With `in_order` noise starts at the
+    first sentence and starts over at the end, else at random documents and sentences.
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        min_tokens: int = MIN_TOKENS,
+        in_order: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.source = source
+        self.min_tokens = min_tokens
+        self.in_order = in_order
+        self.texts: list[str] = []
+        pieces: list[NDArray[np.int32]] = []
+        lengths: list[int] = []
+        first_sentence = [0]
+        for document in documents:
+            # A call a document: thousands of sentences at once, never the whole source.
+            encoded = encode_texts(tokenizer, [f" {s}" for s in document.sentences])
+            kept = [
+                (text, ids)
+                for text, ids in zip(document.sentences, encoded, strict=True)
+                if len(ids) >= min_tokens
+            ]
+            if not kept:
+                continue
+            self.texts += [text for text, _ in kept]
+            lengths += [len(ids) for _, ids in kept]
+            pieces.append(np.fromiter(itertools.chain(*(ids for _, ids in kept)), dtype=np.int32))
+            first_sentence.append(len(lengths))
+        if not pieces:
+            raise ValueError(
+                f"haystack {source!r} has no sentence of {min_tokens} tokens; "
+                "give a source with longer sentences"
+            )
+        self.ids = np.concatenate(pieces)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.first_sentence = np.array(first_sentence, dtype=np.int64)
+        self._memo: dict[str, NDArray[np.int32]] = {}
+
+    @property
+    def digest(self) -> str:
+        """A short fingerprint of the token ids: same source, split and tokenizer, same digest."""
+        return hashlib.blake2b(self.ids.tobytes(), digest_size=8).hexdigest()
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Tokenise a short text as it stands, remembering it: facts come from few sentences."""
+        known = self._memo.get(text)
+        if known is None:
+            if len(self._memo) >= _MEMO_LIMIT:
+                self._memo.clear()
+            known = np.array(encode_texts(self.tokenizer, [text])[0], dtype=np.int32)
+            self._memo[text] = known
+        return known
+
+    def runs(self, budget: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Draw stretches of whole documents' ends until they hold `budget` tokens.
+
+        Returns the first sentence of each stretch and the sentence after its last, both (runs,).
+        """
+        firsts: list[NDArray[Any]] = []
+        ends: list[NDArray[Any]] = []
+        held = 0
+        while held < budget:
+            # Never one at a time: a document of 50M tokens takes tens of thousands of stretches.
+            mean = len(self.ids) / (len(self.first_sentence) - 1)
+            count = int((budget - held) / mean) + 16
+            if self.in_order:
+                document = np.zeros(count, dtype=np.int64)
+                start = np.zeros(count)
+            else:
+                document = rng.integers(0, len(self.first_sentence) - 1, count)
+                start = rng.random(count)
+            begin, end = self.first_sentence[document], self.first_sentence[document + 1]
+            first = begin + (start * (end - begin)).astype(np.int64)
+            firsts.append(first)
+            ends.append(end)
+            held += int((self.offsets[end] - self.offsets[first]).sum())
+        if not firsts:
+            empty = np.zeros(0, dtype=np.int64)
+            return empty, empty
+        return np.concatenate(firsts), np.concatenate(ends)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokenise each text by itself, without special tokens."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def from_sentences(
+    sentences: Iterable[str], tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> TokenHaystack:
+    """Make a haystack of the given sentences, used in order and as they are.
+
+    Takes from an iterable no more sentences than `tokens` need, so it may be endless.
+    """
+    taken: list[str] = []
+    held = 0
+    pending = iter(sentences)
+    while held < tokens or not taken:
+        batch = [text.strip() for text in itertools.islice(pending, 256)]
+        if not batch:
+            break
+        taken += batch
+        held += sum(map(len, encode_texts(tokenizer, [f" {text}" for text in batch])))
+    if not taken:
+        raise ValueError("haystack is an empty list of sentences; give at least one sentence")
+    return TokenHaystack([Document("given", taken)], tokenizer, "given", 1, in_order=True)
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Refuse a haystack source that cannot be opened, before any work is done."""
+    name = os.fspath(source)
+    if name == "builtin" or (name.startswith("hub:") and len(name) > len("hub:")):
+        return
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(
+            f"haystack {name!r} is neither 'builtin', an existing file or folder, nor 'hub:ID'; "
+            "name one of these"
+        )
+    if path.is_dir() and not _files_of(path):
+        raise ValueError(f"haystack folder {name!r} holds no file; give a folder of text files")
+
+
+def _bounded(texts: Iterator[tuple[str, str]], limit: int) -> Iterator[tuple[str, str]]:
+    left = limit
+    for name, text in texts:
+        if left <= 0:
+            return
+        yield name, text[:left]
+        left -= len(text)
+
+
+def _texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bool]:
+    """Return (name, text) of every document, and whether they are already those of `split`."""
+    if source == "builtin":
+        return _builtin_texts(), False
+    if source.startswith("hub:"):
+        return _hub_texts(source, split)
+    return _file_texts(Path(source)), False
+
+
+def _of_split(documents: list[Document], split: Split) -> list[Document]:
+    if split == "all":
+        return documents
+    marks = {
+        document.name: int.from_bytes(
+            hashlib.blake2b(document.name.encode(), digest_size=8).digest(), "big"
+        )
+        for document in documents
+    }
+    held_out = {name for name, mark in marks.items() if mark % 10 == 0}
+    if not held_out or len(held_out) == len(documents):
+        # Too few documents for the draw to be fair: hold out exactly one.
+        held_out = {min(marks, key=lambda name: marks[name])} if len(documents) > 1 else set()
+        if not held_out:
+            return []
+    return [d for d in documents if (d.name in held_out) == (split == "eval")]
+
+
+def _builtin_texts() -> Iterator[tuple[str, str]]:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    for name in sorted(topics):
+        yield f"topic/{name}", topics[name]
+    seen: set[str] = set()
+    for name in BUILTIN_MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue  # Not every platform builds every module.
+        docs = [doc for doc in _docstrings(module, name) if doc not in seen]
+        seen.update(docs)
+        yield f"module/{name}", "\n\n".join(dict.fromkeys(docs))
+
+
+def _docstrings(module: Any, name: str) -> Iterator[str]:
+    """Yield the docstrings of a module, its classes, their members and its functions."""
+    own = {name, f"_{name}", None}
+    yield from _docstring(module)
+    for _, value in sorted(vars(module).items()):
+        if inspect.isclass(value) and value.__module__ in own:
+            yield from _docstring(value)
+            for _, member in sorted(vars(value).items()):
+                yield from _docstring(member)
+        elif inspect.isroutine(value) and getattr(value, "__module__", None) in own:
+            yield from _docstring(value)
+
+
+def _docstring(value: Any) -> Iterator[str]:
+    # A class's own entry: reading through some deprecated classes warns.
+    doc = vars(value).get("__doc__") if inspect.isclass(value) else getattr(value, "__doc__", None)
+    # Other instances carry their class's docstring, which says nothing about them.
+    described = inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)
+    if isinstance(doc, str) and (described or isinstance(value, property | classmethod)):
+        yield inspect.cleandoc(doc)
+
+
+def _prose(sentences: list[str]) -> list[str]:
+    """Keep what reads as English: no examples of code, tables or underlined headings."""
+    kept = []
+    for sentence in sentences:
+        letters = sum(character.isalpha() or character == " " for character in sentence)
+        if ">>>" not in sentence and letters >= 0.85 * len(sentence):
+            kept.append(sentence)
+    return kept
+
+
+def _gather(documents: list[Document], words: int) -> list[Document]:
+    """Join neighbours into documents of at least `words` words."""
+    gathered: list[Document] = []
+    pending: list[str] = []
+    name, held = "", 0
+    for document in documents:
+        name = name or document.name
+        pending = pending + document.sentences
+        held += sum(sentence.count(" ") + 1 for sentence in document.sentences)
+        if held >= words:
+            gathered.append(Document(name, pending))
+            pending, name, held = [], "", 0
+    if pending:
+        gathered.append(Document(name, pending))
+    return gathered
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def _file_texts(path: Path) -> Iterator[tuple[str, str]]:
+    if path.is_dir():
+        files = [(file.relative_to(path).as_posix(), file) for file in _files_of(path)]
+    else:
+        files = [(path.name, path)]
+    size = sum(file.stat().st_size for _, file in files)
+    whole = len(files) >= MIN_FILES_AS_DOCUMENTS
+    block = min(BLOCK_CHARACTERS, max(500, size // 20))
+    for name, file in files:
+        try:
+            with file.open(encoding="utf-8") as stream:
+                for number in itertools.count():
+                    text = stream.read() if whole else stream.read(block) + stream.readline(block)
+                    if "\0" in text:
+                        raise UnicodeError("it holds zero bytes")
+                    if not text:
+                        break
+                    yield (name if whole else f"{name}#{number}"), text
+        except UnicodeError as error:
+            raise ValueError(
+                f"haystack file {str(file)!r} is not UTF-8 text ({error}); remove or convert it"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"haystack file {str(file)!r} cannot be read ({error.strerror}); "
+                "check its permissions"
+            ) from error
+
+
+def _hub_texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bool]:
+    """Stream a dataset; a test split of its own serves as eval, else its rows are divided here."""
+    name, config, column = _parse_hub(source)
+    splits = _open_dataset(source, name, config)
+    held_out = next((key for key in ("test", "validation") if key in splits), None)
+    train = "train" if "train" in splits else next(iter(splits))
+    divided = held_out is not None and train == "train" and split != "all"
+    rows = splits[held_out if divided and split == "eval" and held_out else train]
+
+    def texts() -> Iterator[tuple[str, str]]:
+        chosen = column
+        for number, row in enumerate(rows):
+            chosen = chosen or _text_column(source, row)
+            if chosen not in row:
+                raise ValueError(
+                    f"haystack {source!r} has no column {chosen!r}; its columns are "
+                    f"{', '.join(row)}"
+                )
+            if isinstance(row[chosen], str):
+                yield f"row/{number}", row[chosen]
+
+    return texts(), divided
+
+
+def _parse_hub(source: str) -> tuple[str, str | None, str | None]:
+    body = source.removeprefix("hub:")
+    name, _, column = body.rpartition(":") if ":" in body else (body, "", "")
+    name, _, config = name.partition("@")
+    return name, config or None, column or None
+
+
+def _open_dataset(source: str, name: str, config: str | None) -> Any:
+    """Open a hub dataset or a local file of rows as streams, by split."""
+    import datasets
+
+    builder = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+    suffix = Path(name).suffix
+    try:
+        if Path(name).is_file() and suffix in builder:
+            return datasets.load_dataset(builder[suffix], data_files=name, streaming=True)
+        return datasets.load_dataset(name, config, streaming=True)
+    except Exception as error:  # `datasets` raises a different type for every cause.
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"haystack {source!r} cannot be opened ({type(error).__name__}: {reason}); "
+            "check the name and the connection"
+        ) from error
+
+
+def _text_column(source: str, row: dict[str, Any]) -> str:
+    strings = [key for key, value in row.items() if isinstance(value, str)]
+    named = [key for key in TEXT_COLUMNS if key in strings]
+    if named:
+        return named[0]
+    if len(strings) == 1:
+        return strings[0]
+    raise ValueError(
+        f"haystack {source!r} has text columns {strings or 'none'}; "
+        f"name one, as in {source + ':COLUMN'!r}"
+    )

@@ -1,0 +1,108 @@
+"""A model whose accuracy is known: it keeps what it read and answers with the symbolic solver."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from memlm.eval import babi
+
+_FACT = re.compile(
+    r"(?:[A-Z][a-z]+ (?:moved|went|went back|journeyed|travelled) to the \w+\.)"
+    r"|(?:[A-Z][a-z]+ (?:got|grabbed|took|picked up|dropped|left|discarded|put down) the \w+"
+    r"(?: there)?\.)"
+)
+_QUESTION = re.compile(r"Where [^?.]*\?$")
+
+
+@dataclass
+class Remembered:
+    """The tokens read so far, a tuple a row."""
+
+    rows: list[tuple[int, ...]]
+
+
+class SolvingModel(nn.Module):
+    """Obeys the contract of MemLMForCausalLM and checks that its caller does.
+
+    `span` is how many tokens it remembers; `fail_at` the call that is interrupted.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        segment_length: int = 32,
+        span: int | None = None,
+        fail_at: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(20.0))
+        self.config = SimpleNamespace(segment_length=segment_length)
+        self.device = torch.device("cpu")
+        self.tokenizer = tokenizer
+        self.span = span
+        self.fail_at = fail_at
+        self.calls = 0
+        self.batches: list[tuple[int, int]] = []
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        memory_state: Remembered | None = None,
+        logits_to_keep: int | None = 0,
+    ) -> Any:
+        assert not self.training and logits_to_keep is None
+        assert not torch.is_grad_enabled()
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        self.batches.append(tuple(input_ids.shape))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        assert mask.shape == input_ids.shape
+        before = memory_state.rows if memory_state else [()] * len(input_ids)
+        rows = []
+        for known, ids, real in zip(before, input_ids.tolist(), mask.bool().tolist(), strict=True):
+            taken = [token for token, seen in zip(ids, real, strict=True) if seen]
+            # A call ends its last segment, so an open one may not be handed over.
+            assert len(taken) % self.config.segment_length == 0
+            assert all(real[: len(taken)])
+            rows.append((*known, *taken))
+        return SimpleNamespace(memory_state=Remembered(rows))
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        memory_state: Remembered | None,
+        max_new_tokens: int,
+        do_sample: bool,
+        eos_token_id: int,
+        pad_token_id: int,
+    ) -> Tensor:
+        assert not do_sample and bool(attention_mask[:, -1].all())
+        before = memory_state.rows if memory_state else [()] * len(input_ids)
+        new = torch.full((len(input_ids), max_new_tokens), pad_token_id)
+        for row, (known, ids, mask) in enumerate(
+            zip(before, input_ids, attention_mask.bool(), strict=True)
+        ):
+            tokens = [*known, *ids[mask].tolist()]
+            answer = self._answer(tokens if self.span is None else tokens[-self.span :])
+            said = [*self.tokenizer(f" {answer}")["input_ids"], eos_token_id][:max_new_tokens]
+            new[row, : len(said)] = torch.tensor(said)
+        return torch.cat([input_ids, new], dim=1)
+
+    def _answer(self, tokens: list[int]) -> str:
+        text = self.tokenizer.decode(tokens)
+        question = _QUESTION.search(text)
+        assert question is not None, text[-80:]
+        try:
+            return babi.solve(_FACT.findall(text), question.group(0))
+        except ValueError:
+            return "nowhere"

@@ -1,0 +1,55 @@
+"""What is written by hand stays true: lists of mechanisms, layering, names in the wrong place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from memlm.memory import available_memories
+from tests.cases import CASES
+
+ROOT = Path(__file__).parent.parent
+MECHANISMS = {name for name in available_memories() if name != "none"}
+
+
+def test_files_cases_and_methods_table_name_the_same_mechanisms() -> None:
+    table = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/methods.md").read_text(), re.MULTILINE)
+    assert set(table) == MECHANISMS == set(CASES)
+    sections = re.findall(r"^## ([\w-]+)$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE)
+    assert set(sections) == MECHANISMS
+
+
+def test_no_module_branches_on_a_mechanism_s_name() -> None:
+    """Names appear in their own file, recipes, tests and docs only."""
+    for path in (ROOT / "memlm").rglob("*.py"):
+        if path.parent.name == "memory" and path.stem.replace("_", "-") in MECHANISMS:
+            continue
+        text = path.read_text()
+        for name in MECHANISMS:
+            found = re.findall(rf"""(?:==|!=|\bin\b|case)\s*\(?\s*["']{name}["']""", text)
+            assert not found, f"{path.name} branches on {name!r}"
+
+
+def test_nothing_is_loaded_by_pickle() -> None:
+    for path in (ROOT / "memlm").rglob("*.py"):
+        assert not re.search(r"\bpickle\b|torch\.load\(|allow_pickle=True", path.read_text()), path
+
+
+def test_readme_code_runs() -> None:
+    """The Python blocks of the README, as a user would paste them."""
+    import contextlib
+    import io
+    import os
+    import tempfile
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    runnable = [block for block in blocks if "# runs as it stands" in block]
+    assert runnable
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        os.chdir(folder)
+        try:
+            for block in runnable:
+                exec(compile(block, "README.md", "exec"), {})
+        finally:
+            os.chdir(before)
