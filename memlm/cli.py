@@ -90,13 +90,17 @@ def _parser() -> argparse.ArgumentParser:
 
     ask = command("ask", "read files into a memory, and ask", _ask)
     ask.add_argument("model", help="folder or hub id of a memory model")
-    ask.add_argument("files", nargs="*", type=Path, metavar="FILE", help="UTF-8 text files, in order")
+    ask.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="UTF-8 text files, in order"
+    )
     ask.add_argument(
         "-q", "--question", action="append", required=True, help="what to ask; may be repeated"
     )
     ask.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
     ask.add_argument("--load", type=Path, metavar="DIR", help="go on with a stream saved there")
-    ask.add_argument("--save", type=Path, metavar="DIR", help="keep the stream, after reading, there")
+    ask.add_argument(
+        "--save", type=Path, metavar="DIR", help="keep the stream, after reading, there"
+    )
     ask.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     ask.add_argument("--dtype", default="auto", help="float32, bfloat16, ... or auto")
 
@@ -108,12 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", default="words", help="folder or hub id whose tokens count, or 'words'"
     )
 
-    demo = command(
-        "demo", "train a small memory model and question it at a million tokens", _demo
-    )
+    demo = command("demo", "train a small memory model and question it at a million tokens", _demo)
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of the run")
     demo.add_argument("--seed", type=int, default=0, help="seed of weights, data and samples")
-    demo.add_argument("--ask", type=Path, metavar="FILE", help="also ask about a text file of yours")
+    demo.add_argument(
+        "--ask", type=Path, metavar="FILE", help="also ask about a text file of yours"
+    )
     demo.add_argument("-q", "--question", help="the question about --ask FILE")
     demo.add_argument(
         "--quick", action="store_true", help="a minute's version: trains too little to answer well"
@@ -217,7 +221,9 @@ def _ask(arguments: argparse.Namespace) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=1, leave=False) as bar:
         for path in files:
             stream.write(read_text(path, bar.update))
-    print(f"{stream.tokens_seen:,} tokens read, {stream.memory_bytes:,} bytes of memory", flush=True)
+    print(
+        f"{stream.tokens_seen:,} tokens read, {stream.memory_bytes:,} bytes of memory", flush=True
+    )
     for question in arguments.question:
         print(f"{question}\n  {stream.ask(question, max_new_tokens=arguments.max_new_tokens)}")
     if arguments.save is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,26 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         device = self.backbone.device
         if any(value.device != device for value in state.tensors.values()):
             state = state.to(device)
+        return state
+
+    @torch.no_grad()
+    def read(
+        self, segments: Iterable[Segment], memory_state: MemoryState | None = None
+    ) -> MemoryState:
+        """Remember `segments`, taken one by one, and return the state behind the last.
+
+        No gradient, no logits: for documents too long to be held. Rows end by their masks.
+        """
+        pieces = iter(segments)
+        first = next(pieces, None)
+        if first is None:
+            if memory_state is None:
+                raise ValueError("segments is empty and memory_state is None; give one of them")
+            return memory_state
+        state = self._admit(memory_state, first.ids.shape[0])
+        run = self._window(True, _Collector())
+        for _, behind in scan(run, chain([first], pieces), state, bptt_depth=1):
+            state = behind
         return state
 
     def prepare_inputs_for_generation(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from memlm.segment import Segment, cut
 from memlm.state import MemoryState
 
 
@@ -18,7 +20,7 @@ class Reader(Protocol):
 
     def init_state(self, batch_size: int) -> MemoryState: ...
 
-    def __call__(self, input_ids: Tensor, **kwargs: object) -> object: ...
+    def read(self, segments: Iterable[Segment], memory_state: MemoryState) -> MemoryState: ...
 
 
 class RollingMemory:
@@ -61,10 +63,7 @@ class RollingMemory:
         pending = [row[a:b] for row, a, b in zip(rows, done, goal, strict=True)]
         if any(len(piece) for piece in pending):
             ids, mask = _padded(pending, left=False)
-            out = self.model(
-                input_ids=ids, attention_mask=mask, memory_state=state, logits_to_keep=None
-            )
-            state = out.memory_state  # type: ignore[attr-defined]
+            state = self.model.read(cut(ids, mask.to(torch.bool), None, length), state)
         self.state = state
         self.committed = [row[:b] for row, b in zip(rows, goal, strict=True)]
         ids, mask = _padded([row[b:] for row, b in zip(rows, goal, strict=True)], left=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memlm.modeling import MemLMForCausalLM
-from memlm.segment import IGNORE
+from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
 
 FILE = "stream.safetensors"
@@ -27,8 +27,6 @@ VERSION = 1
 BLOCK = 4096
 # Characters of the block before that a tokeniser sees again; no pre-tokeniser looks further back.
 CONTEXT = 64
-# Segments read in one call.
-WINDOW = 8
 
 
 class Answer(str):
@@ -219,13 +217,9 @@ class DocumentStream:
         self._open += ids
         length = self.model.segment_length
         full = (len(self._open) - 1) // length * length
-        for start in range(0, full, WINDOW * length):
-            window = self._open[start : min(start + WINDOW * length, full)]
-            with torch.no_grad():
-                out = self.model(
-                    input_ids=self._tensor(window), memory_state=self._state, logits_to_keep=None
-                )
-            self._state = out.memory_state
+        if full > 0:
+            ids = self._tensor(self._open[:full])
+            self._state = self.model.read(cut(ids, None, None, length), self._state)
         self._open = self._open[max(full, 0) :]
         self._committed += max(full, 0)
 

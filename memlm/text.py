@@ -39,7 +39,8 @@ def read_text(
                 raw = file.read(PIECE)
                 if b"\0" in raw:
                     raise ValueError(
-                        f"file {str(path)!r} is binary (a zero byte at {read + raw.index(0)}); give a text file"
+                        f"file {str(path)!r} is binary (a zero byte at {read + raw.index(0)}); "
+                        "give a text file"
                     )
                 text = decoder.decode(raw, final=not raw)
                 if text:

@@ -63,9 +63,11 @@ def format_length(tokens: str | int) -> str:
     return f"{count // 2**10}k" if count % 2**10 == 0 else str(count)
 
 
-def encode_question(tokenizer: PreTrainedTokenizerBase, question: str) -> NDArray[np.int32]:
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, question: str, template: str = QUESTION_TEMPLATE
+) -> NDArray[np.int32]:
     """Return the ids that follow the context and ask the question, (Q,)."""
-    text = QUESTION_TEMPLATE.format(question=question)
+    text = template.replace("{question}", question)
     return np.array(encode_texts(tokenizer, [text])[0], dtype=np.int32)
 
 
@@ -144,9 +146,9 @@ class Sample:
         """Return the whole document."""
         return "".join(self)
 
-    def question_ids(self) -> NDArray[np.int32]:
+    def question_ids(self, template: str = QUESTION_TEMPLATE) -> NDArray[np.int32]:
         """Return what `encode_question` does, remembered by the haystack."""
-        return self._haystack.encode(QUESTION_TEMPLATE.format(question=self.question))
+        return self._haystack.encode(template.replace("{question}", self.question))
 
     def _stretches(self) -> Iterator[tuple[int, int, list[int]]]:
         """Yield (first sentence, sentence after the last, facts that follow) in order."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from memlm.modeling import MemLMForCausalLM
+    from memlm.segment import Segment
     from memlm.state import MemoryState
 
 SAMPLES = "samples.jsonl"
@@ -63,20 +64,19 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int = 8,
     split: Split = "eval",
-    window: int = 8,
     progress: bool = True,
 ) -> Report:
     """Score `model` on `samples` documents of every task and length, and report.
 
     `haystack` names a source, of which `split` is used; `stories` is "generated" or a folder of bAbI
-    files, of which the test file is preferred. `window` is how many segments one call reads. With
+    files, of which the test file is preferred. With
     `out`, each batch is appended to `samples.jsonl`, a later call with the same settings goes on from
     there (more samples, tasks and lengths may be asked for), and `summary.json` and `accuracy.png`
     are written at the end.
     """
     plan = _check(tokenizer, tasks, lengths, samples, haystack, stories, out, seed)
     for name, value in (
-        ("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("window", window)
+        ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -96,7 +96,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "model": _fingerprint(model),
     }
-    runner = _Runner(model, tokenizer, noise, source, batch_size, max_new_tokens, window)
+    runner = _Runner(model, tokenizer, noise, source, batch_size, max_new_tokens)
     with ExitStack() as stack:
         log = stack.enter_context(_Log(out, settings))
         stack.enter_context(_without_training(model))
@@ -252,7 +252,6 @@ class _Runner:
         stories: _Stories,
         batch_size: int,
         max_new_tokens: int,
-        window: int,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -261,7 +260,7 @@ class _Runner:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.segment = int(model.config.segment_length)
-        self.window = window * self.segment
+        self.template = model.config.question_template
         # Padding is masked everywhere, so any id serves where the tokenizer names none.
         pad = tokenizer.pad_token_id
         self.pad = int(tokenizer.eos_token_id if pad is None else pad)
@@ -322,41 +321,40 @@ class _Runner:
         """Read all whole segments of every document, then the open rest with the question."""
         readers = [_Reader(sample.ids()) for sample in samples]
         whole = [sample.tokens // self.segment * self.segment for sample in samples]
-        state: MemoryState | None = None
-        for start in range(0, max(whole), self.window):
-            sizes = [min(max(end - start, 0), self.window) for end in whole]
-            ids, mask = self._read(readers, sizes)
-            out = self.model(
-                input_ids=ids, attention_mask=mask, memory_state=state, logits_to_keep=None
-            )
-            state = out.memory_state
-            bar.update(sum(sizes))
+        segments = self._segments(readers, whole, bar)
+        state = self.model.read(segments) if max(whole) else None
         prompts = []
         for sample, reader, end in zip(samples, readers, whole, strict=True):
-            question = sample.question_ids()
+            question = sample.question_ids(self.template)
             prompt = np.empty(sample.tokens - end + len(question), dtype=np.int64)
             reader.take(prompt[: sample.tokens - end])
             prompt[sample.tokens - end :] = question
             prompts.append(prompt)
         return self._generate(prompts, state)
 
-    def _read(
-        self, readers: Sequence[_Reader], sizes: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the next tokens of every row (B, n), ended rows padded, and the mask if needed."""
+    def _segments(
+        self, readers: Sequence[_Reader], whole: Sequence[int], bar: tqdm
+    ) -> Iterator[Segment]:
+        """Yield the segments of all rows side by side; a row that has ended is padding."""
         import torch
 
-        began = time.perf_counter()
-        ids = np.full((len(readers), max(sizes)), self.pad, dtype=np.int64)
-        for reader, row, size in zip(readers, ids, sizes, strict=True):
-            reader.take(row[:size])
-        mask = None
-        if min(sizes) < max(sizes):
-            real = np.arange(max(sizes))[None, :] < np.array(sizes)[:, None]
-            mask = torch.from_numpy(real.astype(np.int64)).to(self.model.device)
-        tensor = torch.from_numpy(ids)
-        self.data_seconds += time.perf_counter() - began
-        return tensor.to(self.model.device), mask
+        from memlm.segment import Segment
+
+        device = self.model.device
+        for start in range(0, max(whole), self.segment):
+            began = time.perf_counter()
+            active = [start < end for end in whole]
+            ids = np.full((len(readers), self.segment), self.pad, dtype=np.int64)
+            for reader, row, here in zip(readers, ids, active, strict=True):
+                if here:
+                    reader.take(row)
+            mask = None
+            if not all(active):
+                mask = torch.tensor(active, device=device)[:, None].expand(-1, self.segment)
+            segment = Segment(torch.from_numpy(ids).to(device), mask)
+            self.data_seconds += time.perf_counter() - began
+            yield segment
+            bar.update(sum(active) * self.segment)
 
     def _generate(
         self, prompts: Sequence[NDArray[np.int64]], state: MemoryState | None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from memlm.eval import babi
+from memlm.eval.babilong import QUESTION_TEMPLATE
+from memlm.segment import Segment
 
 _FACT = re.compile(
     r"(?:[A-Z][a-z]+ (?:moved|went|went back|journeyed|travelled) to the \w+\.)"
@@ -43,7 +45,9 @@ class SolvingModel(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.arange(20.0))
-        self.config = SimpleNamespace(segment_length=segment_length)
+        self.config = SimpleNamespace(
+            segment_length=segment_length, question_template=QUESTION_TEMPLATE
+        )
         self.device = torch.device("cpu")
         self.tokenizer = tokenizer
         self.span = span
@@ -51,30 +55,29 @@ class SolvingModel(nn.Module):
         self.calls = 0
         self.batches: list[tuple[int, int]] = []
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        memory_state: Remembered | None = None,
-        logits_to_keep: int | None = 0,
-    ) -> Any:
-        assert not self.training and logits_to_keep is None
-        assert not torch.is_grad_enabled()
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise KeyboardInterrupt
-        self.batches.append(tuple(input_ids.shape))
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        assert mask.shape == input_ids.shape
-        before = memory_state.rows if memory_state else [()] * len(input_ids)
-        rows = []
-        for known, ids, real in zip(before, input_ids.tolist(), mask.bool().tolist(), strict=True):
-            taken = [token for token, seen in zip(ids, real, strict=True) if seen]
-            # A call ends its last segment, so an open one may not be handed over.
-            assert len(taken) % self.config.segment_length == 0
-            assert all(real[: len(taken)])
-            rows.append((*known, *taken))
-        return SimpleNamespace(memory_state=Remembered(rows))
+    def read(
+        self, segments: Iterable[Segment], memory_state: Remembered | None = None
+    ) -> Remembered:
+        assert not self.training and not torch.is_grad_enabled()
+        rows = memory_state.rows if memory_state else None
+        for segment in segments:
+            self.calls += 1
+            if self.calls == self.fail_at:
+                raise KeyboardInterrupt
+            self.batches.append(tuple(segment.ids.shape))
+            # Only whole segments may be read: the open one belongs to the question.
+            assert segment.ids.shape[1] == self.config.segment_length
+            active = [True] * len(segment.ids)
+            if segment.mask is not None:
+                assert bool((segment.mask == segment.mask[:, :1]).all())
+                active = segment.mask[:, 0].tolist()
+            rows = [()] * len(segment.ids) if rows is None else rows
+            rows = [
+                (*known, *ids) if here else known
+                for known, ids, here in zip(rows, segment.ids.tolist(), active, strict=True)
+            ]
+        assert rows is not None
+        return Remembered(rows)
 
     def generate(
         self,

@@ -66,12 +66,10 @@ def test_accuracy_counts_exactly_the_samples_that_are_right(
             assert row["output"] == "nowhere"
 
 
-def test_windows_hold_whole_segments_of_the_whole_batch(
-    tokenizer: Tokenizer, prose: Haystack
-) -> None:
+def test_segments_are_whole_and_hold_the_whole_batch(tokenizer: Tokenizer, prose: Haystack) -> None:
     model = SolvingModel(tokenizer, segment_length=100)
-    run(model, tokenizer, prose, lengths=[1050], samples=5, window=4)
-    assert model.batches == [(3, 400), (3, 400), (3, 200), (2, 400), (2, 400), (2, 200)]
+    run(model, tokenizer, prose, lengths=[1050], samples=5)
+    assert model.batches == [(3, 100)] * 10 + [(2, 100)] * 10
 
 
 def test_a_sample_depends_on_seed_task_length_and_index_alone(
@@ -81,7 +79,7 @@ def test_a_sample_depends_on_seed_task_length_and_index_alone(
     run(model, tokenizer, prose, tmp_path / "a", lengths=["1k"], samples=6, batch_size=4)
     run(
         model, tokenizer, prose, tmp_path / "b",
-        tasks=["qa2", "qa1"], lengths=["2k", "1k"], samples=4, batch_size=1, window=1,
+        tasks=["qa2", "qa1"], lengths=["2k", "1k"], samples=4, batch_size=1,
     )  # fmt: skip
     run(model, tokenizer, prose, tmp_path / "c", lengths=["1k"], samples=4, seed=1)
 
@@ -366,13 +364,13 @@ def tiny(tokenizer: Tokenizer) -> MemLMForCausalLM:
     return model
 
 
-def test_a_real_model_answers_alike_in_any_batch_and_window(
+def test_a_real_model_answers_alike_in_any_batch(
     tiny: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
 ) -> None:
-    for name, batch_size, window in (("a", 1, 1), ("b", 4, 8)):
+    for name, batch_size in (("a", 1), ("b", 4)):
         run(
             tiny, tokenizer, prose, tmp_path / name,
-            samples=4, lengths=["0k", 500], batch_size=batch_size, window=window,
+            samples=4, lengths=["0k", 500], batch_size=batch_size,
         )  # fmt: skip
     assert samples_of(tmp_path / "a") == samples_of(tmp_path / "b")
     assert len({row["output"] for row in samples_of(tmp_path / "a")}) > 1
@@ -383,11 +381,13 @@ def test_streaming_a_document_equals_generating_after_all_of_it(
 ) -> None:
     run(tiny, tokenizer, prose, tmp_path, samples=3, lengths=[500])
     noise = prose.tokenized(tokenizer)
-    runner = _Runner(tiny, tokenizer, noise, _Stories("generated", 0, noise), 1, 8, 8)
+    runner = _Runner(tiny, tokenizer, noise, _Stories("generated", 0, noise), 1, 8)
     for row in samples_of(tmp_path):
         sample = runner._compose("qa1", 500, row["index"])
         ids = torch.cat([torch.tensor(piece) for piece in sample.ids()])
-        prompt = torch.cat([ids, torch.tensor(sample.question_ids())]).long()[None]
+        prompt = torch.cat(
+            [ids, torch.tensor(sample.question_ids(tiny.config.question_template))]
+        ).long()[None]
         said = tiny.generate(
             input_ids=prompt, max_new_tokens=8, do_sample=False,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
