@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ class AttachedMemory(nn.Module):
         layers = range(dims.num_layers) if config.layers is None else config.layers
         keys = ["model"] if cls.site == "model" else [str(layer) for layer in layers]
         self.cells = nn.ModuleDict({key: cls(config, dims) for key in keys})
+        self.token_std = partial(cls.segment_token_std, config)
         count = cls.num_segment_tokens(config)
         self.tokens = (
             nn.Parameter(torch.empty(count, dims.embedding_size)) if count and self.cells else None
@@ -36,7 +38,7 @@ class AttachedMemory(nn.Module):
     def reset_parameters(self, embedding_std: float) -> None:
         """Initialise the tokens and every cell."""
         if self.tokens is not None:
-            nn.init.normal_(self.tokens, std=embedding_std)
+            nn.init.normal_(self.tokens, std=self.token_std(embedding_std))
         for cell in self.cells.values():
             cast(Memory, cell).reset_parameters(embedding_std)
 
@@ -102,6 +104,18 @@ class MemoryStack(nn.Module):
         for label, tree in trees.items():
             tensors.update(flatten(tree, label))
         return MemoryState(tensors, batch_size, self.signature)
+
+    def auxiliary_loss(
+        self, before: dict[str, Any], after: dict[str, Any], active: Tensor | None
+    ) -> Tensor | None:
+        """What one segment's changes of state cost in training, averaged over rows; None: nothing."""
+        total = None
+        for label, memory in self._labelled():
+            cost = memory.auxiliary_loss(before[label], after[label])
+            if cost is not None:
+                cost = (cost if active is None else cost.masked_fill(~active, 0.0)).mean()
+                total = cost if total is None else total + cost
+        return total
 
     def _memories(self) -> dict[str, AttachedMemory]:
         return cast(dict[str, AttachedMemory], dict(self.attached.items()))

@@ -35,7 +35,7 @@ class MemLMConfig(PreTrainedConfig):
         }
     else:
         sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["memory_state"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["memory_state", "auxiliary_loss"]  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
     memory: list | None = None

@@ -48,11 +48,17 @@ _WITHOUT_MEANING = {
 
 @dataclass
 class MemLMOutput(ModelOutput):
-    """loss: () mean cross-entropy; logits (B, N, V) where asked; memory_state: behind the last segment."""
+    """What a call gives.
+
+    loss: () mean cross-entropy, and in training the auxiliary loss. logits (B, N, V) where asked.
+    memory_state: behind the last segment. auxiliary_loss: () what the memories ask for in training
+    besides (`Memory.auxiliary_loss`), there without labels too; None when they ask for nothing.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     memory_state: MemoryState | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -232,19 +238,21 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids holds no real token in any row; give at least one token")
 
         keep = _collector(logits_to_keep, ids, packing)
-        total: Tensor | None = None
+        total, extra = _Sum(), _Sum()
         run_window = self._window(write, keep)
         segments = list(cut(ids, mask, targets, self.config.segment_length))
         depth = len(segments) if bptt_depth is None else bptt_depth
-        for loss, behind in scan(run_window, segments, state, depth):
-            total = loss if total is None or loss is None else total + loss
+        for (loss, cost), behind in scan(run_window, segments, state, depth):
+            total.add(loss)
+            extra.add(cost)
             state = behind
 
         loss = None
-        if targets is not None and total is not None:
+        if targets is not None and total.value is not None:
             count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+            loss = total.value / torch.as_tensor(count, device=total.value.device).clamp(min=1)
             if self.training:
+                loss = loss if extra.value is None else loss + extra.value
                 # Every window gives every memory parameter a gradient, which data-parallel training
                 # counts on; a later window alone would not touch the initial memory.
                 loss = loss + sum(
@@ -255,12 +263,13 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=None if kept is None else keep.place(self.backbone.logits(kept)),
             memory_state=state if write or memory_state is None else memory_state,
+            auxiliary_loss=extra.value,
         )
         return out.to_tuple() if return_dict is False else out
 
     def _window(
         self, write: bool, keep: _Collector
-    ) -> Callable[[list[Segment], MemoryState], tuple[Tensor | None, MemoryState]]:
+    ) -> Callable[[list[Segment], MemoryState], tuple[_Losses, MemoryState]]:
         cells, tokens = self.memory.cells(), self.memory.tokens
 
         def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
@@ -268,27 +277,28 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             hidden, after = self.backbone.run_segment(
                 segment.ids, segment.mask, cells, tokens, before, write
             )
-            new = state
+            new, cost = state, None
             if write:
                 new = self.memory.pack({**before, **after}, state.batch_size)
                 if segment.active is not None:
                     new = new.where(segment.active, state)
+                if self.training and torch.is_grad_enabled():
+                    cost = self.memory.auxiliary_loss(before, after, segment.active)
             loss = None if segment.labels is None else self._loss(hidden, segment.labels)
-            return (loss, hidden if keep.wanted else None), new
+            return (loss, cost, hidden if keep.wanted else None), new
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-        def window(
-            segments: list[Segment], state: MemoryState
-        ) -> tuple[Tensor | None, MemoryState]:
-            total = None
-            for (loss, hidden), after in sequential(step, segments, state, recompute=recompute):
-                if loss is not None:
-                    total = loss if total is None else total + loss
+        def window(segments: list[Segment], state: MemoryState) -> tuple[_Losses, MemoryState]:
+            total, extra = _Sum(), _Sum()
+            found = sequential(step, segments, state, recompute=recompute)
+            for (loss, cost, hidden), after in found:
+                total.add(loss)
+                extra.add(cost)
                 if hidden is not None:
                     keep.add(hidden)
                 state = after
-            return total, state
+            return (total.value, extra.value), state
 
         return window
 
@@ -503,6 +513,20 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             "num_hidden_layers": len(self.backbone.layers),
             "base": self.base.config._name_or_path,
         }
+
+
+# Cross-entropy summed over targets, and what the memories' changes of state cost.
+_Losses = tuple[Tensor | None, Tensor | None]
+
+
+class _Sum:
+    """A sum that is None while nothing was added."""
+
+    value: Tensor | None = None
+
+    def add(self, term: Tensor | None) -> None:
+        if term is not None:
+            self.value = term if self.value is None else self.value + term
 
 
 class _Collector:

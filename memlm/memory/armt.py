@@ -32,7 +32,11 @@ class ARMTConfig(MemoryConfig):
     d_mem: size of queries and keys before the feature map. nu: DPFP order; features are 2 nu d_mem.
     correction: keep the normaliser from counting a key twice (gamma); False sets gamma to 1.
     initial_gate: bias of the write gate beta = sigmoid(w m + b) at the start. value_std: scale of the
-    value projection at the start; 0 leaves the base model's logits as they were.
+    value projection at the start; 0 leaves the base model's logits as they were. token_std: scale of the
+    memory tokens at the start; None takes the embeddings'.
+    gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
+    gate for good; None leaves it free, as the paper does. write_cost: added to the training loss for
+    every segment, times the mean gate: what is not worth remembering is not written (not in the paper).
     """
 
     num_memory_tokens: int | None = None
@@ -41,13 +45,21 @@ class ARMTConfig(MemoryConfig):
     correction: bool = True
     initial_gate: float = 0.0
     value_std: float = 0.0
+    token_std: float | None = None
+    gate_limit: float | None = None
+    write_cost: float = 0.0
 
 
 class ARMTState(NamedTuple):
-    """associations (B, P, D) and normaliser (B, P), P = 2 nu d_mem features; float32 or wider."""
+    """What a layer remembers, float32 or wider; P = 2 nu d_mem features.
+
+    associations (B, P, D), normaliser (B, P), and written (B,): the mean gate of the last segment,
+    which nothing reads but `auxiliary_loss` and the curious.
+    """
 
     associations: Tensor
     normaliser: Tensor
+    written: Tensor
 
 
 class ARMT(Memory):
@@ -64,6 +76,7 @@ class ARMT(Memory):
         self.nu = config.nu
         self.correction = config.correction
         self.initial_gate, self.value_std = config.initial_gate, config.value_std
+        self.gate_limit, self.write_cost = config.gate_limit, config.write_cost
         self.query = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.key = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.value = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
@@ -74,11 +87,19 @@ class ARMT(Memory):
         for name in ("d_mem", "nu"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        if config.write_cost < 0:
+            raise ValueError(f"write_cost={config.write_cost} would pay for writing; use 0 or more")
+        if config.gate_limit is not None and config.gate_limit <= 0:
+            raise ValueError(f"gate_limit={config.gate_limit} must be above 0, or None")
         return replace(config, num_memory_tokens=memory_tokens_for(config.num_memory_tokens, dims))
 
     @classmethod
     def num_segment_tokens(cls, config: Any) -> int:
         return config.num_memory_tokens
+
+    @classmethod
+    def segment_token_std(cls, config: Any, embedding_std: float) -> float:
+        return embedding_std if config.token_std is None else config.token_std
 
     def reset_parameters(self, embedding_std: float) -> None:
         for projection in (self.query, self.key):
@@ -97,6 +118,7 @@ class ARMT(Memory):
         return ARMTState(
             weight.new_zeros(batch_size, features, self.dims.hidden_size, dtype=dtype),
             weight.new_zeros(batch_size, features, dtype=dtype),
+            weight.new_zeros(batch_size, dtype=dtype),
         )
 
     def forward(
@@ -119,12 +141,24 @@ class ARMT(Memory):
             tokens = memory.to(self.key.weight.dtype)
             phi = dpfp(self.key(tokens), self.nu).to(wide)  # (B, M, P)
             value = self.value(tokens).to(wide)  # (B, M, D)
-            beta = torch.sigmoid(self.gate(tokens).to(wide))  # (B, M, 1)
+            beta = self._beta(tokens, wide)  # (B, M, 1)
             counted = torch.einsum("bmp,bp->bm", phi, state.normaliser) + EPSILON
             stored = torch.einsum("bmp,bpd->bmd", phi, state.associations) / counted.unsqueeze(-1)
             associations = state.associations + phi.mT @ (beta * (value - stored))
             gamma = self._gamma(phi, counted, state.normaliser).unsqueeze(-1)
-            return ARMTState(associations, state.normaliser + (gamma * phi).sum(dim=1))
+            return ARMTState(
+                associations, state.normaliser + (gamma * phi).sum(dim=1), beta.mean(dim=(1, 2))
+            )
+
+    def auxiliary_loss(self, before: ARMTState, after: ARMTState) -> Tensor | None:
+        """(B,) `write_cost` times the mean gate; None when writing is free."""
+        return self.write_cost * after.written if self.write_cost else None
+
+    def _beta(self, tokens: Tensor, wide: torch.dtype) -> Tensor:
+        logit = self.gate(tokens).to(wide)
+        if self.gate_limit is not None:
+            logit = self.gate_limit * torch.tanh(logit / self.gate_limit)
+        return torch.sigmoid(logit)
 
     def _gamma(self, phi: Tensor, counted: Tensor, normaliser: Tensor) -> Tensor:
         """How much of each key the normaliser does not count yet, (B, M); carries no gradient."""

@@ -91,6 +91,11 @@ class Memory(nn.Module, ABC):
         return 0
 
     @classmethod
+    def segment_token_std(cls, config: Any, embedding_std: float) -> float:
+        """Scale of those embeddings at the start."""
+        return embedding_std
+
+    @classmethod
     def num_extra_positions(cls, config: Any) -> int:
         """Positions beyond the segment's own that the base model is asked for."""
         return cls.num_segment_tokens(config)
@@ -108,6 +113,13 @@ class Memory(nn.Module, ABC):
         x (B, T, D), or QKV at "heads". mask (B, T) bool, True on real tokens; None when all are.
         Returns what `inner(x)` would, and the new state; with write=False, `state` itself.
         """
+
+    def auxiliary_loss(self, before: Any, after: Any) -> Tensor | None:
+        """(B,) what one segment's change of state costs in training, a function of both; None: nothing.
+
+        Summed over segments, averaged over rows, and added to the loss as it is.
+        """
+        return None
 
     def reset_parameters(self, embedding_std: float) -> None:
         """Initialise the parameters; `embedding_std` is the scale of the base's embeddings."""

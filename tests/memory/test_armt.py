@@ -68,7 +68,7 @@ def cell_of(**options: object) -> ARMT:
 def test_equals_the_equations_over_several_segments() -> None:
     cell = cell_of()
     state = cell.init_state(B)
-    a, z = (t.clone() for t in state)
+    a, z = state.associations.clone(), state.normaliser.clone()
     for step in range(5):
         x = torch.randn(B, 7 + M, D, dtype=torch.float64)
         seen = {}
@@ -91,6 +91,7 @@ def test_gamma_carries_no_gradient() -> None:
     start = ARMTState(
         torch.rand(B, 6 * D_MEM, D, dtype=torch.float64),
         torch.rand(B, 6 * D_MEM, dtype=torch.float64, requires_grad=True),
+        torch.zeros(B, dtype=torch.float64),
     )
     memory = torch.randn(B, M, D, dtype=torch.float64)
     state = cell.write(memory, start)
@@ -159,12 +160,61 @@ def test_whole_model_equals_layers_unrolled_by_hand(family: str) -> None:
             expected_state.tensors[f"armt.{i}.associations"] = a
             expected_state.tensors[f"armt.{i}.normaliser"] = z
     out = model(ids)
+    for i in range(len(captured)):
+        expected_state.tensors[f"armt.{i}.written"] = out.memory_state[f"armt.{i}.written"]
     torch.testing.assert_close(out.logits, torch.cat(logits, 1), rtol=1e-8, atol=1e-8)
     for name, tensor in expected_state.tensors.items():
         torch.testing.assert_close(out.memory_state[name], tensor, rtol=1e-8, atol=1e-8)
 
 
+def test_the_gate_limit_bounds_the_gate() -> None:
+    free, bound = cell_of(), cell_of(gate_limit=2.0)
+    memory = 100 * torch.randn(B, M, D, dtype=torch.float64)
+    low, high = torch.sigmoid(torch.tensor([-2.0, 2.0], dtype=torch.float64))
+    beta = bound._beta(memory, torch.float64)
+    assert low <= beta.min() and beta.max() <= high
+    small = 1e-4 * memory
+    torch.testing.assert_close(
+        free._beta(small, torch.float64), bound._beta(small, torch.float64), rtol=0, atol=1e-2
+    )
+
+
+def test_writing_costs_its_mean_gate_a_segment_whatever_the_windows() -> None:
+    config = ARMTConfig(num_memory_tokens=M, d_mem=D_MEM, write_cost=0.5)
+    model = MemLMForCausalLM.from_base(base_model("llama"), memory=config, segment_length=SEGMENT)
+    randomise(model.memory)
+    ids = tokens(2, 3 * SEGMENT)
+    plain = model.eval()(ids, labels=ids)
+    assert plain.auxiliary_loss is None
+    model.train()
+    state, expected = None, 0.0
+    for part in ids.split(SEGMENT, 1):
+        out = model(part, memory_state=state)
+        assert out.loss is None
+        state = out.memory_state
+        expected += 0.5 * sum(float(state[f"armt.{i}.written"].mean().detach()) for i in range(2))
+    for depth in (None, 1, 2):
+        out = model(ids, labels=ids, bptt_depth=depth)
+        assert abs(float(out.auxiliary_loss.detach()) - expected) < 1e-10
+        assert abs(float((out.loss - plain.loss).detach()) - expected) < 1e-9
+    assert torch.autograd.grad(out.auxiliary_loss, model.memory.tokens)[0].abs().sum() > 0
+    # A row that has ended writes nothing, and pays nothing.
+    mask = torch.ones_like(ids)
+    mask[1, SEGMENT:] = 0
+    ragged = model(ids, attention_mask=mask)
+    whole = model(ids[:1])
+    short = model(ids[1:, :SEGMENT])
+    mean = (whole.auxiliary_loss + short.auxiliary_loss) / 2
+    assert abs(float((ragged.auxiliary_loss - mean).detach())) < 1e-10
+
+
 def test_bad_options_are_refused() -> None:
+    for bad, message in (
+        ({"write_cost": -1.0}, "write_cost=-1.0"),
+        ({"gate_limit": 0.0}, "gate_limit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MemLMForCausalLM.from_base(base_model("llama"), ARMTConfig(**bad), segment_length=8)
     with pytest.raises(ValueError, match="d_mem=0"):
         MemLMForCausalLM.from_base(base_model("llama"), ARMTConfig(d_mem=0), segment_length=8)
     with pytest.raises(ValueError, match="num_memory_tokens=20"):

@@ -1,6 +1,6 @@
 """The last law: trained from scratch, a memory recalls across segments what `none` cannot.
 
-    python -m pytest -m slow tests/memory/test_learns.py -s
+python -m pytest -m slow tests/memory/test_learns.py -s
 """
 
 from __future__ import annotations
