@@ -22,7 +22,9 @@ class MemLMConfig(PreTrainedConfig):
     text_config: the base model's own configuration (or its dict). memory: one dict per memory, with
     its `name` and its fields; empty for independent segments. segment_length: tokens of text a segment,
     memory tokens not counted. question_template: the text that puts a question behind a document, with
-    {question} in it; the answer follows after a space.
+    {question} in it; the answer follows after a space. question_segment: "open" when a question follows
+    the document in its last, open segment, "own" when that segment ends and the question is read in one of
+    its own, from memory alone: as the model was trained.
     """
 
     model_type = "memlm"
@@ -41,6 +43,7 @@ class MemLMConfig(PreTrainedConfig):
     memory: list | None = None
     segment_length: int = 512
     question_template: str = QUESTION_TEMPLATE
+    question_segment: str = "open"
     memlm_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 
@@ -71,6 +74,10 @@ class MemLMConfig(PreTrainedConfig):
         if self.segment_length < 1:
             raise ValueError(
                 f"segment_length={self.segment_length} is no segment; give at least 1 token"
+            )
+        if self.question_segment not in ("open", "own"):
+            raise ValueError(
+                f"question_segment={self.question_segment!r} is unknown; use 'open' or 'own'"
             )
         if "{question}" not in self.question_template:
             raise ValueError(

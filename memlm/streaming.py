@@ -106,14 +106,21 @@ class DocumentStream:
         tail = self._open + self._encode(self._text)
         if not self._committed and not tail:
             raise ValueError("the stream is empty, nothing was written; write a document first")
-        template = self.model.config.question_template
-        prompt = tail + self._plain(template.replace("{question}", question.strip()))
+        config = self.model.config
+        prompt = self._plain(config.question_template.replace("{question}", question.strip()))
+        state = self._state
+        if config.question_segment == "own" and tail:
+            state = self.model.read(
+                cut(self._tensor(tail), None, None, config.segment_length), state
+            )
+        else:
+            prompt = tail + prompt
         ids = self._tensor(prompt)
         pad = self.tokenizer.pad_token_id
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            memory_state=self._state,
+            memory_state=state,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=self.tokenizer.eos_token_id,

@@ -32,7 +32,9 @@ def test_no_module_branches_on_a_mechanism_s_name() -> None:
 
 def test_nothing_is_loaded_by_pickle() -> None:
     for path in (ROOT / "memlm").rglob("*.py"):
-        assert not re.search(r"import pickle|pickle\.load|torch\.load\(|allow_pickle=True", path.read_text()), path
+        assert not re.search(
+            r"import pickle|pickle\.load|torch\.load\(|allow_pickle=True", path.read_text()
+        ), path
 
 
 def test_readme_code_runs() -> None:

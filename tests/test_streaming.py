@@ -144,6 +144,23 @@ def test_the_answer_equals_asking_about_all_tokens_at_once(small_blocks) -> None
     assert stream.ask("Where is Mary?", max_new_tokens=20) == expected
 
 
+@torch.no_grad()
+def test_a_question_may_have_a_segment_of_its_own(small_blocks) -> None:
+    stream = written(TEXT)
+    stream.model.config.question_segment = "own"
+    before = stream.fork()
+    answer = stream.ask("Where is Mary?", max_new_tokens=9)
+    assert same(stream, before)
+    model, tok = model_for().eval(), tokenizer("byte-bpe")
+    state = model(tok(TEXT, return_tensors="pt").input_ids).memory_state
+    question = model.config.question_template.format(question="Where is Mary?")
+    ids = tok(question, add_special_tokens=False, return_tensors="pt").input_ids
+    out = model.generate(
+        ids, memory_state=state, max_new_tokens=9, do_sample=False, eos_token_id=2, pad_token_id=0
+    )
+    assert answer == tok.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
 def test_memory_is_constant_and_a_generator_is_read_lazily(small_blocks) -> None:
     stream = written(TEXT)
     size, alive = stream.memory_bytes, []

@@ -261,6 +261,7 @@ class _Runner:
         self.max_new_tokens = max_new_tokens
         self.segment = int(model.config.segment_length)
         self.template = model.config.question_template
+        self.own_segment = model.config.question_segment == "own"
         # Padding is masked everywhere, so any id serves where the tokenizer names none.
         pad = tokenizer.pad_token_id
         self.pad = int(tokenizer.eos_token_id if pad is None else pad)
@@ -318,9 +319,15 @@ class _Runner:
         return compose(story, self.noise, length, self.tokenizer, rng)
 
     def _answer(self, samples: Sequence[Sample], bar: tqdm) -> list[str]:
-        """Read all whole segments of every document, then the open rest with the question."""
+        """Read all whole segments of every document, then the open rest with the question.
+
+        A model that was trained to be asked in a segment of the question's own has read the rest, too.
+        """
         readers = [_Reader(sample.ids()) for sample in samples]
-        whole = [sample.tokens // self.segment * self.segment for sample in samples]
+        whole = [
+            sample.tokens if self.own_segment else sample.tokens // self.segment * self.segment
+            for sample in samples
+        ]
         segments = self._segments(readers, whole, bar)
         state = self.model.read(segments) if max(whole) else None
         prompts = []
@@ -343,18 +350,19 @@ class _Runner:
         device = self.model.device
         for start in range(0, max(whole), self.segment):
             began = time.perf_counter()
-            active = [start < end for end in whole]
-            ids = np.full((len(readers), self.segment), self.pad, dtype=np.int64)
-            for reader, row, here in zip(readers, ids, active, strict=True):
-                if here:
-                    reader.take(row)
+            sizes = np.clip(np.array(whole) - start, 0, self.segment)
+            width = int(sizes.max())
+            ids = np.full((len(readers), width), self.pad, dtype=np.int64)
+            for reader, row, size in zip(readers, ids, sizes.tolist(), strict=True):
+                reader.take(row[:size])
             mask = None
-            if not all(active):
-                mask = torch.tensor(active, device=device)[:, None].expand(-1, self.segment)
+            if sizes.min() < width:
+                real = np.arange(width)[None, :] < sizes[:, None]
+                mask = torch.from_numpy(real).to(device)
             segment = Segment(torch.from_numpy(ids).to(device), mask)
             self.data_seconds += time.perf_counter() - began
             yield segment
-            bar.update(sum(active) * self.segment)
+            bar.update(int(sizes.sum()))
 
     def _generate(
         self, prompts: Sequence[NDArray[np.int64]], state: MemoryState | None

@@ -42,11 +42,14 @@ class SolvingModel(nn.Module):
         segment_length: int = 32,
         span: int | None = None,
         fail_at: int | None = None,
+        question_segment: str = "open",
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.arange(20.0))
         self.config = SimpleNamespace(
-            segment_length=segment_length, question_template=QUESTION_TEMPLATE
+            segment_length=segment_length,
+            question_template=QUESTION_TEMPLATE,
+            question_segment=question_segment,
         )
         self.device = torch.device("cpu")
         self.tokenizer = tokenizer
@@ -65,16 +68,17 @@ class SolvingModel(nn.Module):
             if self.calls == self.fail_at:
                 raise KeyboardInterrupt
             self.batches.append(tuple(segment.ids.shape))
-            # Only whole segments may be read: the open one belongs to the question.
-            assert segment.ids.shape[1] == self.config.segment_length
-            active = [True] * len(segment.ids)
-            if segment.mask is not None:
-                assert bool((segment.mask == segment.mask[:, :1]).all())
-                active = segment.mask[:, 0].tolist()
+            real = torch.ones_like(segment.ids).bool() if segment.mask is None else segment.mask
+            sizes = real.sum(dim=1).tolist()
+            whole = {0, self.config.segment_length}
+            # Only whole segments may be read, unless the question has a segment of its own.
+            assert self.config.question_segment == "own" or set(sizes) <= whole
+            assert max(sizes) == segment.ids.shape[1]
+            assert all(bool(row[:size].all()) for row, size in zip(real, sizes, strict=True))
             rows = [()] * len(segment.ids) if rows is None else rows
             rows = [
-                (*known, *ids) if here else known
-                for known, ids, here in zip(rows, segment.ids.tolist(), active, strict=True)
+                (*known, *ids[:size])
+                for known, ids, size in zip(rows, segment.ids.tolist(), sizes, strict=True)
             ]
         assert rows is not None
         return Remembered(rows)

@@ -72,6 +72,15 @@ def test_segments_are_whole_and_hold_the_whole_batch(tokenizer: Tokenizer, prose
     assert model.batches == [(3, 100)] * 10 + [(2, 100)] * 10
 
 
+def test_a_question_in_a_segment_of_its_own_comes_behind_all_that_was_read(
+    tokenizer: Tokenizer, prose: Haystack
+) -> None:
+    model = SolvingModel(tokenizer, segment_length=100, question_segment="own")
+    report = run(model, tokenizer, prose, lengths=["0k", 250], samples=3)
+    assert report.accuracy["qa1"] == {"0k": 1.0, "250": 1.0}
+    assert model.batches[-3:] == [(3, 100), (3, 100), (3, 50)]
+
+
 def test_a_sample_depends_on_seed_task_length_and_index_alone(
     tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
 ) -> None:
