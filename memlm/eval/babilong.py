@@ -11,7 +11,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -20,7 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.eval.babi.story import Story, check_task
-from memlm.eval.haystack import Haystack, TokenHaystack, encode_texts, from_sentences
+from memlm.eval.haystack import (
+    Haystack,
+    TokenHaystack,
+    check_source,
+    encode_texts,
+    from_sentences,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,10 +141,7 @@ class Sample:
                 if size <= left:
                     yield f" {self._haystack.texts[sentence]}"
                 else:
-                    start = offsets[sentence]
-                    cut = self._haystack.ids[start : start + left].tolist()
-                    # Some decoders drop the leading space.
-                    yield f" {self._haystack.tokenizer.decode(cut).removeprefix(' ')}"
+                    yield self._haystack.cut_text(sentence, left)
                 left -= min(size, left)
             for fact in facts:
                 yield FACT_TEMPLATE.format(fact=self.story.facts[fact])
@@ -263,6 +267,98 @@ def _noise_before(
     at = tokens_before[run] + noise.offsets[sentence] - noise.offsets[firsts[run]]
     # The gap after the cut sentence lies where the cut is.
     return np.minimum(at, budget)
+
+
+def write(
+    out: str | os.PathLike[str],
+    tasks: Sequence[str],
+    lengths: Sequence[str | int],
+    samples: int = 100,
+    *,
+    haystack: str | os.PathLike[str] = "builtin",
+    stories: str | os.PathLike[str] = "generated",
+    tokenizer: PreTrainedTokenizerBase | str = "words",
+    seed: int = 0,
+) -> list[Path]:
+    """Write samples in the published layout, `out`/data/TASK/LENGTH.json, and return the files.
+
+    `tokenizer` is what `length` counts in: a tokenizer, a hub id or folder, or "words" for words and
+    punctuation marks. `stories` is "generated" or a folder of bAbI files, repeated when they are fewer.
+    A file is one JSON array with columns input, question and target, written a sample at a time.
+    """
+    from itertools import cycle, islice
+
+    from memlm.eval import babi
+    from memlm.state import write_atomically
+
+    check_source(haystack)
+    for task in tasks:
+        check_task(task)
+        if os.fspath(stories) != "generated":
+            babi.find_task(stories, task)
+        elif task not in babi.GENERATED:
+            raise ValueError(
+                f"no generator for task {task!r} yet; generated tasks are {', '.join(babi.GENERATED)}"
+            )
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
+    counts = [parse_length(length) for length in lengths]
+    noise = Haystack.open(haystack, "eval").tokenized(_tokenizer(tokenizer))
+    written = []
+    for task in tasks:
+        for length in counts:
+            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length])
+            if os.fspath(stories) == "generated":
+                told: Iterable[Story] = babi.generate(task, rng)
+            else:
+                told = cycle(babi.load_task(stories, task))
+            fitting = (story for story in told if length == 0 or noise_fits(story, noise, length))
+            path = Path(out) / "data" / task / f"{format_length(length)}.json"
+
+            def fill(
+                temporary: Path,
+                chosen: Iterable[Story] = islice(fitting, samples),
+                length: int = length,
+                rng: np.random.Generator = rng,
+            ) -> None:
+                with temporary.open("w", encoding="utf-8") as file:
+                    before = "[\n"
+                    for story in chosen:
+                        sample = compose(story, noise, length, noise.tokenizer, rng)
+                        row = {
+                            "input": sample.text().strip(),
+                            "question": story.question,
+                            "target": story.answer,
+                        }
+                        file.write(before + json.dumps(row, ensure_ascii=False))
+                        before = ",\n"
+                    file.write("\n]\n")
+
+            write_atomically(path, fill)
+            written.append(path)
+    return written
+
+
+def noise_fits(story: Story, noise: TokenHaystack, length: int) -> bool:
+    """Whether the facts of a story leave `length` tokens unexceeded."""
+    facts = (noise.encode(FACT_TEMPLATE.format(fact=fact)) for fact in story.facts)
+    return sum(map(len, facts)) <= length
+
+
+def _tokenizer(name: PreTrainedTokenizerBase | str) -> PreTrainedTokenizerBase:
+    if not isinstance(name, str):
+        return name
+    if name != "words":
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # Only counted, never decoded: every word is the same token.
+    core = Tokenizer(models.WordLevel({"<word>": 0}, unk_token="<word>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
 def load(source: str | os.PathLike[str], task: str, length: str | int) -> list[Record]:

@@ -248,6 +248,19 @@ class TokenHaystack:
             self._memo[text] = known
         return known
 
+    def cut_text(self, sentence: int, tokens: int) -> str:
+        """Return the text of a sentence's first `tokens` tokens, with its leading space."""
+        text = f" {self.texts[sentence]}"
+        if tokens == 0:
+            return ""
+        if not self.tokenizer.is_fast:
+            start = self.offsets[sentence]
+            cut = self.ids[start : start + tokens].tolist()
+            # Some decoders drop the leading space.
+            return f" {self.tokenizer.decode(cut).removeprefix(' ')}"
+        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return text[: spans["offset_mapping"][tokens - 1][1]]
+
     def runs(self, budget: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
         """Draw stretches of whole documents' ends until they hold `budget` tokens.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -278,3 +279,39 @@ def test_samples_that_are_missing_or_broken_are_refused(tmp_path: Path) -> None:
     (tmp_path / "qa1" / "4k.json").write_text('[{"input": "a", "question": "b"}]')
     with pytest.raises(ValueError, match="lacks 'target'"):
         babilong.load(tmp_path, "qa1", "4k")
+
+
+def test_written_samples_are_read_back_in_the_published_layout(tmp_path: Path) -> None:
+    source = tmp_path / "noise.txt"
+    source.write_text(
+        "\n\n".join(
+            f"Paragraph {n} of a quiet book tells of rain, of bread, and of an old clock."
+            for n in range(400)
+        )
+    )
+    files = babilong.write(
+        tmp_path / "out", ["qa1", "qa2"], ["0k", 300], samples=5, haystack=str(source), seed=3
+    )
+    assert [f.relative_to(tmp_path / "out").as_posix() for f in files] == [
+        "data/qa1/0k.json",
+        "data/qa1/300.json",
+        "data/qa2/0k.json",
+        "data/qa2/300.json",
+    ]
+    for task in ("qa1", "qa2"):
+        for length, words in (("0k", 0), ("300", 300)):
+            records = babilong.load(tmp_path / "out", task, length)
+            assert len(records) == 5
+            for record in records:
+                assert "<word>" not in record["input"]
+                pieces = re.findall(r"\w+|[^\w\s]+", record["input"])
+                assert not words or len(pieces) == words
+                facts = [s for s in re.split(r"(?<=\.) ", record["input"]) if " rain," not in s]
+                if not words:
+                    assert babi.solve(facts, record["question"]) == record["target"]
+    again = babilong.write(
+        tmp_path / "again", ["qa1"], ["0k", 300], samples=5, haystack=str(source), seed=3
+    )
+    assert again[1].read_bytes() == files[1].read_bytes()
+    with pytest.raises(ValueError, match="qa99"):
+        babilong.write(tmp_path / "no", ["qa99"], ["0k"], haystack=str(source))
