@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--no-resume",
         action="store_true",
-        help="refuse a folder that holds a run, instead of going on with it",
+        help="start over in a folder that holds a run, instead of going on with it",
     )
     train.add_argument("--keys", action="store_true", help="print every key of a recipe and exit")
 
@@ -148,6 +148,11 @@ def _train(arguments: argparse.Namespace) -> None:
         return
     recipe = Recipe.load(arguments.recipe, overrides=arguments.overrides)
     result = train(recipe, arguments.out, resume=False if arguments.no_resume else "auto")
+    if not result.finished:
+        raise KeyboardInterrupt
+    accuracy = "" if result.accuracy is None else f", {result.accuracy:.0%} of answers right"
+    loss = "" if result.loss is None else f", loss {result.loss:.3f}"
+    print(f"{result.steps} steps in {result.seconds:.0f} s{loss}{accuracy}")
     _written(result.files)
 
 

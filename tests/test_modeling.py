@@ -240,3 +240,22 @@ def test_load_memory_refuses_another_memory_and_damage(tmp_path) -> None:
         model.load_memory(tmp_path)
     assert all(torch.equal(changed[n], p) for n, p in model.memory.state_dict().items())
     assert any(not torch.equal(before[n], p) for n, p in model.memory.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import memlm\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport memlm",
+        "import memlm\nimport transformers\nfrom memlm import DocumentStream\n"
+        "from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_auto_classes_know_the_model_after_import_memlm(tmp_path, order: str) -> None:
+    import subprocess
+    import sys
+
+    memory_model("llama", "armt").save_pretrained(tmp_path)
+    code = f"{order}\nprint(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "MemLMForCausalLM"

@@ -36,7 +36,8 @@ class ARMTConfig(MemoryConfig):
     memory tokens at the start; None takes the embeddings'.
     gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
     gate for good; None leaves it free, as the paper does. write_cost: added to the training loss for
-    every segment, times the mean gate: what is not worth remembering is not written (not in the paper).
+    every full segment (a shorter one pays by its length), times the mean gate: what is not worth
+    remembering is not written (not in the paper).
     """
 
     num_memory_tokens: int | None = None
@@ -53,8 +54,8 @@ class ARMTConfig(MemoryConfig):
 class ARMTState(NamedTuple):
     """What a layer remembers, float32 or wider; P = 2 nu d_mem features.
 
-    associations (B, P, D), normaliser (B, P), and written (B,): the mean gate of the last segment,
-    which nothing reads but `auxiliary_loss` and the curious.
+    associations (B, P, D), normaliser (B, P), and written (B,): the mean gate of the last segment, times
+    its length in full segments, which nothing reads but `auxiliary_loss` and the curious.
     """
 
     associations: Tensor
@@ -127,15 +128,20 @@ class ARMT(Memory):
         y = inner(x + self.read(x, state))
         if not write:
             return y, state
-        return y, self.write(y[:, -self.num_memory_tokens :], state)
+        m = self.num_memory_tokens
+        length = x.shape[1] - m if mask is None else mask[:, :-m].sum(dim=1)
+        return y, self.write(y[:, -m:], state, length / self.dims.segment_length)
 
     def read(self, x: Tensor, state: ARMTState) -> Tensor:
         """What the queries of `x` (B, T, D) recall: A^T phi(q) / (z . phi(q) + eps), (B, T, D)."""
         phi = dpfp(self.query(x), self.nu)
         return recall(phi, state).to(x.dtype)
 
-    def write(self, memory: Tensor, state: ARMTState) -> ARMTState:
-        """Store what memory tokens (B, M, D) hold; every token against the state that was read."""
+    def write(self, memory: Tensor, state: ARMTState, share: Tensor | float = 1.0) -> ARMTState:
+        """Store what memory tokens (B, M, D) hold; every token against the state that was read.
+
+        share: the segment's length in full segments, () or (B,).
+        """
         wide = state.associations.dtype
         with torch.autocast(memory.device.type, enabled=False):
             tokens = memory.to(self.key.weight.dtype)
@@ -146,8 +152,9 @@ class ARMT(Memory):
             stored = torch.einsum("bmp,bpd->bmd", phi, state.associations) / counted.unsqueeze(-1)
             associations = state.associations + phi.mT @ (beta * (value - stored))
             gamma = self._gamma(phi, counted, state.normaliser).unsqueeze(-1)
+            written = share * beta.mean(dim=(1, 2))
             return ARMTState(
-                associations, state.normaliser + (gamma * phi).sum(dim=1), beta.mean(dim=(1, 2))
+                associations, state.normaliser + (gamma * phi).sum(dim=1), written.to(wide)
             )
 
     def auxiliary_loss(self, before: ARMTState, after: ARMTState) -> Tensor | None:

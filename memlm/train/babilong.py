@@ -1,0 +1,264 @@
+"""BABILong made on the fly for training: bAbI facts told in haystack text, and questions on them.
+
+Three layouts, from the papers' to denser ones:
+
+- story: one bAbI story, its facts between haystack sentences, the question as the document's last
+  words. As in evaluation, with one answer a document to learn from.
+- aligned: in every segment a few whole facts of an endless story among haystack tokens.
+- flowing: facts and haystack sentences in one endless text, the distance between facts redrawn.
+
+In the last two, questions are asked of forks of the memory behind segments, and a document may go
+on over many batches, its memory carried, so that states of any age are trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import islice
+
+import numpy as np
+
+from memlm.eval import babi
+from memlm.eval.babi.generators import DIALECTS
+from memlm.eval.babi.world import World
+from memlm.eval.babilong import FACT_TEMPLATE, compose, encode_answer, encode_question
+from memlm.eval.haystack import TokenHaystack
+from memlm.segment import IGNORE
+from memlm.train.curriculum import Stage
+from memlm.train.data import Piece, Question, shifted
+from memlm.train.options import BabilongOptions
+
+# Facts an answer is looked for in: four actors have all moved within these, but once in a thousand.
+RECENT_FACTS = 32
+# Questions that come after each other in the generator have one story; some stories are short.
+QUESTIONS_A_STORY, STORIES_TRIED = 5, 200
+
+
+class BabilongSource:
+    """Documents of BABILong, a function of the seed and their number."""
+
+    def __init__(
+        self,
+        haystack: TokenHaystack,
+        segment_length: int,
+        options: BabilongOptions | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.haystack = haystack
+        self.segment_length = segment_length
+        self.options = options or BabilongOptions()
+        self.seed = seed
+        tokenizer = haystack.tokenizer
+        template = self.options.question_template
+        self.prompt = cache(partial(encode_question, tokenizer, template=template))
+        self.answer = cache(partial(encode_answer, tokenizer))
+
+    def single_piece(self, stages: Sequence[Stage]) -> bool:
+        """Whether documents end with their first piece in all of `stages`."""
+        every = [self._options_of(stage) for stage in stages]
+        return all(o.end_probability == 1.0 or o.layout == "story" for o in every)
+
+    def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
+        """The pieces of document `ordinal`: as many segments each as `stage` draws."""
+        options = self._options_of(stage)
+        rng = np.random.default_rng([self.seed, ordinal])
+        task = str(rng.choice(options.tasks))
+        if options.layout == "story":
+            yield self._story(task, options, stage, rng)
+            return
+        teller = _Teller(self, task, options, rng)
+        while True:
+            segments = int(rng.integers(stage.min_segments, stage.max_segments + 1))
+            yield teller.piece(segments)
+            if rng.random() < options.end_probability:
+                return
+
+    def _options_of(self, stage: Stage) -> BabilongOptions:
+        return replace(self.options, **stage.data) if stage.data else self.options
+
+    def encode(self, fact: str) -> np.ndarray:
+        """A fact as it stands in a document, behind one space."""
+        return self.haystack.encode(FACT_TEMPLATE.format(fact=fact))
+
+    # Layout "story".
+
+    def _story(
+        self, task: str, options: BabilongOptions, stage: Stage, rng: np.random.Generator
+    ) -> Piece:
+        segments = int(rng.integers(stage.min_segments, stage.max_segments + 1))
+        length = segments * (options.segment_length or self.segment_length)
+        for story in self._told(task, rng):
+            facts = sum(len(self.encode(fact)) for fact in story.facts)
+            asked = [(story.question, story.answer)]
+            asked += self.more(task, story.facts, story.question, options.questions - 1, rng)
+            parts, labels = [], []
+            for question, answer in asked:
+                prompt, reply = self.prompt(question), self.answer(answer)
+                parts += [prompt, reply]
+                labels += [np.full(len(prompt), IGNORE), reply]
+            budget = length - sum(map(len, parts))
+            few = options.max_facts is None or len(story.facts) <= options.max_facts
+            if budget >= facts and few:
+                sample = compose(story, self.haystack, budget, self.haystack.tokenizer, rng)
+                context = np.concatenate(list(sample.ids()))
+                ids = np.concatenate([context, *parts])
+                target = np.concatenate([np.full(len(context), IGNORE), *labels])
+                return Piece(ids, shifted(target), segment_length=options.segment_length)
+        raise ValueError(
+            f"segment_length={options.segment_length or self.segment_length} with {segments} "
+            f"segments has no room for a story of {task} and its question; use longer segments, or "
+            "min_segments above 1"
+        )
+
+    def _told(self, task: str, rng: np.random.Generator) -> Iterator[babi.Story]:
+        """Stories to try: the questions of one in any order, then those of the next."""
+        stories = babi.generate(task, rng)
+        for _ in range(STORIES_TRIED):
+            told = list(islice(stories, QUESTIONS_A_STORY))
+            for index in rng.permutation(len(told)):
+                yield told[index]
+
+    def more(
+        self,
+        task: str,
+        facts: Sequence[str],
+        but: str,
+        count: int,
+        rng: np.random.Generator,
+    ) -> list[tuple[str, str]]:
+        """Up to `count` further questions of `task` that `facts` answer, with the answers."""
+        found: list[tuple[str, str]] = []
+        candidates = _questions(task)
+        for index in rng.permutation(len(candidates)) if count else ():
+            question = candidates[index]
+            if question == but:
+                continue
+            try:
+                found.append((question, babi.solve(facts, question)))
+            except ValueError:
+                continue
+            if len(found) == count:
+                break
+        return found
+
+
+class _Teller:
+    """An endless story told segment by segment."""
+
+    def __init__(
+        self, source: BabilongSource, task: str, options: BabilongOptions, rng: np.random.Generator
+    ) -> None:
+        self.source, self.task, self.options, self.rng = source, task, options, rng
+        self.length = options.segment_length or source.segment_length
+        self.world = World(DIALECTS[task], random.Random(int(rng.integers(2**63))))
+        self.facts: list[str] = []
+        self.due: list[str] = []
+        self.text, self.offsets = source.haystack.ids, source.haystack.offsets
+        self.at = int(rng.integers(len(self.text)))
+        # Layout "flowing": what is told but not yet read, and the facts that end in it.
+        self.ahead: list[np.ndarray] = []
+        self.width = 0
+        self.pending: list[tuple[int, str]] = []
+        self.regime, self.sentence, self.gap, self.owed = 0, 0, 0.0, 0.0
+
+    def piece(self, segments: int) -> Piece:
+        """The next `segments` segments, with questions behind every `ask_every`-th and the last."""
+        parts: list[np.ndarray] = []
+        questions: list[Question] = []
+        for index in range(segments):
+            aligned = self.options.layout == "aligned"
+            parts.append(self._aligned() if aligned else self._flowing())
+            if (index + 1) % self.options.ask_every == 0 or index + 1 == segments:
+                questions += self._ask(index)
+        return Piece(
+            np.concatenate(parts),
+            questions=tuple(questions),
+            segment_length=self.options.segment_length,
+        )
+
+    def _ask(self, index: int) -> list[Question]:
+        asked = self.source.more(self.task, self.facts, "", self.options.questions, self.rng)
+        found = []
+        for question, answer in asked:
+            prompt, reply = self.source.prompt(question), self.source.answer(answer)
+            found.append(Question(index, np.concatenate([prompt, reply]), len(reply)))
+        return found
+
+    def _tell(self) -> tuple[str, np.ndarray]:
+        event = self.world.step()
+        if self.options.distinct_actors:
+            if not self.due:
+                self.due = [str(actor) for actor in self.rng.permutation(self.world.dialect.actors)]
+            actor = self.due.pop()
+            while event.actor != actor:
+                event = self.world.step()
+        fact = self.world.tell(event)
+        return fact, self.source.encode(fact)
+
+    def _noise(self, count: int) -> np.ndarray:
+        at = np.arange(self.at, self.at + count)
+        self.at = (self.at + count) % len(self.text)
+        return np.take(self.text, at, mode="wrap")
+
+    def _aligned(self) -> np.ndarray:
+        left, told = self.length, []
+        for _ in range(int(self.rng.choice(self.options.facts_per_segment))):
+            fact, ids = self._tell()
+            if len(ids) > left:
+                # Told too long for this segment: nobody will ask about what was not said.
+                break
+            self.facts = [*self.facts, fact][-RECENT_FACTS:]
+            told.append(ids)
+            left -= len(ids)
+        places = np.sort(self.rng.integers(0, left + 1, size=len(told)))
+        return _interleave(self._noise(left), told, places)
+
+    def _flowing(self) -> np.ndarray:
+        while self.width < self.length:
+            self._flow()
+        flat = np.concatenate(self.ahead)
+        rest = flat[self.length :]
+        self.ahead, self.width = [rest], len(rest)
+        read = [fact for end, fact in self.pending if end <= self.length]
+        self.facts = (self.facts + read)[-RECENT_FACTS:]
+        self.pending = [(e - self.length, f) for e, f in self.pending if e > self.length]
+        return flat[: self.length]
+
+    def _flow(self) -> None:
+        """Tell one more sentence of haystack, or one more fact."""
+        if self.owed > 0:
+            ids = self.text[self.offsets[self.sentence] : self.offsets[self.sentence + 1]]
+            self.sentence = (self.sentence + 1) % (len(self.offsets) - 1)
+            self.owed -= len(ids)
+        else:
+            if self.regime <= 0:
+                rng = self.rng
+                self.regime = int(rng.integers(2, 11))
+                low, high = self.options.gap_tokens
+                dense = rng.random() < self.options.no_gap
+                self.gap = 0.0 if dense else float(np.exp(rng.uniform(np.log(low), np.log(high))))
+                self.sentence = int(rng.integers(len(self.offsets) - 1))
+            fact, ids = self._tell()
+            self.pending.append((self.width + len(ids), fact))
+            self.regime -= 1
+            self.owed = float(self.rng.exponential(self.gap)) if self.gap else 0.0
+        self.ahead.append(ids)
+        self.width += len(ids)
+
+
+def _interleave(noise: np.ndarray, facts: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
+    """`facts` in order, each where `places` (ascending) says, in `noise`."""
+    parts, begin = [], 0
+    for fact, place in zip(facts, places, strict=True):
+        parts += [noise[begin:place], fact]
+        begin = int(place)
+    return np.concatenate([*parts, noise[begin:]])
+
+
+@cache
+def _questions(task: str) -> list[str]:
+    """The questions `task` asks, as many as four hundred of its stories have."""
+    return sorted({story.question for story in islice(babi.generate(task, 0), 400)})

@@ -1,0 +1,182 @@
+"""Plain documents for language modelling: a row each, never packed together, long ones read on.
+
+A document longer than a stage's segments continues in the next batch with its memory carried; every
+token but the first is a target, those at the borders of pieces too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memlm.eval.haystack import encode_texts
+from memlm.train.curriculum import Stage
+from memlm.train.data import Piece, shifted
+
+TEXT_COLUMNS = ("text", "content", "document", "article", "body")
+
+
+class DocumentSource:
+    """Texts as training documents, each closed by the tokenizer's end token.
+
+    texts: a sequence of (name, text), shuffled anew every epoch, or an iterable of such, read in
+    its order and started over at its end. skip_empty: pass over documents without text instead of
+    refusing them.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[tuple[str, str]] | Iterable[tuple[str, str]],
+        tokenizer: Any,
+        segment_length: int,
+        seed: int = 0,
+        skip_empty: bool = False,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
+        if isinstance(texts, Sequence) and not texts:
+            raise ValueError("texts is empty; give at least one document")
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.segment_length = segment_length
+        self.seed = seed
+        self.skip_empty = skip_empty
+        self._order: tuple[int, np.ndarray] | None = None
+        self._stream: Iterator[tuple[str, str]] | None = None
+        self._read = 0
+
+    def single_piece(self, stages: Sequence[Stage]) -> bool:
+        """Documents are read on until they end."""
+        return False
+
+    def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
+        """Document `ordinal`, cut into as many segments a piece as `stage` draws."""
+        ids = self._encode(ordinal)
+        targets = shifted(ids)
+        rng = np.random.default_rng([self.seed, ordinal])
+        begin = 0
+        # The last token alone would have no target.
+        while begin == 0 or begin < len(ids) - 1:
+            segments = int(rng.integers(stage.min_segments, stage.max_segments + 1))
+            end = begin + segments * self.segment_length
+            yield Piece(ids[begin:end], targets[begin:end])
+            begin = end
+
+    def _encode(self, ordinal: int) -> np.ndarray:
+        name, text = self._text(ordinal)
+        if not text.strip():
+            raise ValueError(
+                f"document {name!r} is empty; remove it, or set skip_empty to pass over such"
+            )
+        ids = encode_texts(self.tokenizer, [text])[0]
+        return np.array([*ids, self.tokenizer.eos_token_id], dtype=np.int64)
+
+    def _text(self, ordinal: int) -> tuple[str, str]:
+        if not isinstance(self.texts, Sequence):
+            return self._streamed(ordinal)
+        epoch, index = divmod(ordinal, len(self.texts))
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts))
+            self._order = epoch, order
+        return self.texts[int(self._order[1][index])]
+
+    def _streamed(self, ordinal: int) -> tuple[str, str]:
+        if self._stream is None or ordinal < self._read:
+            self._stream, self._read = self._endless(), 0
+        while True:
+            found = next(self._stream)
+            self._read += 1
+            if self._read > ordinal:
+                return found
+
+    def _endless(self) -> Iterator[tuple[str, str]]:
+        while True:
+            found = False
+            for name, text in self.texts:
+                if text.strip() or not self.skip_empty:
+                    found = True
+                    yield name, text
+            if not found:
+                raise ValueError("texts holds no document with text in it; give at least one")
+
+
+class TextFiles(Sequence[tuple[str, str]]):
+    """The UTF-8 text files of a folder, or one file: (name, text), read when asked for."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        root = Path(path)
+        if not root.exists():
+            raise FileNotFoundError(f"path {str(root)!r} does not exist; name a file or a folder")
+        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+        self.files = [p for p in files if not p.name.startswith(".")]
+        if not self.files:
+            raise ValueError(f"folder {str(root)!r} holds no file; give a folder of text files")
+        empty = [str(file) for file in self.files if file.stat().st_size == 0]
+        if empty:
+            raise ValueError(f"document {empty[0]!r} is empty; remove it")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> Any:
+        file = self.files[index]
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"document {str(file)!r} is not UTF-8 text ({error}); convert or remove it"
+            ) from error
+        return str(file), text
+
+
+class Rows:
+    """The text column of a `datasets` data set, streamed or not, as (name, text)."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], column: str | None = None) -> None:
+        self.rows = rows
+        self.column = column
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        column = self.column
+        for number, row in enumerate(self.rows):
+            column = column or text_column(row)
+            if column not in row:
+                raise ValueError(
+                    f"the data set has no column {column!r}; its columns are {', '.join(row)}"
+                )
+            yield f"row {number}", str(row[column] or "")
+
+
+def text_column(row: dict[str, Any]) -> str:
+    """The column that holds the text."""
+    strings = [key for key, value in row.items() if isinstance(value, str)]
+    named = [key for key in TEXT_COLUMNS if key in strings]
+    if named or len(strings) == 1:
+        return (named or strings)[0]
+    raise ValueError(
+        f"the data set has the text columns {strings or 'none'}; name one, as in 'hub:ID:COLUMN'"
+    )
+
+
+def open_texts(path: str) -> Sequence[tuple[str, str]] | Iterable[tuple[str, str]]:
+    """A text file, a folder of them, or "hub:ID[@CONFIG][:COLUMN]" streamed through `datasets`."""
+    if not path.startswith("hub:"):
+        return TextFiles(path)
+    import datasets
+
+    name, _, column = path.removeprefix("hub:").partition(":")
+    name, _, config = name.partition("@")
+    load: Callable[..., Any] = datasets.load_dataset
+    try:
+        rows = load(name, config or None, split="train", streaming=True)
+    except Exception as error:  # `datasets` raises a different type for every cause.
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(
+            f"data set {path!r} cannot be opened ({type(error).__name__}: {reason}); check the "
+            "name and the connection"
+        ) from error
+    return Rows(rows, column or None)

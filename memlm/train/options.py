@@ -1,0 +1,104 @@
+"""What a training document of BABILong looks like; imports nothing heavy, for recipes' sake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from memlm.eval import babi
+from memlm.eval.babi.generators import DIALECTS
+
+
+def described(help: str, default: Any) -> Any:
+    """A dataclass field with its documentation."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BabilongOptions:
+    """How BABILong documents are made; a stage of the curriculum may change any of these."""
+
+    tasks: tuple[str, ...] = described("bAbI tasks, one drawn per document", ("qa1",))
+    question_template: str = described(
+        "text that puts a question behind a document, with {question} in it; the model remembers "
+        "it",
+        " {question}",
+    )
+    layout: Literal["story", "aligned", "flowing"] = described(
+        "story: a bAbI story between sentences, questions as its last words (the papers'); "
+        "aligned: some whole facts in every segment; flowing: facts at varying distances in "
+        "endless text",
+        "story",
+    )
+    questions: int = described(
+        "story: questions at the end of a document; else questions behind each asked segment", 1
+    )
+    ask_every: int = described("aligned, flowing: ask behind every n-th segment and the last", 1)
+    facts_per_segment: tuple[int, ...] = described(
+        "aligned: numbers of facts, one drawn per segment", (0, 1, 1, 2)
+    )
+    distinct_actors: bool = described(
+        "aligned, qa1: everybody moves once before anybody moves again, so that the newest fact is "
+        "no better a guess than any other",
+        False,
+    )
+    max_facts: int | None = described("story: most facts a story may have; null: no limit", None)
+    gap_tokens: tuple[float, float] = described(
+        "flowing: mean distance between facts in tokens, redrawn log-uniformly in this range",
+        (8.0, 1024.0),
+    )
+    no_gap: float = described("flowing: share of stretches whose facts follow each other", 0.2)
+    end_probability: float = described(
+        "aligned, flowing: chance that a document ends with a batch; below 1 its memory is carried "
+        "into the next batch, and states of any age are trained on",
+        1.0,
+    )
+    segment_length: int | None = described(
+        "tokens a segment of the training documents; null: the model's own", None
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "facts_per_segment", "gap_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.layout not in ("story", "aligned", "flowing"):
+            raise ValueError(
+                f"layout={self.layout!r} is unknown; use 'story', 'aligned' or 'flowing'"
+            )
+        if "{question}" not in self.question_template:
+            raise ValueError(
+                f"question_template={self.question_template!r} has no place for the question; "
+                "write {question} in it"
+            )
+        if not self.tasks:
+            raise ValueError("tasks is empty; name at least one, such as 'qa1'")
+        for task in self.tasks:
+            babi.check_task(task)
+            if task not in babi.GENERATED:
+                raise ValueError(
+                    f"tasks names {task!r}, whose stories cannot be generated; use some of "
+                    f"{', '.join(babi.GENERATED)}"
+                )
+            if self.layout != "story" and task not in DIALECTS:
+                raise ValueError(
+                    f"tasks names {task!r}, which tells no endless story; use layout='story' for it"
+                )
+        if self.distinct_actors and set(self.tasks) != {"qa1"}:
+            raise ValueError(
+                f"distinct_actors leaves moves untold, which tasks={self.tasks} cannot do without; "
+                "use it with qa1 alone"
+            )
+        for name in ("questions", "ask_every", "segment_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not self.facts_per_segment or min(self.facts_per_segment) < 0:
+            raise ValueError(
+                f"facts_per_segment={self.facts_per_segment} must name numbers of facts, 0 or more"
+            )
+        if not 0 < self.gap_tokens[0] <= self.gap_tokens[1]:
+            raise ValueError(
+                f"gap_tokens={self.gap_tokens} must be two rising numbers of tokens above 0"
+            )
+        for name, low in (("end_probability", 0.0), ("no_gap", -1.0)):
+            if not low < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is no probability; use up to 1")

@@ -1,0 +1,69 @@
+"""A byte-level BPE tokenizer for models made from scratch, trained on the data at hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+# Words every answer is made of must be one token: each is shown to the trainer this often, which
+# puts their merges before those of any text's own words.
+WEIGHT = 20_000
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+# 256 bytes and the special tokens come before any merge.
+SMALLEST = 256 + len(SPECIAL_TOKENS)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Iterable[str] = ()) -> Any:
+    """Train a `PreTrainedTokenizerFast` on `texts`; the same texts give the same tokenizer.
+
+    whole_words: words that come out as one token each behind a space. ValueError when `vocab_size`
+    has no room for them.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST:
+        raise ValueError(
+            f"vocab_size={vocab_size} has no room for the 256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens; use at least {SMALLEST}"
+        )
+    words = sorted({word for word in whole_words if word})
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(_weighted(texts, words), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL_TOKENS)
+    split = [word for word in words if len(core.encode(f" {word}").ids) != 1]
+    if split:
+        raise ValueError(
+            f"vocab_size={vocab_size} leaves {split[0]!r} in several tokens ({len(split)} words of "
+            f"{len(words)}); use a larger one"
+        )
+    return tokenizer
+
+
+def babi_words(stories: int = 400) -> list[str]:
+    """Every word of the bAbI tasks that can be generated, answers and questions included."""
+    from memlm.eval import babi
+
+    words: set[str] = set()
+    for task in babi.GENERATED:
+        for story in islice(babi.generate(task, 0), stories):
+            for text in (*story.facts, story.question, story.answer):
+                words.update(re.findall(r"[A-Za-z]+", text))
+    return sorted(words)
+
+
+def _weighted(texts: Iterable[str], words: list[str]) -> Iterator[str]:
+    line = "".join(f" {word}" for word in words)
+    for _ in range(WEIGHT if words else 0):
+        yield line
+    yield from texts

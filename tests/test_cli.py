@@ -1,0 +1,135 @@
+"""The command line: what a user types, and what a mistake prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from memlm import MemLMForCausalLM
+from memlm.cli import main
+from tests.cases import FAMILIES
+from tests.tokenizers import TEXT, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tok = tokenizer("byte-bpe")
+    config = LlamaConfig(**{**FAMILIES["llama"], "vocab_size": len(tok)})
+    MemLMForCausalLM.from_base(config, memory="armt", segment_length=16).save_pretrained(path)
+    tok.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def book(tmp_path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT * 5, encoding="utf-8")
+    return path
+
+
+def test_help_needs_no_torch_and_names_every_command() -> None:
+    code = (
+        "import sys, memlm.cli\n"
+        "try: memlm.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("train", "eval", "ask", "data", "demo"):
+        assert f"\n    {command} " in done.stdout
+
+
+def test_ask_reads_files_and_goes_on_with_a_saved_stream(folder, book, tmp_path, capsys) -> None:
+    arguments = ["ask", str(folder), str(book), "-q", "Where is Mary?", "--max-new-tokens", "3"]
+    assert main([*arguments, "--save", str(tmp_path / "stream")]) == 0
+    first = capsys.readouterr().out
+    assert "tokens read" in first and "Where is Mary?" in first and "written:" in first
+    again = ["ask", str(folder), "--load", str(tmp_path / "stream"), "-q", "Where is Mary?"]
+    assert main([*again, "--max-new-tokens", "3"]) == 0
+    second = capsys.readouterr().out
+    assert first.splitlines()[:3] == second.splitlines()[:3]
+
+
+def test_eval_writes_its_files_and_data_its_layout(folder, book, tmp_path, capsys) -> None:
+    noise = tmp_path / "noise.txt"
+    noise.write_text(
+        "\n\n".join(
+            f"Line {n} of a long quiet book says nothing of anybody at all." for n in range(300)
+        )
+    )
+    common = [
+        "--tasks",
+        "qa1",
+        "--lengths",
+        "0k",
+        "200",
+        "--samples",
+        "2",
+        "--haystack",
+        str(noise),
+    ]
+    out = tmp_path / "eval"
+    assert main(["eval", str(folder), *common, "--out", str(out), "--max-new-tokens", "2"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["accuracy"]["qa1"]) == {"0k", "200"}
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 4
+    assert (out / "accuracy.png").stat().st_size > 1000
+    assert "| qa1 |" in capsys.readouterr().out
+    assert main(["data", "babilong", *common, "--out", str(tmp_path / "data")]) == 0
+    assert (tmp_path / "data/data/qa1/200.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "{model}", "{tmp}/nowhere.txt", "-q", "?"], "does not exist"),
+        (["ask", "{model}", "{tmp}/binary", "-q", "Where?"], "zero byte"),
+        (["ask", "{model}", "{tmp}/empty.txt", "-q", "Where?"], "holds no text"),
+        (["ask", "{model}", "-q", "Where?"], "no FILE to read"),
+        (["ask", "{tmp}", "{tmp}/text.txt", "-q", "Where?"], "no config.json"),
+        (["ask", "./no/such/model", "{tmp}/text.txt", "-q", "Where?"], "does not exist"),
+        (["eval", "{model}", "--tasks", "qa77", "--out", "{tmp}/o"], "qa77"),
+        (["eval", "{model}", "--lengths", "4q", "--out", "{tmp}/o"], "4q"),
+        (["eval", "{model}", "--samples", "0", "--out", "{tmp}/o"], "samples=0"),
+        (["eval", "{model}", "--haystack", "{tmp}/none", "--out", "{tmp}/o"], "none"),
+        (["data", "babilong", "--tasks", "qa20", "--out", "{tmp}/o"], "qa20"),
+        (["train", "{tmp}/missing.yaml"], "missing.yaml"),
+        (["demo", "--ask", "{tmp}/text.txt"], "belong together"),
+        (["demo", "--ask", "{tmp}/binary", "-q", "Where?"], "zero byte"),
+    ],
+)
+def test_mistakes_are_one_sentence_without_a_traceback(
+    folder, tmp_path, monkeypatch, capsys, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "text.txt").write_text("Mary went to the kitchen.")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    filled = [a.format(model=folder, tmp=tmp_path) for a in arguments]
+    assert main(filled) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("memlm: error: ") and message in error
+    assert len(error.strip().splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    with pytest.raises((ValueError, OSError)):
+        main([*filled, "--debug"])
+
+
+def test_ctrl_c_says_how_to_go_on(folder, book, monkeypatch, capsys) -> None:
+    import memlm.cli
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memlm.cli, "_load", interrupt)
+    assert main(["ask", str(folder), str(book), "-q", "Where?"]) == 130
+    assert "goes on" in capsys.readouterr().err

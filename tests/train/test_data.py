@@ -1,0 +1,378 @@
+"""Batches and streams: padding, who reads what, and where a resumed stream goes on."""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from memlm.eval import babi
+from memlm.eval.haystack import Document, TokenHaystack
+from memlm.segment import IGNORE
+from memlm.train import (
+    BabilongOptions,
+    BabilongSource,
+    Collator,
+    DocumentSource,
+    Piece,
+    PieceSource,
+    Question,
+    Stage,
+    TrainingStream,
+)
+from memlm.train.data import Windows, shifted
+from memlm.train.documents import Rows, TextFiles
+from tests.tokenizers import tokenizer
+from tests.train.tiny import Endless, answer_piece, ids, stream, text_piece
+
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def haystack() -> TokenHaystack:
+    sentences = [f"Sentence number {n} says nothing about anyone at all." for n in range(40)]
+    return TokenHaystack([Document("given", sentences)], tokenizer("byte-bpe"), "given")
+
+
+def deal(made: TrainingStream, **values: int) -> TrainingStream:
+    defaults = {"batch_size": 2, "accumulation": 1, "rank": 0, "world": 1}
+    made.deal(**{**defaults, **values})
+    return made
+
+
+def numbers(batch: dict[str, Any]) -> list[int]:
+    return batch["cursor"][:, 0].tolist()
+
+
+def same(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    if mine.keys() != theirs.keys():
+        return False
+    return all(torch.equal(torch.as_tensor(mine[k]), torch.as_tensor(theirs[k])) for k in mine)
+
+
+# Batches.
+
+
+def test_rows_are_padded_on_the_right_with_their_targets() -> None:
+    batch = Collator(9)([Piece(np.array([5, 6, 7]), np.array([6, 7, -100])), Piece(np.array([8]))])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["shift_labels"].tolist() == [[6, 7, -100], [-100] * 3]
+
+
+def test_a_mapping_without_labels_is_text_to_model() -> None:
+    batch = Collator()([{"input_ids": [5, 6, 7]}, {"input_ids": [4, 8], "labels": [-100, 8]}])
+    assert batch["shift_labels"].tolist() == [[6, 7, -100], [8, -100, -100]]
+
+
+def test_questions_are_targets_in_their_answers_alone() -> None:
+    question = Question(1, np.array([4, 5, 6, 7]), 2)
+    batch = Collator()([text_piece(9), Piece(ids(9), questions=(question,))])
+    assert batch["question_at"].tolist() == [[1, 1]]
+    assert batch["question_labels"].tolist() == [[IGNORE, IGNORE, 6, 7]]
+
+
+def test_an_empty_document_is_refused_in_a_batch() -> None:
+    with pytest.raises(ValueError, match="sample 1 of the batch holds no token"):
+        Collator()([text_piece(3), Piece(np.array([], dtype=np.int64))])
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_processes_read_no_document_twice(world: int) -> None:
+    read: list[int] = []
+    for rank in range(world):
+        made = deal(stream(Endless(pieces=1)), rank=rank, world=world)
+        read += [n for batch in islice(made, 6) for n in numbers(batch)]
+    assert sorted(read) == list(range(12 * world))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_that_read_on_read_no_document_twice(world: int) -> None:
+    opened: list[int] = []
+    for rank in range(world):
+        made = deal(stream(Endless(pieces=3)), rank=rank, world=world, accumulation=2)
+        for batch in islice(made, 8):
+            opened += [
+                n for n, on in zip(numbers(batch), batch["continued"], strict=True) if not on
+            ]
+    assert len(opened) == len(set(opened))
+    assert {n % world for n in opened} == set(range(world))
+
+
+def test_workers_share_the_documents_in_the_order_of_one() -> None:
+    alone = list(islice(deal(stream(Endless(pieces=1))), 7))
+    loader = DataLoader(deal(stream(Endless(pieces=1))), batch_size=None, num_workers=2)
+    shared = list(islice(loader, 7))
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_a_stage_reaches_workers_that_are_running() -> None:
+    made = deal(
+        stream(
+            Endless(pieces=1),
+            Stage(max_segments=1, advance_at=0.5),
+            Stage(min_segments=4, max_segments=4),
+            score_window=1,
+            lookahead=4,
+        )
+    )
+    lengths = []
+    loader = DataLoader(made, batch_size=None, num_workers=2, prefetch_factor=2)
+    for step, batch in enumerate(islice(loader, 9)):
+        lengths.append(batch["input_ids"].shape[1] // 6)
+        made.curriculum.record(step, 1, 1)
+    assert lengths == [1] * 5 + [4] * 4
+
+
+def test_several_workers_cannot_read_on() -> None:
+    deal(stream(Endless(pieces=1))).check_workers(2)
+    with pytest.raises(ValueError, match="use 0 or 1"):
+        deal(stream(Endless(pieces=3))).check_workers(2)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_stream_goes_on_with_the_next_batch(pieces: int, accumulation: int) -> None:
+    stages = Stage(max_segments=2, steps=4), Stage(min_segments=2, max_segments=3)
+
+    def made() -> TrainingStream:
+        return deal(stream(Endless(pieces), *stages), accumulation=accumulation)
+
+    whole = list(islice(made(), 14))
+    for stop in (1, 2, 7, 8, 9, 10):
+        first, second = made(), made()
+        for batch in islice(first, stop):
+            first.consumed(batch["cursor"])
+        second.load_state_dict(first.state_dict())
+        rest = list(islice(second, 14 - stop))
+        for slot, (mine, theirs) in enumerate(zip(rest, whole[stop:], strict=True)):
+            assert same(mine, theirs), (stop, slot)
+
+
+def test_a_stream_is_not_resumed_with_other_batches() -> None:
+    saved = deal(stream(Endless())).state_dict()
+    with pytest.raises(ValueError, match="batch_size=2, this run 3"):
+        deal(stream(Endless()), batch_size=3).load_state_dict(saved)
+
+
+def test_a_new_stage_begins_with_new_documents() -> None:
+    stages = Stage(max_segments=1, steps=2), Stage(max_segments=1)
+    batches = list(islice(deal(stream(Endless(pieces=9), *stages)), 3))
+    assert batches[1]["continued"].any()
+    assert not batches[2]["continued"].any()
+
+
+def test_epochs_of_given_documents_differ_in_order_alone() -> None:
+    source = PieceSource([text_piece(3, n) for n in range(5)])
+    stage = Stage(max_segments=1)
+    read = [tuple(next(source.document(n, stage)).ids) for n in range(10)]
+    assert read[:5] != read[5:]
+    assert sorted(read[:5]) == sorted(read[5:])
+
+
+def test_windows_end_in_targets_and_lose_none() -> None:
+    piece = answer_piece(27)
+    targets = piece.targets.copy()
+    targets[8] = 5
+    source = PieceSource([Piece(piece.ids, targets, (Question(2, ids(3), 1),))])
+    windows = list(Windows(source, 1, 6).document(0, Stage(max_segments=1)))
+    assert [len(w.ids) for w in windows] == [12, 6, 9]
+    assert [[q.segment for q in w.questions] for w in windows] == [[], [0], []]
+    assert np.array_equal(np.concatenate([w.targets for w in windows]), targets)
+
+
+# BABILong.
+
+
+def source_of(haystack: TokenHaystack, **options: Any) -> BabilongSource:
+    return BabilongSource(haystack, LENGTH, BabilongOptions(**options), seed=3)
+
+
+@pytest.mark.parametrize("task", babi.GENERATED)
+def test_a_story_fills_its_segments_and_its_answer_is_true(
+    haystack: TokenHaystack, task: str
+) -> None:
+    source = source_of(haystack, tasks=(task,), questions=2, max_facts=14)
+    stage = Stage(min_segments=4, max_segments=6)
+    lengths = set()
+    for number in range(15):
+        (piece,) = source.document(number, stage)
+        lengths.add(len(piece.ids))
+        aimed = np.flatnonzero(piece.targets != IGNORE) + 1
+        assert aimed[-1] == len(piece.ids) - 1
+        assert piece.ids[-1] == haystack.tokenizer.eos_token_id
+        assert np.array_equal(piece.ids[aimed], piece.targets[aimed - 1])
+        check_answers(haystack, piece)
+    assert lengths == {4 * LENGTH, 5 * LENGTH, 6 * LENGTH}
+
+
+def check_answers(haystack: TokenHaystack, piece: Piece) -> None:
+    """Read the document as text, and let the symbolic solver answer its questions."""
+    text = haystack.tokenizer.decode(piece.ids)
+    start = min(at for at in (text.find(f" {w} ") for w in ("Where", "What", "Who")) if at >= 0)
+    context, end = text[:start], haystack.tokenizer.eos_token
+    asked = [part for part in text[start:].split(end) if part.strip()]
+    # A second question is asked when the facts answer one.
+    assert len(asked) in (1, 2)
+    facts = facts_in(context)
+    for part in asked:
+        question, answer = part.split("?")
+        assert babi.solve(facts, question.strip() + "?") == answer.strip()
+
+
+def facts_in(text: str) -> list[str]:
+    """The sentences of `text` the solver can read, in order."""
+    facts = []
+    for word in text.replace("Sentence", "|Sentence").split("|"):
+        for sentence in word.split("."):
+            for start in range(len(sentence)):
+                try:
+                    babi.solve([sentence[start:].strip()], "?")
+                except ValueError as error:
+                    if "parse the fact" not in str(error):
+                        facts.append(sentence[start:].strip() + ".")
+                        break
+    return facts
+
+
+@pytest.mark.parametrize("layout", ["aligned", "flowing"])
+def test_questions_behind_segments_are_answered_by_what_was_read(
+    haystack: TokenHaystack, layout: str
+) -> None:
+    source = source_of(
+        haystack, layout=layout, questions=2, end_probability=0.3, gap_tokens=(8, 40)
+    )
+    stage = Stage(min_segments=2, max_segments=3)
+    checked = 0
+    for number in range(6):
+        read = np.array([], dtype=np.int64)
+        for piece in islice(source.document(number, stage), 4):
+            assert piece.targets is None and len(piece.ids) % LENGTH == 0
+            for question in piece.questions:
+                end = (question.segment + 1) * LENGTH
+                text = haystack.tokenizer.decode(np.concatenate([read, piece.ids[:end]]))
+                asked, answer = haystack.tokenizer.decode(question.ids[:-1]).split("?")
+                assert babi.solve(facts_in(text), asked.strip() + "?") == answer.strip()
+                checked += 1
+            read = np.concatenate([read, piece.ids])
+    assert checked > 20
+
+
+def test_questions_are_put_as_the_template_says(haystack: TokenHaystack) -> None:
+    source = source_of(haystack, question_template="\nAsked: {question} Say:")
+    (piece,) = source.document(0, Stage(max_segments=3))
+    text = haystack.tokenizer.decode(piece.ids)
+    assert re.search(r"\nAsked: Where is \w+\? Say: \w+<eos>$", text)
+
+
+def test_distinct_actors_take_turns(haystack: TokenHaystack) -> None:
+    source = source_of(haystack, layout="aligned", facts_per_segment=(2,), distinct_actors=True)
+    (piece,) = source.document(0, Stage(min_segments=4, max_segments=4))
+    told = [fact.split()[0] for fact in facts_in(haystack.tokenizer.decode(piece.ids))]
+    assert len(told) == 8
+    assert len(set(told[:4])) == len(set(told[4:])) == 4
+
+
+def test_a_document_is_a_function_of_its_number(haystack: TokenHaystack) -> None:
+    stage = Stage(max_segments=3)
+    for layout in ("story", "aligned", "flowing"):
+        one, two = source_of(haystack, layout=layout), source_of(haystack, layout=layout)
+        for number in (5, 2, 5):
+            pieces = zip(one.document(number, stage), two.document(number, stage), strict=True)
+            for mine, theirs in islice(pieces, 3):
+                assert np.array_equal(mine.ids, theirs.ids)
+                assert [q.ids.tolist() for q in mine.questions] == [
+                    q.ids.tolist() for q in theirs.questions
+                ]
+        first, second = (next(one.document(n, stage)).ids for n in (1, 2))
+        assert not np.array_equal(first, second)
+
+
+def test_a_stage_may_change_the_data(haystack: TokenHaystack) -> None:
+    source = source_of(haystack, layout="aligned", facts_per_segment=(1,))
+    stage = Stage(max_segments=1, data={"segment_length": 16, "questions": 3})
+    piece = next(source.document(0, stage))
+    assert (len(piece.ids), piece.segment_length) == (16, 16)
+
+
+def test_a_segment_too_short_for_a_story_is_refused(haystack: TokenHaystack) -> None:
+    source = BabilongSource(haystack, 8, BabilongOptions())
+    with pytest.raises(ValueError, match="segment_length=8 with 1 segments"):
+        next(source.document(0, Stage(max_segments=1)))
+
+
+# Plain documents.
+
+
+def source_of_texts(texts: Any, **options: Any) -> DocumentSource:
+    return DocumentSource(texts, tokenizer("byte-bpe"), 6, **options)
+
+
+def test_a_long_document_is_read_on_and_loses_no_target() -> None:
+    source = source_of_texts([("a", "Mary went to the kitchen. " * 5)])
+    pieces = list(source.document(0, Stage(min_segments=2, max_segments=2)))
+    assert len(pieces) > 1 and {len(p.ids) for p in pieces[:-1]} == {12}
+    whole = np.concatenate([p.ids for p in pieces])
+    assert np.array_equal(np.concatenate([p.targets for p in pieces]), shifted(whole))
+    assert whole[-1] == source.tokenizer.eos_token_id
+
+
+def test_documents_share_no_row() -> None:
+    source = source_of_texts([("a", "Mary."), ("b", "John went to the hallway.")])
+    made = deal(stream(source, Stage(max_segments=8)))
+    batch = next(iter(made))
+    rows = [
+        row[mask == 1]
+        for row, mask in zip(*(batch[k] for k in ("input_ids", "attention_mask")), strict=True)
+    ]
+    texts = {source.tokenizer.decode(row, skip_special_tokens=True) for row in rows}
+    assert texts == {"Mary.", "John went to the hallway."}
+
+
+def test_a_streamed_data_set_is_resumed_where_it_stood() -> None:
+    rows = [{"text": f"Document {n} of many. " * (n % 3 + 1)} for n in range(9)]
+
+    def made() -> TrainingStream:
+        source = source_of_texts(Rows(iter_twice(rows)))
+        return deal(stream(source, Stage(max_segments=2)))
+
+    whole = list(islice(made(), 30))
+    first, second = made(), made()
+    for batch in islice(first, 13):
+        first.consumed(batch["cursor"])
+    second.load_state_dict(first.state_dict())
+    assert all(same(a, b) for a, b in zip(islice(second, 17), whole[13:], strict=True))
+
+
+def iter_twice(rows: list[dict[str, str]]) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+
+def test_empty_documents_are_refused_or_passed_over(tmp_path: Path) -> None:
+    rows = Rows([{"text": "Mary."}, {"text": "  "}])
+    stage = Stage(max_segments=1)
+    with pytest.raises(ValueError, match="'row 1' is empty"):
+        list(source_of_texts(rows).document(1, stage))
+    assert list(source_of_texts(rows, skip_empty=True).document(1, stage))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"empty\.txt' is empty"):
+        TextFiles(tmp_path)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone' does not exist"):
+        TextFiles(tmp_path / "gone")
+    (tmp_path / "noise.bin").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ValueError, match=r"noise\.bin' is not UTF-8"):
+        TextFiles(tmp_path)[0]

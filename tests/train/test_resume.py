@@ -1,0 +1,111 @@
+"""A run that is killed and resumed is the run that was never killed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from memlm.train import MemLMTrainer, Stage
+from memlm.train.run import last_checkpoint
+from memlm.train.trainer import CURRICULUM_FILE
+from tests.cases import memory_model
+from tests.train.tiny import Endless, stream, trainer, weights
+
+STEPS, STOP = 20, 10
+
+
+class Kill(TrainerCallback):
+    """Die in the middle of a step, some steps behind the last checkpoint."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == STOP + 3:
+            raise KeyboardInterrupt
+
+
+def made(folder: Path, kind: str, callbacks: Any = None) -> MemLMTrainer:
+    values: dict[str, Any] = {
+        "max_steps": STEPS,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": STOP // 2,
+        "track_accuracy": True,
+    }
+    # A score that is reached in the run, so that the second stage's start is a decision to restore.
+    stages = [
+        Stage(max_segments=1, advance_at=0.3, min_steps=6, warmup_steps=2),
+        Stage(max_segments=3, learning_rate=2e-3),
+    ]
+    pieces = 1
+    if kind == "carried":
+        pieces, values["gradient_accumulation_steps"] = 4, 2
+    elif kind == "window":
+        values |= {"window_step": "window", "bptt_depth": 1}
+    elif kind == "workers":
+        values["dataloader_num_workers"] = 2
+    torch.manual_seed(0)
+    model = memory_model("llama", "armt")
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    data = stream(Endless(pieces), *stages, score_window=4)
+    return trainer(model, folder, data, callbacks, **values)
+
+
+@pytest.mark.parametrize("kind", ["documents", "carried", "window", "workers"])
+def test_a_killed_run_resumes_to_the_unbroken_one(tmp_path: Path, kind: str) -> None:
+    whole = made(tmp_path / "whole", kind)
+    whole.train()
+    killed = made(tmp_path / "killed", kind, [Kill()])
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    again = made(tmp_path / "killed", kind)
+    checkpoint = last_checkpoint(tmp_path / "killed")
+    assert checkpoint is not None and checkpoint.endswith(f"checkpoint-{STOP}")
+    again.train(resume_from_checkpoint=checkpoint)
+
+    def told(run: MemLMTrainer) -> list[tuple[Any, ...]]:
+        names = ("step", "loss", "stage", "accuracy", "learning_rate")
+        return [tuple(line[n] for n in names) for line in run.state.log_history if "loss" in line]
+
+    assert told(again) == told(whole)
+    assert {line[2] for line in told(whole)} == {0, 1}
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+
+
+def test_a_checkpoint_holds_the_usual_files_and_the_stream(tmp_path: Path) -> None:
+    from memlm.modeling import MemLMForCausalLM
+
+    run = made(tmp_path, "carried")
+    run.train()
+    folder = tmp_path / f"checkpoint-{STEPS}"
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
+    assert {CURRICULUM_FILE, "stream-0.json", "memory-0-0.safetensors"} <= names
+    again = MemLMForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for name, value in weights(run.model).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step, text in ((5, json.dumps({"global_step": 5})), (10, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-15").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+def test_a_checkpoint_without_a_stream_is_refused(tmp_path: Path) -> None:
+    run = made(tmp_path, "documents")
+    run.train()
+    (tmp_path / f"checkpoint-{STEPS}" / "stream-0.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no stream-0\.json"):
+        made(tmp_path, "documents").train(
+            resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}")
+        )

@@ -1,0 +1,491 @@
+"""The Trainer: gradients by hand, whatever the windowing, padding and accumulation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from memlm.memory import ARMTConfig
+from memlm.modeling import MemLMForCausalLM
+from memlm.segment import IGNORE
+from memlm.state import MemoryState
+from memlm.train import Collator, Piece, PieceSource, Question, Stage
+from memlm.train.trainer import MemLMTrainer, answers, count_targets
+from tests.cases import SEGMENT, memory_model
+from tests.train.tiny import (
+    Endless,
+    answer_piece,
+    arguments,
+    assert_same,
+    gradients,
+    ids,
+    stream,
+    text_piece,
+    trainer,
+    weights,
+)
+
+
+def step(
+    model: MemLMForCausalLM, folder: Path, batch: dict[str, Any], **values: Any
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one training step on `batch`."""
+    made = trainer(model, folder, [{"input_ids": ids(4)}], **values)
+    model.zero_grad()
+    loss = made.training_step(model, dict(batch), count_targets(batch))
+    return float(loss), gradients(model)
+
+
+def by_hand(model: MemLMForCausalLM, batch: dict[str, Any], depth: int) -> dict[str, Tensor]:
+    """Gradients from calls of `depth` segments, the state detached between them."""
+    model.zero_grad()
+    model.train()
+    state: MemoryState | None = None
+    width = depth * SEGMENT
+    for at in range(0, batch["input_ids"].shape[1], width):
+        out = model(
+            input_ids=batch["input_ids"][:, at : at + width],
+            attention_mask=batch["attention_mask"][:, at : at + width],
+            shift_labels=batch["shift_labels"][:, at : at + width],
+            memory_state=state,
+            num_items_in_batch=count_targets(batch),
+        )
+        out.loss.backward()
+        state = out.memory_state.detach()
+    return gradients(model)
+
+
+@pytest.fixture(params=["armt", "rmt"])
+def model(request: pytest.FixtureRequest) -> MemLMForCausalLM:
+    return memory_model("llama", request.param)
+
+
+@pytest.fixture
+def armt() -> MemLMForCausalLM:
+    return memory_model("llama", "armt")
+
+
+def test_a_whole_document_gives_the_plain_backward(model: MemLMForCausalLM, tmp_path: Path) -> None:
+    batch = Collator()([text_piece(20, 1), text_piece(20, 2)])
+    loss, found = step(model, tmp_path, batch)
+    model.zero_grad()
+    out = model(batch["input_ids"], shift_labels=batch["shift_labels"])
+    out.loss.backward()
+    assert loss == pytest.approx(float(out.loss.detach()), rel=1e-6)
+    assert_same(found, gradients(model))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_windows_cut_gradients_at_their_borders(
+    model: MemLMForCausalLM, tmp_path: Path, depth: int
+) -> None:
+    batch = Collator()([text_piece(27, 1), text_piece(27, 2)])
+    loss, found = step(model, tmp_path, batch, bptt_depth=depth)
+    whole, full = step(model, tmp_path, batch)
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert_same(found, by_hand(model, batch, depth))
+    assert any(not torch.allclose(found[name], full[name]) for name in found)
+
+
+def test_windows_without_a_target_get_no_gradient(model: MemLMForCausalLM, tmp_path: Path) -> None:
+    batch = Collator()([answer_piece(27, 1), answer_piece(28, 2)])
+    seen: list[bool] = []
+    model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    _, found = step(model, tmp_path, batch, bptt_depth=1)
+    assert seen == [False] * 4 + [True]
+    model._forward_hooks.clear()
+    assert_same(found, by_hand(model, batch, 1))
+
+
+def test_nothing_behind_the_last_target_is_run(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    piece = text_piece(30)
+    targets = piece.targets.copy()
+    targets[8:] = IGNORE
+    batch = Collator()([Piece(piece.ids, targets)])
+    read: list[int] = []
+    armt.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    step(armt, tmp_path, batch, bptt_depth=1)
+    assert read == [SEGMENT, SEGMENT]
+
+
+@pytest.mark.parametrize("depth", [None, 1])
+def test_a_ragged_batch_is_its_rows(
+    model: MemLMForCausalLM, tmp_path: Path, depth: int | None
+) -> None:
+    pieces = [text_piece(20, 1), text_piece(7, 2), text_piece(13, 3)]
+    _, found = step(model, tmp_path, Collator()(pieces), bptt_depth=depth)
+    count = count_targets(Collator()(pieces))
+    total = {name: torch.zeros_like(value) for name, value in found.items()}
+    for piece in pieces:
+        alone = Collator()([piece])
+        _, part = step(model, tmp_path, alone, bptt_depth=depth)
+        for name, value in part.items():
+            total[name] += value * count_targets(alone) / count
+    assert_same(found, total)
+
+
+def test_padding_on_the_left_changes_nothing(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    right = Collator()([text_piece(14, 1), text_piece(9, 2)])
+    labels = right["input_ids"].masked_fill(right["attention_mask"] == 0, IGNORE)
+    left = {name: right[name].clone() for name in ("input_ids", "attention_mask")}
+    left["labels"] = labels.clone()
+    for value in left.values():
+        value[1] = value[1].roll(5)
+    assert count_targets(left) == count_targets(right)
+    assert_same(
+        step(armt, tmp_path, left, bptt_depth=1)[1], step(armt, tmp_path, right, bptt_depth=1)[1]
+    )
+
+
+def test_recomputed_activations_give_the_same_gradients(
+    model: MemLMForCausalLM, tmp_path: Path
+) -> None:
+    batch = Collator()([text_piece(20, 1), text_piece(13, 2)])
+    plain = step(model, tmp_path, batch)
+    model.gradient_checkpointing_enable()
+    assert model.gradient_checkpointing
+    again = step(model, tmp_path, batch)
+    assert again[0] == plain[0]
+    assert_same(again[1], plain[1])
+
+
+def test_a_batch_without_a_target_gives_zeros(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    loss, found = step(armt, tmp_path, Collator()([text_piece(1)]))
+    assert loss == 0
+    assert all(float(value.abs().max()) == 0 for value in found.values())
+
+
+def test_a_one_token_document_trains_beside_another(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    _, pair = step(armt, tmp_path, Collator()([text_piece(1), text_piece(15, 1)]))
+    _, alone = step(armt, tmp_path, Collator()([text_piece(15, 1)]))
+    assert_same(pair, alone)
+
+
+def test_questions_read_forks_and_leave_no_trace(model: MemLMForCausalLM, tmp_path: Path) -> None:
+    asked = Question(0, ids(5, 8), 2), Question(0, ids(4, 9), 2), Question(1, ids(5, 10), 1)
+    first = Piece(ids(18, 1), questions=asked[:1])
+    second = Piece(ids(18, 2), questions=asked[1:])
+    batch = Collator()([first, second])
+    assert count_targets(batch) == 5
+    loss, found = step(model, tmp_path, batch)
+
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for piece in (first, second):
+        for question in piece.questions:
+            # A fresh document for every question: none may feel that another was asked.
+            state = model.init_state(1)
+            end = (question.segment + 1) * SEGMENT
+            context = torch.from_numpy(piece.ids[None, :end])
+            state = model(context, memory_state=state, logits_to_keep=None).memory_state
+            tokens = torch.from_numpy(question.ids[None])
+            labels = tokens.clone()
+            labels[:, : -question.answer] = IGNORE
+            out = model(
+                tokens, labels=labels, memory_state=state, write=False, num_items_in_batch=5
+            )
+            total = total + out.loss
+    total.backward()
+    assert loss == pytest.approx(float(total.detach()), rel=1e-6)
+    assert_same(found, gradients(model))
+
+
+def test_shorter_segments_end_early(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    piece = Piece(ids(8, 1), questions=(Question(1, ids(4, 2), 2),), segment_length=4)
+    _, found = step(armt, tmp_path, Collator()([piece]))
+    armt.zero_grad()
+    state = None
+    for at in (0, 4):
+        context = torch.from_numpy(piece.ids[None, at : at + 4])
+        state = armt(context, memory_state=state).memory_state
+    tokens = torch.from_numpy(piece.questions[0].ids[None])
+    labels = tokens.clone()
+    labels[:, :2] = IGNORE
+    armt(tokens, labels=labels, memory_state=state, write=False).loss.backward()
+    assert_same(found, gradients(armt))
+
+
+def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
+    # Documents of unlike lengths: micro-batches hold unlike numbers of targets.
+    pieces = [text_piece(length, length) for length in (20, 8, 15, 3)]
+    results = []
+    for rows, slots in ((4, 1), (2, 2), (1, 4)):
+        model = memory_model("llama", "armt")
+        made = trainer(
+            model,
+            tmp_path,
+            stream(PieceSource(pieces), Stage(max_segments=1)),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=slots,
+            bptt_depth=2,
+        )
+        made.train()
+        results.append((made.state.log_history[0]["loss"], weights(model)))
+    for loss, found in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert_same(found, results[0][1])
+
+
+class Watch(TrainerCallback):
+    """Count what happens to the optimiser."""
+
+    steps = 0
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+
+def test_a_step_a_window_equals_the_loop_by_hand(tmp_path: Path) -> None:
+    piece, watch = text_piece(26, 1), Watch()
+    model = memory_model("llama", "armt")
+    made = trainer(
+        model,
+        tmp_path,
+        stream(PieceSource([piece]), Stage(max_segments=1)),
+        [watch],
+        per_device_train_batch_size=1,
+        bptt_depth=2,
+        window_step="window",
+        max_steps=3,
+    )
+    made.train()
+    assert watch.steps == 3 == made.state.global_step
+
+    other = memory_model("llama", "armt").train()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    state = None
+    for at in range(0, 26, 2 * SEGMENT):
+        part = slice(at, at + 2 * SEGMENT)
+        out = other(
+            torch.from_numpy(piece.ids[None, part]),
+            shift_labels=torch.from_numpy(piece.targets[None, part]),
+            memory_state=state,
+        )
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        state = out.memory_state.detach()
+    assert_same(weights(model), weights(other))
+
+
+def test_memories_are_carried_into_the_next_batch(tmp_path: Path) -> None:
+    model = memory_model("llama", "armt")
+    made = trainer(
+        model,
+        tmp_path,
+        stream(Endless(pieces=3), Stage(max_segments=2)),
+        max_steps=6,
+        learning_rate=0.0,
+    )
+    seen: list[tuple[Any, ...]] = []
+    run = made._run
+
+    def spy(module: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        slot = made._slot
+        result = run(module, batch, *args, **kwargs)
+        seen.append((batch, made._carried[slot]))
+        return result
+
+    made._run = spy  # type: ignore[method-assign]
+    made.train()
+    assert any(bool(batch["continued"].any()) for batch, _ in seen)
+    assert any(not bool(batch["continued"].all()) for batch, _ in seen[1:])
+    state = model.init_state(2)
+    for batch, carried in seen:
+        state = state.where(batch["continued"], model.init_state(2))
+        with torch.no_grad():
+            state = model(
+                batch["input_ids"], batch["attention_mask"], memory_state=state
+            ).memory_state
+        for name, value in state.tensors.items():
+            torch.testing.assert_close(value, carried[name], rtol=1e-9, atol=1e-9)
+
+
+def test_evaluation_streams_the_loss_and_counts_answers(tmp_path: Path) -> None:
+    model = memory_model("llama", "armt")
+    held_out = [answer_piece(20, 1), answer_piece(13, 2)]
+    made = MemLMTrainer(
+        model,
+        arguments(tmp_path, track_accuracy=True, per_device_eval_batch_size=2),
+        train_dataset=held_out,
+        eval_dataset=held_out,
+    )
+    metrics = made.evaluate()
+    batch = Collator()(held_out)
+    with torch.no_grad():
+        out = model.eval()(
+            batch["input_ids"], batch["attention_mask"], shift_labels=batch["shift_labels"]
+        )
+    assert metrics["eval_loss"] == pytest.approx(float(out.loss), rel=1e-6)
+    guessed, aimed = out.logits.argmax(dim=-1), batch["shift_labels"] != IGNORE
+    right = [bool((guessed[r] == batch["shift_labels"][r])[aimed[r]].all()) for r in range(2)]
+    assert metrics["eval_accuracy"] == sum(right) / 2
+    _, logits, labels = made.prediction_step(model, batch, prediction_loss_only=False)
+    assert logits is None and labels is None
+
+
+def test_an_answer_is_right_when_all_its_tokens_are() -> None:
+    labels = torch.full((2, 8), IGNORE)
+    labels[0, 1:3] = torch.tensor([5, 6])
+    labels[0, 6] = 7
+    labels[1, 3:6] = torch.tensor([5, 6, 7])
+    # Segments of four tokens: the second row's answer runs over the border.
+    right = [torch.tensor([5, 6, 5]), torch.tensor([7, 6, 7])]
+    tally = answers(labels, right, 4)
+    assert (tally.right, tally.asked) == (3, 3)
+    tally = answers(labels, [torch.tensor([5, 9, 5]), torch.tensor([7, 6, 9])], 4)
+    assert (tally.right, tally.asked) == (1, 3)
+
+
+def costly() -> MemLMForCausalLM:
+    """A model whose memory asks for something besides the loss."""
+    return memory_model("llama", ARMTConfig(num_memory_tokens=3, d_mem=8, write_cost=0.3))
+
+
+def test_what_memories_ask_for_is_a_loss(tmp_path: Path) -> None:
+    model = costly()
+    asked = (Question(1, ids(4, 9), 2),)
+    for piece in (text_piece(12, 1), Piece(ids(12, 1), questions=asked)):
+        loss, found = step(model, tmp_path, Collator()([piece]))
+        model.zero_grad()
+        model.train()
+        tokens = torch.from_numpy(piece.ids[None])
+        targets = None if piece.targets is None else torch.from_numpy(piece.targets[None])
+        out = model(tokens, shift_labels=targets)
+        assert float(out.auxiliary_loss.detach()) > 0
+        total = out.auxiliary_loss if targets is None else out.loss
+        for question in piece.questions:
+            prompt = torch.from_numpy(question.ids[None])
+            labels = prompt.clone()
+            labels[:, :2] = IGNORE
+            total = (
+                total
+                + model(prompt, labels=labels, memory_state=out.memory_state, write=False).loss
+            )
+        total.backward()
+        assert loss == pytest.approx(float(total.detach()), rel=1e-6)
+        assert_same(found, gradients(model))
+
+
+def test_what_memories_ask_for_is_a_mean_over_accumulated_rows(tmp_path: Path) -> None:
+    pieces = [text_piece(18, n) for n in range(4)]
+    results = []
+    for rows, slots in ((4, 1), (2, 2)):
+        model = costly()
+        trainer(
+            model,
+            tmp_path,
+            stream(PieceSource(pieces), Stage(max_segments=1)),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=slots,
+        ).train()
+        results.append(weights(model))
+    assert_same(*results)
+
+
+def test_steps_that_overflow_are_left_out(tmp_path: Path) -> None:
+    model = memory_model("llama", "armt")
+    made = trainer(
+        model,
+        tmp_path,
+        stream(Endless(pieces=3), Stage(max_segments=1)),
+        max_steps=2,
+        max_grad_norm=1.0,
+    )
+    before = weights(model)
+    run = made._run
+
+    def spoil(module: Any, *args: Any, **kwargs: Any) -> Any:
+        result = run(module, *args, **kwargs)
+        next(module.parameters()).grad.view(-1)[0] = float("nan")
+        return result
+
+    made._run = spoil  # type: ignore[method-assign]
+    made.train()
+    assert made.state.global_step == 2
+    assert_same(weights(model), before)
+
+
+def test_a_memory_that_overflowed_starts_afresh(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    made = trainer(armt, tmp_path, stream(Endless()))
+    ids_ = torch.from_numpy(ids(12).reshape(2, 6))
+    state = armt(ids_).memory_state.detach()
+    name = next(iter(state.tensors))
+    state[name][1].view(-1)[3] = float("inf")
+    mended, fresh = made._sound(state), armt.init_state(2)
+    for key, value in mended.tensors.items():
+        assert torch.equal(value[0], state[key][0])
+        assert torch.equal(value[1], fresh[key][1])
+
+
+def test_a_question_too_long_for_a_segment_is_refused(
+    armt: MemLMForCausalLM, tmp_path: Path
+) -> None:
+    piece = Piece(ids(6), questions=(Question(0, ids(SEGMENT + 1), 1),))
+    with pytest.raises(ValueError, match="segment_length=6"):
+        step(armt, tmp_path, Collator()([piece]))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"bptt_depth": 0}, "bptt_depth=0"),
+        ({"window_step": "segment"}, "'segment'"),
+        ({"window_step": "window"}, "give bptt_depth"),
+        (
+            {"window_step": "window", "bptt_depth": 1, "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=2",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(
+    tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **values)
+
+
+def test_a_step_a_window_needs_a_stream(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="TrainingStream"):
+        trainer(armt, tmp_path, [text_piece(5)], window_step="window", bptt_depth=1)
+
+
+def test_the_usual_flag_recomputes_segments(
+    armt: MemLMForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["memlm.schedule.sequential"]
+    calls: list[int] = []
+    real = module.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "checkpoint", counted)
+    data = [{"input_ids": ids(18)}] * 2
+    trainer(armt, tmp_path, data, gradient_checkpointing=True, bptt_depth=2).train()
+    assert len(calls) == 3
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    model = memory_model("llama", "armt").float()
+    made = trainer(
+        model,
+        tmp_path,
+        [{"input_ids": ids(20, seed)} for seed in range(2)],
+        optim="adamw_torch",
+        learning_rate=3e-3,
+        bptt_depth=2,
+        max_steps=30,
+    )
+    made.train()
+    losses = [line["loss"] for line in made.state.log_history if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
