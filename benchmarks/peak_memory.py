@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ def child(memory: str, tokens: int, hidden: int, layers: int, segment: int) -> N
     torch.set_num_threads(1)
     torch.manual_seed(0)
     haystack = Haystack.open("builtin", "all")
-    texts = [text for _, text in zip(range(4000), haystack.sentences(np.random.default_rng(0)))]
+    texts = list(islice(haystack.sentences(np.random.default_rng(0)), 4000))
     tokenizer = train_tokenizer(texts, vocab_size=2048)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -225,8 +225,8 @@ class DocumentStream:
         length = self.model.segment_length
         full = (len(self._open) - 1) // length * length
         if full > 0:
-            ids = self._tensor(self._open[:full])
-            self._state = self.model.read(cut(ids, None, None, length), self._state)
+            whole = self._tensor(self._open[:full])
+            self._state = self.model.read(cut(whole, None, None, length), self._state)
         self._open = self._open[max(full, 0) :]
         self._committed += max(full, 0)
 
