@@ -20,8 +20,8 @@ from memlm.text import check_text_file, read_text
 RECIPES = {"armt": "tiny-armt-qa1", "none": "tiny-none-qa1"}
 # Samples by length: fewer where each costs more. Without memory all lengths are alike.
 SAMPLES = {
-    "armt": {"1k": 100, "4k": 100, "16k": 100, "64k": 100, "128k": 50, "1M": 20},
-    "none": {"1k": 100, "4k": 100, "16k": 100, "64k": 48, "128k": 24, "1M": 4},
+    "armt": {"1k": 100, "4k": 100, "16k": 100, "64k": 60, "128k": 40, "1M": 20},
+    "none": {"1k": 100, "4k": 100, "16k": 100, "64k": 40, "128k": 20, "1M": 4},
 }
 QUICK = {"1k": 8, "4k": 8}
 QUICK_STEPS = "training.max_steps=60"

@@ -48,6 +48,10 @@ class Stage:
             "help": "learning rate at the end of `steps`, reached by a cosine; null: constant"
         },
     )
+    auxiliary_weight: float = field(
+        default=1.0,
+        metadata={"help": "factor on the auxiliary losses of memories, such as armt's write_cost"},
+    )
     data: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "fields of the data section that are different in this stage"},
@@ -59,6 +63,8 @@ class Stage:
                 f"min_segments={self.min_segments} and max_segments={self.max_segments} leave no "
                 "number of segments to draw; use 1 <= min_segments <= max_segments"
             )
+        if self.auxiliary_weight < 0:
+            raise ValueError(f"auxiliary_weight={self.auxiliary_weight} must be 0 or more")
         for name in ("steps", "min_steps", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and value < (1 if name == "steps" else 0):

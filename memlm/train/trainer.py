@@ -313,7 +313,7 @@ class MemLMTrainer(Trainer):
                     loss = loss * scale
                 if loss is not None and extra is not None:
                     # A mean over rows, and no share of all targets.
-                    loss = loss + extra / self._micro_batches
+                    loss = loss + extra * (self._auxiliary_weight / self._micro_batches)
                 if loss is not None and learn:
                     self.accelerator.backward(loss)
             return (None if loss is None else loss.detach(), score), state
@@ -423,6 +423,14 @@ class MemLMTrainer(Trainer):
     @property
     def _micro_batches(self) -> int:
         return self.args.gradient_accumulation_steps if self.model.training else 1
+
+    @property
+    def _auxiliary_weight(self) -> float:
+        """The weight the present stage gives to what memories ask for besides."""
+        if self._stream is None:
+            return 1.0
+        curriculum = self._stream.curriculum
+        return curriculum.stages[curriculum.index_at(self._stream.step)].auxiliary_weight
 
     @property
     def _slot(self) -> int:
