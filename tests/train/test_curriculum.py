@@ -116,3 +116,8 @@ def test_learning_rates_rise_and_fall_by_stage() -> None:
 def test_stages_that_cannot_be_are_refused(values: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Stage(**values)
+
+
+def test_a_negative_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="auxiliary_weight=-1"):
+        Stage(max_segments=1, auxiliary_weight=-1)

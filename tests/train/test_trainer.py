@@ -489,3 +489,17 @@ def test_loss_falls(tmp_path: Path) -> None:
     made.train()
     losses = [line["loss"] for line in made.state.log_history if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_stage_weighs_what_memories_ask_for(tmp_path: Path) -> None:
+    def after(cost: float, weight: float) -> dict[str, torch.Tensor]:
+        memory = ARMTConfig(num_memory_tokens=3, d_mem=8, write_cost=cost)
+        model = memory_model("llama", memory)
+        stage = Stage(max_segments=2, auxiliary_weight=weight)
+        trainer(model, tmp_path, stream(Endless(pieces=1), stage), max_steps=2).train()
+        return weights(model)
+
+    free, priced = after(0.0, 1.0), after(0.3, 1.0)
+    assert_same(after(0.3, 0.0), free)
+    assert_same(after(0.3, 2.0), after(0.6, 1.0))
+    assert any((free[name] - priced[name]).abs().max() > 1e-4 for name in free)
