@@ -473,8 +473,8 @@ def _file_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 def _hub_texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bool]:
     """Stream a dataset; a test split of its own serves as eval, else its rows are divided here."""
-    name, config, column = _parse_hub(source)
-    splits = _open_dataset(source, name, config)
+    name, config, column = parse_hub(source)
+    splits = open_dataset(source, name, config)
     held_out = next((key for key in ("test", "validation") if key in splits), None)
     train = "train" if "train" in splits else next(iter(splits))
     divided = held_out is not None and train == "train" and split != "all"
@@ -483,7 +483,7 @@ def _hub_texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bo
     def texts() -> Iterator[tuple[str, str]]:
         chosen = column
         for number, row in enumerate(rows):
-            chosen = chosen or _text_column(source, row)
+            chosen = chosen or text_column(source, row)
             if chosen not in row:
                 raise ValueError(
                     f"haystack {source!r} has no column {chosen!r}; its columns are "
@@ -495,14 +495,15 @@ def _hub_texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bo
     return texts(), divided
 
 
-def _parse_hub(source: str) -> tuple[str, str | None, str | None]:
+def parse_hub(source: str) -> tuple[str, str | None, str | None]:
+    """Split "hub:ID[@CONFIG][:COLUMN]" into its parts."""
     body = source.removeprefix("hub:")
     name, _, column = body.rpartition(":") if ":" in body else (body, "", "")
     name, _, config = name.partition("@")
     return name, config or None, column or None
 
 
-def _open_dataset(source: str, name: str, config: str | None) -> Any:
+def open_dataset(source: str, name: str, config: str | None) -> Any:
     """Open a hub dataset or a local file of rows as streams, by split."""
     import datasets
 
@@ -515,12 +516,13 @@ def _open_dataset(source: str, name: str, config: str | None) -> Any:
     except Exception as error:  # `datasets` raises a different type for every cause.
         reason = str(error).strip().split("\n")[0][:200]
         raise ValueError(
-            f"haystack {source!r} cannot be opened ({type(error).__name__}: {reason}); "
+            f"{source!r} cannot be opened ({type(error).__name__}: {reason}); "
             "check the name and the connection"
         ) from error
 
 
-def _text_column(source: str, row: dict[str, Any]) -> str:
+def text_column(source: str, row: dict[str, Any]) -> str:
+    """Return the column that holds the text; ValueError when several may."""
     strings = [key for key, value in row.items() if isinstance(value, str)]
     named = [key for key in TEXT_COLUMNS if key in strings]
     if named:
@@ -528,6 +530,6 @@ def _text_column(source: str, row: dict[str, Any]) -> str:
     if len(strings) == 1:
         return strings[0]
     raise ValueError(
-        f"haystack {source!r} has text columns {strings or 'none'}; "
+        f"{source!r} has the text columns {strings or 'none'}; "
         f"name one, as in {source + ':COLUMN'!r}"
     )

@@ -7,17 +7,16 @@ token but the first is a target, those at the borders of pieces too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memlm.eval.haystack import encode_texts
+from memlm.eval.haystack import encode_texts, open_dataset, parse_hub, text_column
+from memlm.text import read_text
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, shifted
-
-TEXT_COLUMNS = ("text", "content", "document", "article", "body")
 
 
 class DocumentSource:
@@ -124,13 +123,7 @@ class TextFiles(Sequence[tuple[str, str]]):
 
     def __getitem__(self, index: Any) -> Any:
         file = self.files[index]
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"document {str(file)!r} is not UTF-8 text ({error}); convert or remove it"
-            ) from error
-        return str(file), text
+        return str(file), "".join(read_text(file))
 
 
 class Rows:
@@ -143,7 +136,7 @@ class Rows:
     def __iter__(self) -> Iterator[tuple[str, str]]:
         column = self.column
         for number, row in enumerate(self.rows):
-            column = column or text_column(row)
+            column = column or text_column("the data set", row)
             if column not in row:
                 raise ValueError(
                     f"the data set has no column {column!r}; its columns are {', '.join(row)}"
@@ -151,32 +144,10 @@ class Rows:
             yield f"row {number}", str(row[column] or "")
 
 
-def text_column(row: dict[str, Any]) -> str:
-    """The column that holds the text."""
-    strings = [key for key, value in row.items() if isinstance(value, str)]
-    named = [key for key in TEXT_COLUMNS if key in strings]
-    if named or len(strings) == 1:
-        return (named or strings)[0]
-    raise ValueError(
-        f"the data set has the text columns {strings or 'none'}; name one, as in 'hub:ID:COLUMN'"
-    )
-
-
 def open_texts(path: str) -> Sequence[tuple[str, str]] | Iterable[tuple[str, str]]:
     """A text file, a folder of them, or "hub:ID[@CONFIG][:COLUMN]" streamed through `datasets`."""
     if not path.startswith("hub:"):
         return TextFiles(path)
-    import datasets
-
-    name, _, column = path.removeprefix("hub:").partition(":")
-    name, _, config = name.partition("@")
-    load: Callable[..., Any] = datasets.load_dataset
-    try:
-        rows = load(name, config or None, split="train", streaming=True)
-    except Exception as error:  # `datasets` raises a different type for every cause.
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(
-            f"data set {path!r} cannot be opened ({type(error).__name__}: {reason}); check the "
-            "name and the connection"
-        ) from error
-    return Rows(rows, column or None)
+    name, config, column = parse_hub(path)
+    splits = open_dataset(path, name, config)
+    return Rows(splits["train" if "train" in splits else next(iter(splits))], column)
