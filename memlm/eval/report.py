@@ -170,8 +170,13 @@ def plot_heat_map(report: Report, path: str | os.PathLike[str]) -> None:
     _save(figure, path)
 
 
-def plot_lines(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
-    """Draw mean accuracy over tasks against length, a line a run, with the 95% interval shaded."""
+def plot_lines(
+    reports: Mapping[str, Report], path: str | os.PathLike[str], chance: float | None = None
+) -> None:
+    """Draw mean accuracy over tasks against length, a line a run, with the 95% interval shaded.
+
+    `chance` is what guessing scores, drawn as a dashed line.
+    """
     if not reports:
         raise ValueError("reports is empty; give at least one {name: report}")
     lengths = sorted({x for r in reports.values() for x in r.lengths}, key=parse_length)
@@ -183,12 +188,14 @@ def plot_lines(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> N
         (line,) = axes.plot(at, means, marker="o", label=name)
         low, high = [100 * b[0] for b in bounds], [100 * b[1] for b in bounds]
         axes.fill_between(at, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    if chance is not None:
+        axes.axhline(100 * chance, color="grey", linestyle="--", linewidth=1, label="guessing")
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_ylim(0, 102)
     axes.set_xlabel("length of the context, tokens")
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left" if chance is not None else "best")
     _save(figure, path)
 
 
