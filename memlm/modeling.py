@@ -229,13 +229,10 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         packing = None
         if mask is not None:
             packing = Packing.of(mask)
-            ids, packed_mask = packing.pack(ids), packing.pack(mask)
+            ids, mask = packing.pack(ids), packing.pack(mask)
             targets = None if targets is None else packing.pack(targets)
-            mask = packed_mask
         if targets is not None and shift_labels is None:
             targets = shift(targets)
-        if ids.shape[1] == 0:
-            raise ValueError("input_ids holds no real token in any row; give at least one token")
 
         keep = _collector(logits_to_keep, ids, packing)
         total, extra = _Sum(), _Sum()
