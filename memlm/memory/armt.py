@@ -129,7 +129,7 @@ class ARMT(Memory):
         if not write:
             return y, state
         m = self.num_memory_tokens
-        length = x.shape[1] - m if mask is None else mask[:, :-m].sum(dim=1)
+        length = x.shape[1] - m if mask is None else mask[:, :-m].sum(dim=1).to(state.written.dtype)
         return y, self.write(y[:, -m:], state, length / self.dims.segment_length)
 
     def read(self, x: Tensor, state: ARMTState) -> Tensor:
