@@ -103,8 +103,13 @@ class ARMT(Memory):
         return embedding_std if config.token_std is None else config.token_std
 
     def reset_parameters(self, embedding_std: float) -> None:
-        for projection in (self.query, self.key):
-            nn.init.normal_(projection.weight, std=self.dims.hidden_size**-0.5)
+        nn.init.normal_(self.query.weight, std=self.dims.hidden_size**-0.5)
+        # What is the same is found by the same features from the start: from scratch, facts are then
+        # told apart with every seed tried, and not with every second one (docs/log.md).
+        # transformers marks what it has loaded, and only its own functions look at the mark.
+        if not getattr(self.key.weight, "_is_hf_initialized", False):
+            with torch.no_grad():
+                self.key.weight.copy_(self.query.weight)
         nn.init.normal_(self.gate.weight, std=self.dims.hidden_size**-0.5)
         nn.init.constant_(self.gate.bias, self.initial_gate)
         if self.value_std == 0:
