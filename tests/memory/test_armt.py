@@ -173,7 +173,7 @@ def test_the_gate_limit_bounds_the_gate() -> None:
     low, high = torch.sigmoid(torch.tensor([-2.0, 2.0], dtype=torch.float64))
     beta = bound._beta(memory, torch.float64)
     assert low <= beta.min() and beta.max() <= high
-    small = 1e-4 * memory
+    small = 1e-5 * memory
     torch.testing.assert_close(
         free._beta(small, torch.float64), bound._beta(small, torch.float64), rtol=0, atol=1e-2
     )

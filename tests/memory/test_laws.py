@@ -300,8 +300,9 @@ def test_bfloat16_stays_close(family: str, memory: str) -> None:
 @torch.no_grad()
 def test_long_documents_stay_bounded(memory: str) -> None:
     model = memory_model("llama", memory, segment_length=32).to(torch.float32)
-    early = model(tokens(1, 32 * 20), logits_to_keep=None).memory_state
+    # By then a memory is full; what it gains afterwards would be a drift.
+    early = model(tokens(1, 32 * 400), logits_to_keep=None).memory_state
     late = model(tokens(1, 100_000), logits_to_keep=None).memory_state
     for name, tensor in late.tensors.items():
         assert tensor.isfinite().all()
-        assert tensor.abs().max() < 100 * early[name].abs().max() + 100, name
+        assert tensor.abs().max() < 5 * early[name].abs().max() + 1, name
