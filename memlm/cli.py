@@ -27,7 +27,13 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 failed, 2 a mistake of the user, 130 interrupted."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    late = getattr(arguments, "late", None)
+    if rest and (late is None or any(value.startswith("-") for value in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late is not None:
+        # argparse gives up on a list of positionals once an option has interrupted it.
+        setattr(arguments, late, [*getattr(arguments, late), *map(arguments.kind_of_late, rest)])
     try:
         return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
@@ -71,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train a memory model from a recipe", _train)
     train.add_argument("recipe", help="a YAML file, or the name of a recipe shipped with memlm")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    train.set_defaults(late="overrides", kind_of_late=str)
     train.add_argument("--out", type=Path, help="folder of the run (default: the recipe's own)")
     train.add_argument(
         "--no-resume",
@@ -93,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="UTF-8 text files, in order"
     )
+    ask.set_defaults(late="files", kind_of_late=Path)
     ask.add_argument(
         "-q", "--question", action="append", required=True, help="what to ask; may be repeated"
     )

@@ -58,6 +58,16 @@ def test_ask_reads_files_and_goes_on_with_a_saved_stream(folder, book, tmp_path,
     assert first.splitlines()[:3] == second.splitlines()[:3]
 
 
+def test_files_and_overrides_may_follow_options(folder, book, tmp_path, capsys) -> None:
+    assert main(["ask", str(folder), "-q", "Where?", "--max-new-tokens", "2", str(book)]) == 0
+    assert "tokens read" in capsys.readouterr().out
+    arguments = ["train", "tiny-none-qa1", "--out", str(tmp_path / "run"), "training.max_stepz=1"]
+    assert main(arguments) == 2
+    assert "max_steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ask", str(folder), str(book), "-q", "Where?", "--no-such-option"])
+
+
 def test_eval_writes_its_files_and_data_its_layout(folder, book, tmp_path, capsys) -> None:
     noise = tmp_path / "noise.txt"
     noise.write_text(

@@ -33,7 +33,8 @@ class ARMTConfig(MemoryConfig):
     correction: keep the normaliser from counting a key twice (gamma); False sets gamma to 1.
     initial_gate: bias of the write gate beta = sigmoid(w m + b) at the start. value_std: scale of the
     value projection at the start; 0 leaves the base model's logits as they were. token_std: scale of the
-    memory tokens at the start; None takes the embeddings'.
+    memory tokens at the start; None takes the embeddings'. shared_start: W_k starts as a copy of W_q, so
+    that what is the same is found by the same features before anything is learnt.
     gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
     gate for good; None leaves it free, as the paper does. write_cost: added to the training loss for
     every full segment (a shorter one pays by its length), times the mean gate: what is not worth
@@ -47,6 +48,7 @@ class ARMTConfig(MemoryConfig):
     initial_gate: float = 0.0
     value_std: float = 0.0
     token_std: float | None = None
+    shared_start: bool = False
     gate_limit: float | None = None
     write_cost: float = 0.0
 
@@ -78,6 +80,7 @@ class ARMT(Memory):
         self.correction = config.correction
         self.initial_gate, self.value_std = config.initial_gate, config.value_std
         self.gate_limit, self.write_cost = config.gate_limit, config.write_cost
+        self.shared_start = config.shared_start
         self.query = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.key = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.value = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
@@ -103,11 +106,10 @@ class ARMT(Memory):
         return embedding_std if config.token_std is None else config.token_std
 
     def reset_parameters(self, embedding_std: float) -> None:
-        nn.init.normal_(self.query.weight, std=self.dims.hidden_size**-0.5)
-        # What is the same is found by the same features from the start: from scratch, facts are then
-        # told apart with every seed tried, and not with every second one (docs/log.md).
+        for projection in (self.query, self.key):
+            nn.init.normal_(projection.weight, std=self.dims.hidden_size**-0.5)
         # transformers marks what it has loaded, and only its own functions look at the mark.
-        if not getattr(self.key.weight, "_is_hf_initialized", False):
+        if self.shared_start and not getattr(self.key.weight, "_is_hf_initialized", False):
             with torch.no_grad():
                 self.key.weight.copy_(self.query.weight)
         nn.init.normal_(self.gate.weight, std=self.dims.hidden_size**-0.5)

@@ -167,6 +167,15 @@ def test_whole_model_equals_layers_unrolled_by_hand(family: str) -> None:
         torch.testing.assert_close(out.memory_state[name], tensor, rtol=1e-8, atol=1e-8)
 
 
+def test_keys_may_start_as_the_queries_copy() -> None:
+    for shared in (True, False):
+        config = ARMTConfig(num_memory_tokens=M, d_mem=D_MEM, shared_start=shared)
+        model = MemLMForCausalLM.from_base(base_model("llama"), config, segment_length=SEGMENT)
+        for cell in model.memory.attached["armt"].cells.values():
+            assert torch.equal(cell.key.weight, cell.query.weight) == shared
+            assert cell.key.weight is not cell.query.weight
+
+
 def test_the_gate_limit_bounds_the_gate() -> None:
     free, bound = cell_of(), cell_of(gate_limit=2.0)
     memory = 100 * torch.randn(B, M, D, dtype=torch.float64)
