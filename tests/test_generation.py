@@ -114,3 +114,33 @@ def test_an_empty_prompt_in_a_batch_is_refused() -> None:
     mask[1] = 0
     with pytest.raises(ValueError, match="without a token"):
         model.generate(ids, attention_mask=mask, **GREEDY)
+
+
+@torch.no_grad()
+def test_beams_of_like_prompts_keep_their_own_documents() -> None:
+    """The same question behind different documents: what was committed is told apart by both."""
+    model = memory_model("llama", "armt")
+    state = model(tokens(2, 2 * SEGMENT, seed=7), logits_to_keep=None).memory_state
+    ids = tokens(1, 2).expand(2, -1)
+    search = {**GREEDY, "num_beams": 4, "max_new_tokens": 3 * SEGMENT}
+    together = model.generate(ids, memory_state=state, **search)
+    for row in range(2):
+        alone = model.generate(ids[row : row + 1], memory_state=state.select([row]), **search)
+        assert torch.equal(together[row], alone[0])
+
+
+def test_a_committed_prefix_of_another_document_is_not_taken() -> None:
+    """Rows that change places within a beam group find their own group's state, never another's."""
+    from memlm.rolling import RollingMemory
+
+    model = memory_model("llama", "armt")
+    state = model(tokens(2, 2 * SEGMENT, seed=7), logits_to_keep=None).memory_state
+    a, b, tail = (tokens(1, n, seed=s)[0] for n, s in ((SEGMENT, 1), (SEGMENT, 2), (2, 3)))
+    rolling = RollingMemory(model, state)
+    # Two beams of each document; both documents have a beam that begins with `a`.
+    rolling.advance(torch.stack([torch.cat([x, tail]) for x in (a, b, b, a)]), None)
+    swapped = torch.stack([torch.cat([x, tail]) for x in (b, a, a, b)])
+    _, _, got = rolling.advance(swapped, None)
+    fresh = RollingMemory(model, state).advance(swapped, None)[2]
+    for name, tensor in fresh.tensors.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-8)

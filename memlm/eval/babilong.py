@@ -312,7 +312,7 @@ def write(
                 told: Iterable[Story] = babi.generate(task, rng)
             else:
                 told = cycle(babi.load_task(stories, task))
-            fitting = (story for story in told if length == 0 or noise_fits(story, noise, length))
+            fitting = (story for story in told if length == 0 or facts_fit(story, noise, length))
             path = Path(out) / "data" / task / f"{format_length(length)}.json"
 
             def fill(
@@ -339,7 +339,7 @@ def write(
     return written
 
 
-def noise_fits(story: Story, noise: TokenHaystack, length: int) -> bool:
+def facts_fit(story: Story, noise: TokenHaystack, length: int) -> bool:
     """Whether the facts of a story leave `length` tokens unexceeded."""
     facts = (noise.encode(FACT_TEMPLATE.format(fact=fact)) for fact in story.facts)
     return sum(map(len, facts)) <= length

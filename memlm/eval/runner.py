@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.eval import babi
-from memlm.eval.babilong import Sample, compose, format_length, parse_length
+from memlm.eval.babilong import Sample, compose, facts_fit, format_length, parse_length
 from memlm.eval.haystack import Haystack, Split, TokenHaystack, check_source
 from memlm.eval.metrics import babilong_score, exact_match
 from memlm.eval.report import Cell, Report
@@ -219,7 +219,7 @@ class _Stories:
         return fitting
 
     def _fits(self, story: babi.Story, length: int) -> bool:
-        return length == 0 or sum(len(self.noise.encode(f" {f}")) for f in story.facts) <= length
+        return length == 0 or facts_fit(story, self.noise, length)
 
 
 @dataclass
