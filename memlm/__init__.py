@@ -33,14 +33,14 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_WHERE[name]), name)
 
 
-_AUTO = "transformers.models.auto.modeling_auto"
+_AUTO = "transformers.models.auto.configuration_auto"
 
 
 class _RegisterLater(importlib.abc.MetaPathFinder):
-    """Registers the model with transformers' Auto classes when those are imported, not before.
+    """Registers the configuration with transformers' AutoConfig when that is imported, not before.
 
     After `import memlm`, AutoModelForCausalLM.from_pretrained has to know a memlm checkpoint, and yet
-    importing memlm should not import transformers.
+    importing memlm should not import transformers. The first configuration brings the model.
     """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
@@ -54,13 +54,13 @@ class _RegisterLater(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: Any) -> None:
             execute(module)
-            importlib.import_module("memlm.modeling")
+            importlib.import_module("memlm.config")
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if _AUTO in sys.modules:
-    importlib.import_module("memlm.modeling")
+    importlib.import_module("memlm.config")
 else:
     sys.meta_path.insert(0, _RegisterLater())

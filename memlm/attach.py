@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from memlm.backbone import Backbone, Cell, Cells
-from memlm.memory import MemoryConfig, config_to_dict, memory_class
+from memlm.memory import MemoryConfig, config_to_dict, memory_class, name_of
 from memlm.memory.base import Dims, Memory
 from memlm.state import MemoryState, flatten, unflatten
 
@@ -52,6 +53,8 @@ class MemoryStack(nn.Module):
         super().__init__()
         dims = backbone.dims(segment_length)
         resolved = [resolve(config, dims) for config in configs]
+        check_layers(resolved, backbone, dims)
+        check_composition(resolved, dims)
         check_positions(resolved, backbone, segment_length)
         self.configs = [config_to_dict(config) for config in resolved]
         self.signature = json.dumps([*self.configs, dims.hidden_size, dims.num_layers])
@@ -117,6 +120,27 @@ class MemoryStack(nn.Module):
                 total = cost if total is None else total + cost
         return total
 
+    def check_finite(self, sizes: Sequence[Tensor], state: MemoryState, first_segment: int) -> None:
+        """Refuse to go on with a state that is not finite: FloatingPointError, naming where it began.
+
+        sizes: `MemoryState.largest` after each segment of a window. first_segment: the number of its first.
+        """
+        if not sizes or not sizes[0].numel():
+            return
+        finite = torch.stack(list(sizes)).isfinite()
+        if bool(finite.all()):
+            return
+        segment, leaf = (~finite).nonzero()[0].tolist()
+        name = list(state.floating())[leaf]
+        label = next(label for label, _ in self._labelled() if name.startswith(f"{label}."))
+        memory, _, layer = label.partition(".")
+        where = f" of layer {layer}" if layer else ""
+        raise FloatingPointError(
+            f"the memory {memory!r}{where} is no longer finite after segment {first_segment + segment} of "
+            f"this call (state tensor {name!r}); go back to a state from before it, and lower the learning "
+            "rate or clip gradients if this was training"
+        )
+
     def _memories(self) -> dict[str, AttachedMemory]:
         return cast(dict[str, AttachedMemory], dict(self.attached.items()))
 
@@ -133,23 +157,93 @@ def resolve(config: MemoryConfig, dims: Dims) -> MemoryConfig:
                 f"layers={config.layers} must be different layers of the base model's "
                 f"{dims.num_layers}; use 0 to {dims.num_layers - 1}, or None for all"
             )
-    return memory_class(config_to_dict(config)["name"]).resolve(config, dims)
+    return class_of(config).resolve(config, dims)
+
+
+def class_of(config: MemoryConfig) -> type[Memory]:
+    """The mechanism `config` belongs to."""
+    return memory_class(name_of(config))
+
+
+def layers_of(config: MemoryConfig, num_layers: int) -> list[int]:
+    """The layers `config` attaches its memory to; none when it wraps the whole decoder."""
+    if class_of(config).site == "model":
+        return []
+    return list(range(num_layers) if config.layers is None else config.layers)
+
+
+def check_layers(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims) -> None:
+    """Refuse a memory inside the attention of a layer that has none."""
+    for config in configs:
+        if class_of(config).site not in ("attention", "heads"):
+            continue
+        layers = layers_of(config, dims.num_layers)
+        without = [layer for layer in layers if not backbone.has_attention(layer)]
+        if without:
+            rest = tuple(layer for layer in layers if layer not in without)
+            raise ValueError(
+                f"memory={name_of(config)!r} works inside softmax attention, which layers {without} of "
+                f"the base model do not have; use layers={rest}"
+                if rest
+                else f"memory={name_of(config)!r} works inside softmax attention, which the base model "
+                "does not have; use a memory around whole layers such as 'armt'"
+            )
+
+
+def check_composition(configs: Sequence[MemoryConfig], dims: Dims) -> None:
+    """Refuse a memory that would take positions another one inserts for tokens of the document."""
+    order = ("layer", "attention", "heads")
+    inside = sorted(
+        (config for config in configs if class_of(config).site in order),
+        key=lambda config: order.index(class_of(config).site),
+    )
+    for layer in range(dims.num_layers):
+        here = [config for config in inside if layer in layers_of(config, dims.num_layers)]
+        for outer, inner in pairwise(here):
+            count = class_of(outer).num_inserted(outer, dims)
+            if count:
+                raise ValueError(
+                    f"memory: {name_of(outer)!r} inserts {count} positions into layer {layer}, and "
+                    f"{name_of(inner)!r} inside it would take them for tokens; give them different "
+                    f"layers{_without_persistent(outer)}"
+                )
+
+
+def _without_persistent(config: MemoryConfig) -> str:
+    return ", or set num_persistent_tokens=0" if hasattr(config, "num_persistent_tokens") else ""
 
 
 def check_positions(
     configs: Sequence[MemoryConfig], backbone: Backbone, segment_length: int
 ) -> None:
-    """Refuse a segment that, with its memory tokens, is longer than the base model's positions."""
-    extra, leading = 0, 0
-    for config in configs:
-        cls = memory_class(config_to_dict(config)["name"])
-        extra += cls.num_extra_positions(config)
-        leading += cls.num_extra_positions(config) if cls.site == "model" else 0
+    """Refuse a segment that, with what memories add, is longer than the base model's reach."""
+    dims = backbone.dims(segment_length)
+    leading = sum(
+        class_of(config).num_extra_positions(config)
+        for config in configs
+        if class_of(config).site == "model"
+    )
+    shared = leading + sum(
+        class_of(config).num_segment_tokens(config)
+        for config in configs
+        if class_of(config).site != "model"
+    )
+    # Absolute positions are in the embeddings: what is inserted later asks for none.
+    own = [
+        sum(
+            class_of(config).num_extra_positions(config)
+            - class_of(config).num_segment_tokens(config)
+            for config in configs
+            if layer in layers_of(config, dims.num_layers)
+        )
+        for layer in range(dims.num_layers if dims.rotary else 0)
+    ]
+    extra = shared + max(own, default=0)
     limit = backbone.max_positions
     if limit is not None and segment_length + extra > limit:
         raise ValueError(
             f"segment_length={segment_length} with {extra} memory positions is too large for the base "
-            f"model's {limit} positions; use at most {limit - extra}"
+            f"model's {limit} positions; use at most {limit - extra}, or a smaller memory"
         )
     window = backbone.sliding_window
     if window is not None and leading and segment_length + leading > window:
@@ -157,4 +251,25 @@ def check_positions(
             f"segment_length={segment_length} with {leading} memory positions exceeds the sliding "
             f"window of {window} in every layer, which would cut tokens off from the memory; use at "
             f"most {window - leading}, or a memory inside the layers such as 'armt'"
+        )
+    for config in configs:
+        check_windows(config, backbone, dims, shared)
+
+
+def check_windows(config: MemoryConfig, backbone: Backbone, dims: Dims, shared: int) -> None:
+    """Refuse positions inserted into a layer whose window would hide them from the segment's end."""
+    cls = class_of(config)
+    if cls.site == "heads":
+        return  # Every query sees the keys such a memory puts in front, whatever the window.
+    inserted = cls.num_inserted(config, dims)
+    total = dims.segment_length + shared + inserted
+    layers = layers_of(config, dims.num_layers) if inserted else []
+    short = [layer for layer in layers if (window := backbone.window_of(layer)) and window < total]
+    if short:
+        rest = tuple(layer for layer in layers if layer not in short)
+        raise ValueError(
+            f"memory={name_of(config)!r} inserts {inserted} positions before each segment of "
+            f"{dims.segment_length}, and the sliding window of {backbone.window_of(short[0])} in layers "
+            f"{short} would hide them; use a shorter segment"
+            + (f", or layers={rest}" if rest else ", or a memory such as 'armt'")
         )

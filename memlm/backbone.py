@@ -13,6 +13,7 @@ happens long after the call, finds the same memories and states.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,6 +59,8 @@ class Run:
     states: Mapping[str, Any]
     write: bool
     mask: Tensor | None = None
+    # (cos, sin) the house withheld from an attention module whose "heads" have memories.
+    rotation: tuple[Tensor, Tensor] | None = None
     # Filled as the stages are passed; a recomputation fills it with the same values again.
     new: dict[str, Any] = field(default_factory=dict)
 
@@ -70,8 +73,16 @@ class Run:
         return stage(x)
 
     def _through(
-        self, cell: Cell, inner: Callable[..., Tensor], x: Any, mask: Tensor | None = None
+        self,
+        cell: Cell,
+        inner: Callable[..., Tensor],
+        x: Any,
+        mask: Tensor | None = None,
+        times: Tensor | None = None,
     ) -> Tensor:
+        if times is not None:
+            # `attach` refuses the compositions that would get here.
+            raise TypeError(f"{cell.name} cannot tell inserted positions from the segment's tokens")
         length = x.q.shape[2] if isinstance(x, QKV) else x.shape[1]
         known = self._mask_of(length) if mask is None else mask
         y, self.new[cell.name] = cell.memory(
@@ -87,6 +98,8 @@ class Run:
 
 _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
 _HIDDEN: ContextVar[Tensor | None] = ContextVar("memlm_hidden", default=None)
+# While an attention module is tried out: where its queries and keys go instead of the softmax.
+_TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
 # One subclass and one signature a class, however many models are opened.
 _SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 _SIGNATURES: dict[type[nn.Module], inspect.Signature] = {}
@@ -137,21 +150,25 @@ class _MemoryStage(nn.Module):
         if memory_run is None:
             return call(*args, **kwargs)
         site, layer = self._memlm_site, self._memlm_layer
-        if (site, layer) not in memory_run.cells:
+        around_heads = site == "attention" and ("heads", layer) in memory_run.cells
+        if (site, layer) not in memory_run.cells and not around_heads:
             with _entered(memory_run):
                 return call(*args, **kwargs)
         arguments = _bind(type(self)._memlm_original, args, kwargs)
         hidden = arguments.pop("hidden_states")
         rest: tuple[Any, ...] | None = None
 
-        def stage(x: Tensor, mask: Tensor | None = None) -> Tensor:
+        def stage(x: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> Tensor:
             nonlocal rest
             inside = memory_run
-            given = arguments
+            given: Mapping[str, Any] = arguments
             if x.shape[1] != hidden.shape[1]:
                 mask = memory_run._mask_of(x.shape[1]) if mask is None else mask
-                given = memory_run.backbone.lengthened(layer, arguments, x, mask)
+                given = memory_run.backbone.lengthened(layer, arguments, x, mask, times)
                 inside = replace(memory_run, mask=mask)
+            if around_heads:
+                given, rotation = memory_run.backbone.unrotated(layer, given)
+                inside = replace(inside, rotation=rotation)
             with _entered(inside):
                 out = call(x, **given)
             if isinstance(out, tuple):
@@ -223,6 +240,7 @@ class Backbone:
                 stage = cast(_MemoryStage, module)
                 stage._memlm_site, stage._memlm_layer = site, index
         original = type(self.decoder)._memlm_original
+        self._rotates: dict[int, bool] = {}
         self._takes_positions = "position_ids" in _signature(original).parameters
 
     @property
@@ -247,6 +265,7 @@ class Backbone:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             segment_length=segment_length,
+            rotary=hasattr(self.decoder, "rotary_emb"),
         )
 
     @property
@@ -264,6 +283,24 @@ class Backbone:
         if getattr(self.config, "use_sliding_window", True) is False:
             return None
         return window
+
+    def kind(self, layer: int) -> str | None:
+        """What transformers calls the attention of `layer` ("full_attention", ...), if it says."""
+        types = getattr(self.config, "layer_types", None)
+        return types[layer] if types else None
+
+    def window_of(self, layer: int) -> int | None:
+        """How far back the attention of `layer` sees; None: as far as there is."""
+        kind = self.kind(layer)
+        if kind == "chunked_attention":
+            return getattr(self.config, "attention_chunk_size", None)
+        if kind == "sliding_attention":
+            return getattr(self.config, "sliding_window", None)
+        return self.sliding_window if kind is None else None
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether `layer` has a softmax attention (hybrid models have layers without)."""
+        return self.kind(layer) != "linear_attention" and bool(find_attention(self.layers[layer]))
 
     def embedding_std(self) -> float:
         """Scale of the embeddings as the decoder receives them (some families scale in the module)."""
@@ -328,15 +365,19 @@ class Backbone:
             _HIDDEN.reset(token)
 
     def lengthened(
-        self, layer: int, arguments: Mapping[str, Any], x: Tensor, mask: Tensor | None
+        self,
+        layer: int,
+        arguments: Mapping[str, Any],
+        x: Tensor,
+        mask: Tensor | None,
+        times: Tensor | None = None,
     ) -> dict[str, Any]:
         """A stage's arguments for `x` (B, T', D) of another length: positions and mask made anew."""
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        positions = _positions(mask)
+        positions = _positions(mask, times)
         config = self.config
-        types = getattr(config, "layer_types", None)
-        kind = types[layer] if types else None
+        kind = self.kind(layer)
         if kind is not None:
             make_mask = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
         elif getattr(config, "sliding_window", None):
@@ -344,18 +385,91 @@ class Backbone:
         else:
             make_mask = create_causal_mask
         given = dict(arguments)
-        given["attention_mask"] = make_mask(
-            config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
-        )
+        seen = make_mask(config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None)
+        given["attention_mask"] = seen if times is None else _not_later(seen, times)
         if given.get("position_ids") is not None:
             given["position_ids"] = positions
         if given.get("position_embeddings") is not None:
-            rotary = cast(nn.Module, self.decoder.rotary_emb)
-            by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-            given["position_embeddings"] = (
-                rotary(x, positions, kind) if by_type else rotary(x, positions)
-            )
+            given["position_embeddings"] = self.rotary(layer, x, positions)
         return given
+
+    def rotary(self, layer: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of `positions` (B, T) as the attention of `layer` takes them."""
+        rotary = cast(nn.Module, self.decoder.rotary_emb)
+        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+        return rotary(like, positions, self.kind(layer)) if by_type else rotary(like, positions)
+
+    def unrotated(
+        self, layer: int, arguments: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], tuple[Tensor, Tensor] | None]:
+        """Arguments with which an attention module leaves queries and keys unturned, and its turn."""
+        if not self.rotates(layer):
+            return arguments, None
+        cos, sin = arguments["position_embeddings"]
+        still = torch.ones_like(cos), torch.zeros_like(sin)
+        return {**arguments, "position_embeddings": still}, (cos, sin)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether the attention of `layer` turns queries and keys by position: found by trying it.
+
+        Weights have to be there. ValueError for an attention the house cannot do the turning for.
+        """
+        if layer not in self._rotates:
+            self._rotates[layer] = self._try_rotation(layer)
+        return self._rotates[layer]
+
+    @torch.no_grad()
+    def _try_rotation(self, layer: int) -> bool:
+        module = find_attention(self.layers[layer])[0]
+        parameters = _signature(cast(type[_MemoryStage], type(module))._memlm_original).parameters
+        weight = next(module.parameters())
+        x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=weight.device).sin()
+        x = x.reshape(1, 3, -1).to(weight.dtype)
+        arguments = {
+            name: None
+            for name, parameter in list(parameters.items())[2:]
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        }
+        turns = "position_embeddings" in parameters and hasattr(self.decoder, "rotary_emb")
+        if not turns:
+            self._tried(module, x, arguments)
+            return False
+        positions = torch.arange(3, device=x.device)[None]
+        cos, sin = self.rotary(layer, x, positions)
+        turned = self._tried(module, x, {**arguments, "position_embeddings": (cos, sin)})
+        still = torch.ones_like(cos), torch.zeros_like(sin)
+        plain = self._tried(module, x, {**arguments, "position_embeddings": still})
+        if _alike(turned, plain):
+            return False
+        rotate = find_rotation(module)
+        if rotate is None or not _alike(turned, turn(rotate, *plain, cos, sin)):
+            raise ValueError(
+                f"base: the attention of layer {layer} ({type(module).__name__}) turns its queries and "
+                "keys in a way that cannot be taken off; use a memory that works outside the attention, "
+                "such as 'armt' or 'rmt'"
+            )
+        return True
+
+    def _tried(
+        self, module: nn.Module, x: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys the attention `module` would hand to its softmax."""
+        found: list[tuple[Tensor, Tensor]] = []
+        training = module.training
+        run, tried = _RUN.set(None), _TRIED.set(found)
+        try:
+            module.eval()(x, **arguments)
+        finally:
+            module.train(training)
+            _TRIED.reset(tried)
+            _RUN.reset(run)
+        if not found:
+            raise ValueError(
+                f"base: {type(module).__name__} does not run its softmax through transformers' "
+                "attention interface; use a memory that works outside it, such as 'armt' or 'rmt'"
+            )
+        return found[0]
 
     def open_heads(self) -> None:
         """Route the softmax core through memories of site "heads"."""
@@ -373,9 +487,69 @@ class Backbone:
         self.config._attn_implementation = name
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Position of each real token among the real tokens of its row. (B, T) -> (B, T)."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+def _positions(mask: Tensor, times: Tensor | None = None) -> Tensor:
+    """Position of each real token among the real tokens of its row. (B, T) -> (B, T).
+
+    times (T,): positions of the same time share a place.
+    """
+    if times is None:
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    taken = torch.zeros_like(mask, dtype=torch.long).index_add(1, times, mask.long()) > 0
+    return (taken.long().cumsum(dim=1) - 1).clamp(min=0)[:, times]
+
+
+def _not_later(seen: Tensor | None, times: Tensor) -> Tensor:
+    """An attention mask (., 1, T, T) narrowed to what does not happen later; None is the causal mask."""
+    past = (times.unsqueeze(0) <= times.unsqueeze(1))[None, None]
+    if seen is None:
+        return past.tril()
+    _check_4d(seen)
+    return seen & past if seen.dtype == torch.bool else seen.masked_fill(~past, _least(seen))
+
+
+def _check_4d(seen: Tensor) -> None:
+    if seen.ndim != 4:
+        raise ValueError(
+            "attn_implementation: this memory needs an attention that takes a mask for each query; load "
+            "the base with attn_implementation='sdpa'"
+        )
+
+
+def _least(like: Tensor) -> float:
+    return torch.finfo(like.dtype).min
+
+
+def _alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    """Equal up to the rounding of any dtype."""
+    limit = 0.02 * float(expected[0].abs().max())
+    return all(
+        a.shape == b.shape and float((a - b).abs().max()) <= limit
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def find_rotation(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The function with which a family's attention turns queries and keys by (cos, sin)."""
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules[cls.__module__], "apply_rotary_pos_emb", None)
+        if found is not None:
+            return found
+    return None
+
+
+def turn(
+    rotate: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rotate` on the leading features that (cos, sin) cover; the others stay (partial rotary)."""
+    part = cos.shape[-1]
+    if part == q.shape[-1]:
+        return rotate(q, k, cos, sin)
+    turned = rotate(q[..., :part], k[..., :part], cos, sin)
+    rest = q[..., part:], k[..., part:]
+    return (
+        torch.cat([turned[0], rest[0]], dim=-1),
+        torch.cat([turned[1], rest[1]], dim=-1),
+    )
 
 
 def _attend(
@@ -389,6 +563,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of transformers' interface, with the memories of site "heads" around it."""
     attention = ALL_ATTENTION_FUNCTIONS[implementation]
+    tried = _TRIED.get()
+    if tried is not None:
+        tried.append((query, key))
+        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2), None
     run = _RUN.get()
     layer = getattr(module, "_memlm_layer", -1)
     if run is None or ("heads", layer) not in run.cells:
@@ -397,15 +575,43 @@ def _attend(
     def stage(x: QKV, mask: Tensor | None = None) -> Tensor:
         extra = x.k.shape[2] - key.shape[2]
         seen = attention_mask
-        if extra and seen is None:
-            shape = (x.q.shape[2], key.shape[2])
-            seen = torch.ones(shape, dtype=torch.bool, device=x.q.device).tril()[None, None]
-        if extra and seen is not None:
-            # Keys a memory puts in front are seen by every query.
-            seen = F.pad(seen, (extra, 0), value=True if seen.dtype == torch.bool else 0.0)
-        return attention(module, x.q, x.k, x.v, seen, **kwargs)[0].transpose(1, 2)
+        if extra:
+            if mask is None:
+                mask = run._mask_of(x.k.shape[2])
+            seen = _with_keys_in_front(attention_mask, mask, x, extra)
+        q, k = x.q, x.k
+        if run.rotation is not None:
+            rotate = find_rotation(module)
+            assert rotate is not None
+            if extra:
+                # Queries stand where their own keys do, behind the keys in front.
+                if mask is None:
+                    mask = torch.ones(x.v.shape[0], x.v.shape[2], dtype=torch.bool, device=q.device)
+                cos, sin = run.backbone.rotary(layer, x.v, _positions(mask))
+                q, own = turn(rotate, q, k[:, :, extra:], cos[:, extra:], sin[:, extra:])
+                front = k[:, :, :extra]
+                front = turn(rotate, front, front[:, :0], cos[:, :extra], sin[:, :extra])[0]
+                k = torch.cat([front, own], dim=2)
+            else:
+                q, k = turn(rotate, q, k, *run.rotation)
+        return attention(module, q, k, x.v, seen, **kwargs)[0].transpose(1, 2)
 
     return run.chain("heads", layer, stage, QKV(query, key, value)).transpose(1, 2), None
+
+
+def _with_keys_in_front(seen: Tensor | None, mask: Tensor | None, x: QKV, extra: int) -> Tensor:
+    """An attention mask (., 1, T, T) for `extra` keys more, which every query sees where they are real."""
+    queries = x.q.shape[2]
+    if seen is None:
+        shape = (queries, x.k.shape[2] - extra)
+        seen = torch.ones(shape, dtype=torch.bool, device=x.q.device).tril()[None, None]
+    _check_4d(seen)
+    if mask is None:
+        return F.pad(seen, (extra, 0), value=True if seen.dtype == torch.bool else 0.0)
+    front = mask[:, None, None, :extra].expand(-1, -1, queries, -1)
+    if seen.dtype != torch.bool:
+        front = torch.zeros_like(front, dtype=seen.dtype).masked_fill(~front, _least(seen))
+    return torch.cat([front, seen.expand(front.shape[0], -1, -1, -1)], dim=-1)
 
 
 def find_layers(base: PreTrainedModel) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -48,6 +49,8 @@ class MemLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Whoever holds a configuration may ask transformers' Auto classes for its model next.
+        importlib.import_module("memlm.modeling")
         if self.memlm_version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has memlm format {self.memlm_version}, the installed memlm reads up "
@@ -84,3 +87,6 @@ class MemLMConfig(PreTrainedConfig):
                 f"question_template={self.question_template!r} has no place for the question; "
                 "put {question} into it"
             )
+
+
+AutoConfig.register(MemLMConfig.model_type, MemLMConfig, exist_ok=True)

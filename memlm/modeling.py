@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
     PreTrainedConfig,
@@ -95,8 +94,13 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         configs = resolve_memories(config.memory)
         self.memory = MemoryStack(configs, self.backbone, config.segment_length)
         config.memory = list(self.memory.configs)
-        if any(site == "heads" for site, _ in self.memory.cells()):
+        heads = [layer for site, layer in self.memory.cells() if site == "heads"]
+        if heads:
             self.backbone.open_heads()
+        if given and not base.get_input_embeddings().weight.is_meta:
+            # A model still without weights was tried out when it was made.
+            for layer in heads:
+                self.backbone.rotates(layer)
         self.gradient_checkpointing = False
         self.post_init()
         if given:
@@ -285,16 +289,22 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             return (loss, cost, hidden if keep.wanted else None), new
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        read = 0
 
         def window(segments: list[Segment], state: MemoryState) -> tuple[_Losses, MemoryState]:
-            total, extra = _Sum(), _Sum()
+            nonlocal read
+            total, extra, sizes = _Sum(), _Sum(), []
             found = sequential(step, segments, state, recompute=recompute)
             for (loss, cost, hidden), after in found:
                 total.add(loss)
                 extra.add(cost)
                 if hidden is not None:
                     keep.add(hidden)
+                if write:
+                    sizes.append(after.largest())
                 state = after
+            self.memory.check_finite(sizes, state, first_segment=read)
+            read += len(segments)
             return (total.value, extra.value), state
 
         return window
@@ -610,5 +620,4 @@ def _collector(logits_to_keep: int | None, ids: Tensor, packing: Packing | None)
     return _RaggedTail(logits_to_keep, packing)
 
 
-AutoConfig.register(MemLMConfig.model_type, MemLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(MemLMConfig, MemLMForCausalLM, exist_ok=True)

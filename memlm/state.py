@@ -99,6 +99,18 @@ class MemoryState:
         """Bytes of all tensors: constant however much was read."""
         return sum(value.numel() * value.element_size() for value in self.tensors.values())
 
+    @torch.no_grad()
+    def largest(self) -> Tensor:
+        """(n,) the largest magnitude in each floating-point tensor, in order; NaN where there is one."""
+        found = [value.detach() for value in self.floating().values()]
+        if not found:
+            return torch.zeros(0)
+        return torch.stack([size.double() for size in torch._foreach_norm(found, float("inf"))])
+
+    def floating(self) -> dict[str, Tensor]:
+        """The floating-point tensors that are not empty."""
+        return {k: v for k, v in self.tensors.items() if v.is_floating_point() and v.numel()}
+
     def detach(self) -> MemoryState:
         """The same values without their graph."""
         return self.map(lambda value: value.detach())

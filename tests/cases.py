@@ -6,13 +6,29 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from memlm.memory import ARMTConfig, MemoryConfig, RMTConfig
+from memlm.memory import (
+    ARMTConfig,
+    CompressiveConfig,
+    InfiniConfig,
+    MemoryConfig,
+    RMTConfig,
+    TitansMACConfig,
+    TitansMAGConfig,
+    TitansMALConfig,
+    TransformerXLConfig,
+)
 from memlm.modeling import MemLMForCausalLM
 
 # One line per mechanism; a test compares these names with the files and with docs/methods.md.
 CASES: dict[str, MemoryConfig] = {
     "armt": ARMTConfig(num_memory_tokens=3, d_mem=8),
+    "compressive": CompressiveConfig(memory_length=4, compressed_length=11, compression_rate=2),
+    "infini": InfiniConfig(),
     "rmt": RMTConfig(num_memory_tokens=3),
+    "titans-mac": TitansMACConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3),
+    "titans-mag": TitansMAGConfig(num_heads=2, depth=1, chunk_length=1),
+    "titans-mal": TitansMALConfig(depth=3, chunk_length=6, head_dim=5, conv_size=4),
+    "transformer-xl": TransformerXLConfig(memory_length=20),
 }
 
 SEGMENT = 6
@@ -92,11 +108,13 @@ def randomise(module: nn.Module, std: float = 0.3, seed: int = 1) -> None:
             parameter.add_(std * noise.to(parameter.dtype))
 
 
-def memory_model(family: str, memory: object, segment_length: int = SEGMENT) -> MemLMForCausalLM:
+def memory_model(
+    family: str, memory: object, segment_length: int = SEGMENT, **over: object
+) -> MemLMForCausalLM:
     """A memory model with nothing at zero, float64, in evaluation mode."""
     config = CASES.get(memory, memory) if isinstance(memory, str) else memory
     model = MemLMForCausalLM.from_base(
-        base_model(family), memory=config, segment_length=segment_length
+        base_model(family, **over), memory=config, segment_length=segment_length
     )
     randomise(model.memory)
     return model.eval()

@@ -13,10 +13,38 @@ MECHANISMS = {name for name in available_memories() if name != "none"}
 
 
 def test_files_cases_and_methods_table_name_the_same_mechanisms() -> None:
-    table = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/methods.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs/methods.md").read_text()
+    table = re.findall(r"^\| \[`([\w-]+)`\]\(methods/\1\.md\) \|", text, re.MULTILINE)
     assert set(table) == MECHANISMS == set(CASES)
-    sections = re.findall(r"^## ([\w-]+)$", (ROOT / "docs/methods.md").read_text(), re.MULTILINE)
-    assert set(sections) == MECHANISMS
+    assert {path.stem for path in (ROOT / "docs/methods").glob("*.md")} == MECHANISMS
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+            if not re.match(r"\w+:", target):
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_pages_name_every_option() -> None:
+    from dataclasses import fields
+
+    from memlm.memory import memory_class
+
+    for name in MECHANISMS:
+        shared = name.startswith("titans-") and name != "titans-mac"
+        page = (ROOT / f"docs/methods/{'titans-mac' if shared else name}.md").read_text()
+        for field in fields(memory_class(name).Config):
+            if field.name != "layers" or memory_class(name).site != "model":
+                assert f"`{field.name}" in page, f"{name}.md says nothing of {field.name}"
+
+
+def test_mechanisms_do_not_import_mechanisms() -> None:
+    files = {path.stem: path for path in (ROOT / "memlm/memory").glob("*.py")}
+    for name in MECHANISMS:
+        text = files[name.replace("-", "_")].read_text()
+        for other in MECHANISMS - {name}:
+            assert f"memory.{other.replace('-', '_')} import" not in text, f"{name} imports {other}"
 
 
 def test_no_module_branches_on_a_mechanism_s_name() -> None:

@@ -14,7 +14,9 @@ from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, 
 
 
 def test_names_are_discovered_from_files() -> None:
-    assert available_memories() == ("none", "armt", "rmt")
+    titans = ("titans-mac", "titans-mag", "titans-mal")
+    names = ("none", "armt", "compressive", "infini", "rmt", *titans, "transformer-xl")
+    assert available_memories() == names
 
 
 def test_from_base_takes_a_model_a_config_or_a_path(tmp_path) -> None:

@@ -41,11 +41,13 @@ def written(text, memory: str = "armt", kind: str = "byte-bpe") -> DocumentStrea
 
 
 def same(a: DocumentStream, b: DocumentStream) -> bool:
-    states = zip(a._state.tensors.values(), b._state.tensors.values(), strict=True)
+    names = a._state.tensors.keys()
+    states = [(a._state[name], b._state[name]) for name in names]
     return (
         a._open == b._open
         and a._text == b._text
         and a.tokens_seen == b.tokens_seen
+        and names == b._state.tensors.keys()
         and all(torch.allclose(x, y, rtol=1e-9, atol=1e-10) for x, y in states)
     )
 

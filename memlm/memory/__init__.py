@@ -26,6 +26,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "memory_class",
+    "name_of",
     "resolve_memories",
 ]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,23 @@ Site = Literal["model", "layer", "attention", "heads"]
 
 
 class QKV(NamedTuple):
-    """Queries (B, H, T, dh), keys and values (B, G, T, dh): what passes at the site "heads"."""
+    """Queries (B, H, T, dh), keys and values (B, G, T, dh): what passes at the site "heads".
+
+    Queries and keys carry no position yet (and bring no rotary angle): `inner` turns them by their place,
+    keys put in front included.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
 
 
-# inner(x, mask=None): the stage itself. `x` may have any length T'; when T' differs from the stage's T
-# and the batch is padded, say which positions are real with `mask` (B, T'). Without it the extra
-# positions are taken to be real and to stand first.
+# inner(x, mask=None, times=None): the stage itself. `x` may have any length T'; when T' differs from the
+# stage's T and the batch is padded, say which positions are real with `mask` (B, T'). Without it the extra
+# positions are taken to be real and to stand first. At "layer" and "attention", `times` (T',) integers from
+# 0 says when each position happens: it then sees what stands before it at its own time or earlier, and
+# positions of the same time share a place. At "heads" keys and values may be longer than queries; the
+# extra ones stand first and every query sees them.
 Inner = Callable[..., Tensor]
 
 
@@ -45,6 +52,8 @@ class Dims:
     num_kv_heads: int
     head_dim: int
     segment_length: int
+    # Whether attention turns queries and keys by their place; otherwise places are in the embeddings.
+    rotary: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +79,19 @@ class Memory(nn.Module, ABC):
     Config: ClassVar[type[MemoryConfig]]
     # True when a freshly attached memory leaves the base model's logits as they were.
     neutral: ClassVar[bool] = False
+    # True when the state sums up over segments, and so is float32 in a half-precision model.
+    accumulates: ClassVar[bool] = True
 
     def __init__(self, config: MemoryConfig, dims: Dims) -> None:
         super().__init__()
         self.config = config
         self.dims = dims
+        # Moves with the module: where, and in which dtype, a memory without parameters lives.
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros on the module's device, in its dtype unless another is given."""
+        return cast(Tensor, self.place).new_zeros(shape, dtype=dtype)
 
     @classmethod
     def resolve(cls, config: Any, dims: Dims) -> Any:
@@ -99,6 +116,11 @@ class Memory(nn.Module, ABC):
     def num_extra_positions(cls, config: Any) -> int:
         """Positions beyond the segment's own that the base model is asked for."""
         return cls.num_segment_tokens(config)
+
+    @classmethod
+    def num_inserted(cls, config: Any, dims: Dims) -> int:
+        """Positions this memory puts into its own stage's sequence, at a site inside the decoder."""
+        return 0
 
     @abstractmethod
     def init_state(self, batch_size: int) -> Any:

@@ -35,6 +35,7 @@ class RMT(Memory):
 
     site: ClassVar[Site] = "model"
     Config: ClassVar[type[MemoryConfig]] = RMTConfig
+    accumulates: ClassVar[bool] = False
 
     def __init__(self, config: RMTConfig, dims: Dims) -> None:
         super().__init__(config, dims)

@@ -192,7 +192,7 @@ def test_layer_checkpointing_of_the_base_changes_no_gradient(family: str, memory
 @families
 @memories
 def test_every_memory_parameter_gets_a_gradient(family: str, memory: str) -> None:
-    model, ids = memory_model(family, memory), tokens(2, 3 * SEGMENT)
+    model, ids = memory_model(family, memory).train(), tokens(2, 3 * SEGMENT)
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.memory.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -293,16 +293,27 @@ def test_bfloat16_stays_close(family: str, memory: str) -> None:
         assert logits.isfinite().all()
         assert (logits.double() - exact).abs().max() < 0.1 * exact.abs().max()
     for name, tensor in half.memory_state.tensors.items():
-        assert tensor.dtype == single.memory_state[name].dtype or memory == "rmt", name
+        if memory != "none" and memory_class(memory).accumulates:
+            assert tensor.dtype == single.memory_state[name].dtype, name
 
 
 @memories
 @torch.no_grad()
 def test_long_documents_stay_bounded(memory: str) -> None:
-    model = memory_model("llama", memory, segment_length=32).to(torch.float32)
-    # By then a memory is full; what it gains afterwards would be a drift.
-    early = model(tokens(1, 32 * 400), logits_to_keep=None).memory_state
-    late = model(tokens(1, 100_000), logits_to_keep=None).memory_state
-    for name, tensor in late.tensors.items():
-        assert tensor.isfinite().all()
-        assert tensor.abs().max() < 5 * early[name].abs().max() + 1, name
+    # Sizes as users have them: the cases' small chunks would take minutes.
+    config, segment = memory_class(memory).Config(), 32
+    model = memory_model("llama", config, segment, max_position_embeddings=256).to(torch.float32)
+    ids, state = tokens(1, 100_000), None
+    # By then a memory is full; what it gains afterwards would be a drift. A forgetful memory's size is
+    # another one at every moment, so the largest of many counts.
+    early: dict[str, torch.Tensor] = {}
+    for part in ids[:, : 400 * segment].split(25 * segment, 1):
+        state = model(part, memory_state=state, logits_to_keep=None).memory_state
+        for name, tensor in state.tensors.items():
+            if tensor.numel():
+                size = tensor.abs().max()
+                early[name] = torch.maximum(early.get(name, size), size)
+    late = model(ids[:, 400 * segment :], memory_state=state, logits_to_keep=None).memory_state
+    for name, limit in early.items():
+        assert late[name].isfinite().all()
+        assert late[name].abs().max() < 5 * limit + 1, name

@@ -13,3 +13,8 @@ def dpfp(x: Tensor, nu: int) -> Tensor:
     """
     r = torch.cat([x, -x], dim=-1).relu()
     return torch.cat([r * r.roll(shifts=j, dims=-1) for j in range(1, nu + 1)], dim=-1)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1 (Katharopoulos et al. 2020, eq. 7), without the cancellation in exp(x) - 1 + 1."""
+    return x.relu() + x.clamp(max=0).exp()

@@ -1,0 +1,128 @@
+"""Infini-attention: a linear attention over all past segments beside the softmax one (Munkhdalai 2024).
+
+The layer's own queries, keys and values, without positions, under the feature map elu + 1. A segment reads
+what the segments before it left, mixed in by a learned gate per head, and is written afterwards.
+
+Two departures from the paper (sections 2.1.1 to 2.1.3). The sums M and z are kept divided by one plus the
+number of tokens in them: what is read is their quotient, which stays the same, while the sums themselves
+would grow for ever. And a memory that holds nothing is not mixed in: by the formula it would scale down
+the attention of a document's first segment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.parts.feature_maps import elu_plus_one
+
+UPDATES = ("delta", "linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfiniConfig(MemoryConfig):
+    """Options of Infini-attention.
+
+    update: "delta" stores what the memory does not say yet (equation 5), "linear" adds (equation 4).
+    initial_gate: the gate's logit at the start; at 0 memory and attention weigh the same.
+    """
+
+    update: str = "delta"
+    initial_gate: float = 0.0
+
+
+class InfiniState(NamedTuple):
+    """What a layer remembers, float32 or wider, for each of G key-value heads.
+
+    associations (B, G, dh, dh) and normaliser (B, G, dh): the paper's M and z times share (B,), which is
+    1 / (1 + tokens written).
+    """
+
+    associations: Tensor
+    normaliser: Tensor
+    share: Tensor
+
+
+class Infini(Memory):
+    """Infini-attention."""
+
+    site: ClassVar[Site] = "heads"
+    Config: ClassVar[type[MemoryConfig]] = InfiniConfig
+    neutral: ClassVar[bool] = True
+
+    def __init__(self, config: InfiniConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.delta = config.update == "delta"
+        self.initial_gate = config.initial_gate
+        self.gate = nn.Parameter(torch.empty(dims.num_heads))
+
+    @classmethod
+    def resolve(cls, config: InfiniConfig, dims: Dims) -> InfiniConfig:
+        if config.update not in UPDATES:
+            raise ValueError(f"update={config.update!r} is unknown; use {' or '.join(UPDATES)}")
+        return config
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        nn.init.constant_(self.gate, self.initial_gate)
+
+    def init_state(self, batch_size: int) -> InfiniState:
+        groups, size = self.dims.num_kv_heads, self.dims.head_dim
+        dtype = accumulator_dtype(self.gate.dtype)
+        return InfiniState(
+            self.zeros(batch_size, groups, size, size, dtype=dtype),
+            self.zeros(batch_size, groups, size, dtype=dtype),
+            self.zeros(batch_size, dtype=dtype) + 1,
+        )
+
+    def forward(
+        self, x: QKV, state: InfiniState, inner: Inner, *, mask: Tensor | None, write: bool = True
+    ) -> tuple[Tensor, InfiniState]:
+        local = inner(x)
+        gate = torch.sigmoid(self.gate).reshape(-1, 1, 1).to(local.dtype)
+        mixed = gate * self.read(x.q, state).to(local.dtype) + (1 - gate) * local
+        holds = (state.share < 1).reshape(-1, 1, 1, 1)
+        y = torch.where(holds, mixed, local)
+        return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
+
+    def read(self, q: Tensor, state: InfiniState) -> Tensor:
+        """sigma(q) M / (sigma(q) z): (B, H, T, dh) -> (B, H, T, dh), wide; 0 where nothing is held."""
+        batch, heads, tokens, size = q.shape
+        grouped = q.reshape(batch, self.dims.num_kv_heads, -1, size)
+        return recall(self._features(grouped, state), state).reshape(batch, heads, tokens, -1)
+
+    def write(self, k: Tensor, v: Tensor, state: InfiniState, mask: Tensor | None) -> InfiniState:
+        """Add the keys and values (B, G, T, dh) of a segment's real tokens."""
+        phi = self._features(k, state)
+        value = v.to(phi.dtype)
+        if mask is not None:
+            phi = phi * mask[:, None, :, None]
+        with torch.autocast(k.device.type, enabled=False):
+            if self.delta:
+                value = value - recall(phi, state)
+            share = state.share
+            count = k.shape[2] if mask is None else mask.sum(dim=1)
+            growth = 1 + share * count
+            old, new = 1 / growth, share / growth
+            return InfiniState(
+                _rows(old, 4) * state.associations + _rows(new, 4) * (phi.mT @ value),
+                _rows(old, 3) * state.normaliser + _rows(new, 3) * phi.sum(dim=2),
+                new,
+            )
+
+    def _features(self, x: Tensor, state: InfiniState) -> Tensor:
+        return elu_plus_one(x.to(state.normaliser.dtype))
+
+
+def recall(phi: Tensor, state: InfiniState) -> Tensor:
+    """Normalised read-out of features (B, G, n, dh) >= 0; 0 where nothing is held."""
+    with torch.autocast(phi.device.type, enabled=False):
+        counted = phi @ state.normaliser.unsqueeze(-1)
+        return (phi @ state.associations) / counted.clamp(min=1e-12)
+
+
+def _rows(value: Tensor, ndim: int) -> Tensor:
+    return value.reshape(-1, *(1 for _ in range(ndim - 1)))

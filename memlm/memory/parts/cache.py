@@ -1,0 +1,57 @@
+"""Buffers of fixed size that keep the last entries pushed into them, row by row.
+
+A buffer (B, G, N, d) is right-aligned: of its N places the last `length` (B,) hold entries, oldest first.
+The others are zero, so that a row's buffer does not depend on how its batch was padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def held(length: Tensor, size: int) -> Tensor:
+    """(B, size) bool: which places of a right-aligned buffer hold something."""
+    return torch.arange(size, device=length.device) >= size - length.unsqueeze(1)
+
+
+def cleared(buffer: Tensor, length: Tensor) -> Tensor:
+    """`buffer` (B, G, N, d) with zeros where nothing is held."""
+    return buffer.masked_fill(~held(length, buffer.shape[2])[:, None, :, None], 0)
+
+
+def pick(buffer: Tensor, index: Tensor) -> Tensor:
+    """Entries `index` (B, n) of each row of `buffer` (B, G, N, d): (B, G, n, d)."""
+    shape = (-1, buffer.shape[1], -1, buffer.shape[3])
+    return buffer.gather(2, index[:, None, :, None].expand(shape))
+
+
+def appended(
+    buffers: Sequence[Tensor], length: Tensor, new: Sequence[Tensor], mask: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """`new` (B, G, T, d), its real entries by `mask` (B, T), behind what the buffers hold.
+
+    Returns right-aligned buffers (B, G, N + T, d), and how many entries they hold (B,).
+    """
+    size, count = buffers[0].shape[2], new[0].shape[2]
+    joined = [
+        torch.cat([old, fresh.to(old.dtype)], dim=2)
+        for old, fresh in zip(buffers, new, strict=True)
+    ]
+    if mask is None:
+        return joined, length + count
+    real = torch.cat([held(length, size), mask], dim=1)
+    order = real.to(torch.uint8).argsort(dim=1, stable=True)
+    total = length + mask.sum(dim=1)
+    return [cleared(pick(buffer, order), total) for buffer in joined], total
+
+
+def push(
+    buffers: Sequence[Tensor], length: Tensor, new: Sequence[Tensor], mask: Tensor | None
+) -> tuple[list[Tensor], Tensor]:
+    """As `appended`, with only the last N kept: buffers (B, G, N, d), and their length (B,)."""
+    size = buffers[0].shape[2]
+    joined, total = appended(buffers, length, new, mask)
+    return [buffer[:, :, buffer.shape[2] - size :] for buffer in joined], total.clamp(max=size)

@@ -1,0 +1,315 @@
+"""The neural memory that the three Titans share (Behrouz et al. 2024, section 3), as a block.
+
+Tokens become queries, keys and values per head; the memory, an MLP per head and row, is trained on
+keys and values while it is read (`deep_memory`), and what it answers goes back to the model's width through
+a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands.
+
+Legend: H heads of the memory, d their size, C tokens a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype
+from memlm.memory.parts.deep_memory import read, read_write
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TitansConfig(MemoryConfig):
+    """Options of every Titans memory.
+
+    num_heads: heads of the memory, None for the base's attention heads; head_dim: their size, None for
+    hidden size / heads. depth: layers of the MLP that is the memory; expansion: width of its hidden layers
+    in head sizes. chunk_length: tokens whose surprise is taken at the same weights; None picks 64, or the
+    segment where that is shorter; 1 is the paper's rule, token by token. num_persistent_tokens: learned
+    tokens in front of each segment. conv_size: width of the short causal convolutions behind the query,
+    key and value projections; 0 for none, 4 as in the paper.
+    max_rate: largest learning rate, as the share of a token's error that its gradient step takes back in
+    the end, momentum included; initial_rate, initial_momentum, initial_forgetting: where the three gates
+    start. max_surprise: largest gradient norm of one token, in units of sqrt(head_dim), so that no rate can
+    make the memory diverge; None for no limit. output_std: scale of the output projection at the start; 0
+    leaves the stage as it was.
+    """
+
+    num_heads: int | None = None
+    head_dim: int | None = None
+    depth: int = 2
+    expansion: int = 2
+    chunk_length: int | None = None
+    num_persistent_tokens: int = 0
+    conv_size: int = 0
+    max_rate: float = 1.0
+    initial_rate: float = 0.05
+    initial_momentum: float = 0.9
+    initial_forgetting: float = 0.01
+    max_surprise: float | None = 4.0
+    output_std: float = 0.0
+
+    def resolved(self, dims: Dims) -> Self:
+        """Fill what is open from `dims`; ValueError for what cannot be."""
+        heads = dims.num_heads if self.num_heads is None else self.num_heads
+        if heads < 1 or (self.head_dim is None and dims.hidden_size % heads):
+            raise ValueError(
+                f"num_heads={heads} does not divide hidden_size={dims.hidden_size}; use a divisor of it, "
+                "or give head_dim as well"
+            )
+        size = dims.hidden_size // heads if self.head_dim is None else self.head_dim
+        chunk = self.chunk_length
+        if chunk is None:
+            chunk = min(64, dims.segment_length)
+        for name, value, least in (
+            ("head_dim", size, 1),
+            ("depth", self.depth, 1),
+            ("expansion", self.expansion, 1),
+            ("chunk_length", chunk, 1),
+            ("num_persistent_tokens", self.num_persistent_tokens, 0),
+            ("conv_size", self.conv_size, 0),
+            ("output_std", self.output_std, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if chunk > dims.segment_length:
+            raise ValueError(
+                f"chunk_length={chunk} is longer than segment_length={dims.segment_length}; use at most "
+                "a segment"
+            )
+        if not 0 < self.initial_rate < self.max_rate:
+            raise ValueError(
+                f"initial_rate={self.initial_rate} must lie between 0 and max_rate={self.max_rate}"
+            )
+        for name in ("initial_momentum", "initial_forgetting"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.max_surprise is not None and self.max_surprise <= 0:
+            raise ValueError(f"max_surprise={self.max_surprise} must be above 0, or None")
+        return replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
+
+
+class TitansState(NamedTuple):
+    """weights and momentum of the memory, a (B, H, n_in, n_out) for each layer, float32 or wider.
+
+    tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1, H d) each.
+    """
+
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    tails: tuple[Tensor, ...]
+
+
+class TitansMemory(nn.Module):
+    """The neural memory as a block: (B, T, D) and a state to (B, T, D) and the next state."""
+
+    def __init__(self, config: TitansConfig, dims: Dims, streams: int = 3) -> None:
+        super().__init__()
+        assert config.num_heads and config.head_dim and config.chunk_length
+        self.config = config
+        self.heads, self.size, self.chunk = config.num_heads, config.head_dim, config.chunk_length
+        hidden, inner = dims.hidden_size, config.num_heads * config.head_dim
+        self.norm = nn.Parameter(torch.empty(hidden))
+        self.query = nn.Linear(hidden, inner, bias=False)
+        self.key = nn.Linear(hidden, inner, bias=False)
+        self.value = nn.Linear(hidden, inner, bias=False)
+        # Per head: learning rate, momentum, forgetting.
+        self.gates = nn.Linear(hidden, 3 * self.heads)
+        wide = config.expansion * self.size
+        widths = [self.size, *[wide] * (config.depth - 1), self.size]
+        self.initial = nn.ParameterList(
+            torch.empty(self.heads, n_in, n_out) for n_in, n_out in pairwise(widths)
+        )
+        self.kernels = nn.ParameterList(
+            torch.empty(inner, 1, config.conv_size)
+            for _ in range(streams if config.conv_size else 0)
+        )
+        self.out_norm = nn.Parameter(torch.empty(inner))
+        self.out_gate = nn.Linear(hidden, inner, bias=False)
+        self.out = nn.Linear(inner, hidden, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise: unit features and an almost empty last layer, gates where the config says."""
+        config = self.config
+        nn.init.ones_(self.norm)
+        nn.init.ones_(self.out_norm)
+        for linear in (self.query, self.key, self.value, self.out_gate):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.normal_(self.gates.weight, std=0.1 * self.gates.in_features**-0.5)
+        starts = (
+            config.initial_rate / config.max_rate,
+            config.initial_momentum,
+            config.initial_forgetting,
+        )
+        if not _loaded(self.gates.bias):
+            with torch.no_grad():
+                for part, start in zip(self.gates.bias.chunk(3), starts, strict=True):
+                    part.fill_(torch.logit(torch.tensor(start)))
+        for weight in self.initial[:-1]:
+            nn.init.normal_(weight, std=1.0)
+        nn.init.normal_(self.initial[-1], std=0.02)
+        for kernel in self.kernels:
+            nn.init.zeros_(kernel)
+            if not _loaded(kernel):
+                with torch.no_grad():
+                    kernel[..., -1] = 1.0
+        if config.output_std:
+            nn.init.normal_(self.out.weight, std=config.output_std)
+        else:
+            nn.init.zeros_(self.out.weight)
+
+    def init_state(self, batch_size: int) -> TitansState:
+        """The learned initial weights, no momentum, nothing before the first token."""
+        dtype = accumulator_dtype(self.norm.dtype)
+        weights = tuple(weight.to(dtype).expand(batch_size, -1, -1, -1) for weight in self.initial)
+        tail = max(0, self.config.conv_size - 1), self.out.in_features
+        before = self.norm.new_zeros(batch_size, *tail, dtype=dtype)
+        return TitansState(
+            weights,
+            tuple(torch.zeros_like(weight) for weight in weights),
+            tuple(before for _ in self.kernels),
+        )
+
+    def retrieve(self, x: Tensor, state: TitansState, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the state's memory says to `x` (B, T, D), nothing written: normed (B, T, H d).
+
+        Also the tail of the query's convolution behind `x`, the last of the state's tails.
+        """
+        order, real = _real_first(x, mask)
+        x = F.rms_norm(_take(x, order), self.norm.shape, self.norm, EPSILON)
+        last = len(self.kernels) - 1
+        q, tail = self._project(x, self.query, last, state, real)
+        with torch.autocast(x.device.type, enabled=False):
+            y = read(F.normalize(q.to(state.weights[0].dtype), dim=-1), state.weights)
+            return _put(self._normed(y).to(x.dtype), order), tail
+
+    def forward(
+        self, x: Tensor, state: TitansState, mask: Tensor | None
+    ) -> tuple[Tensor, TitansState]:
+        """Write `x` (B, T, D) token by token; read at each what is known there, itself included."""
+        order, real = _real_first(x, mask)
+        x = F.rms_norm(_take(x, order), self.norm.shape, self.norm, EPSILON)
+        streams = [
+            self._project(x, linear, i, state, real)
+            for i, linear in enumerate((self.query, self.key, self.value))
+        ]
+        gates = self.gates(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = state.weights[0].dtype
+            q, k, v = (stream.to(wide) for stream, _ in streams)
+            rate, momentum, forgetting = gates.to(wide).mT.chunk(3, dim=1)  # (B, H, T) each
+            # The gradient is twice the error, and the steps of momentum sum to 1 / (1 - momentum).
+            step = self.config.max_rate / 2 * torch.sigmoid(rate) * torch.sigmoid(-momentum)
+            limit = self.config.max_surprise
+            y, weights, carried = read_write(
+                F.normalize(q, dim=-1),
+                F.normalize(k, dim=-1),
+                v,
+                F.logsigmoid(-forgetting),
+                F.logsigmoid(momentum),
+                step,
+                state.weights,
+                state.momentum,
+                chunk=self.chunk,
+                limit=None if limit is None else limit * self.size**0.5,
+                mask=real,
+            )
+            read_out = self._normed(y).to(x.dtype)
+        y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
+        tails = (*(tail for _, tail in streams), *state.tails[3:]) if self.kernels else ()
+        return _put(y, order), TitansState(tuple(weights), tuple(carried), tails)
+
+    def _project(
+        self, x: Tensor, linear: nn.Linear, stream: int, state: TitansState, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, H, T, d) through projection, short convolution and SiLU; the new tail."""
+        z = linear(x)
+        tail = z
+        if self.kernels:
+            joined = torch.cat([state.tails[stream].to(z.dtype), z], dim=1)
+            kernel = cast(Tensor, self.kernels[stream]).to(z.dtype)
+            z = F.conv1d(joined.mT, kernel, groups=joined.shape[2]).mT
+            size, count = self.config.conv_size - 1, x.shape[1]
+            if real is None:
+                tail = joined[:, count:]
+            else:
+                index = real.sum(dim=1, keepdim=True) + torch.arange(size, device=x.device)
+                tail = joined.gather(1, index.unsqueeze(-1).expand(-1, -1, joined.shape[2]))
+            tail = tail.to(state.tails[stream].dtype)
+        return F.silu(z).unflatten(2, (self.heads, self.size)).transpose(1, 2), tail
+
+    def _normed(self, y: Tensor) -> Tensor:
+        """(B, H, T, d) -> (B, T, H d), each head at unit scale times a learned one."""
+        y = F.rms_norm(y, (self.size,), None, EPSILON).transpose(1, 2).flatten(2)
+        return y * self.out_norm.to(y.dtype)
+
+
+class Titans(Memory):
+    """What MAC, MAG and MAL have in common: the block, the persistent tokens, and their options."""
+
+    config: TitansConfig
+    streams: ClassVar[int] = 3
+
+    def __init__(self, config: TitansConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.memory = TitansMemory(config, dims, self.streams)
+        count = config.num_persistent_tokens
+        self.persistent = nn.Parameter(torch.empty(count, dims.hidden_size)) if count else None
+
+    @classmethod
+    def resolve(cls, config: TitansConfig, dims: Dims) -> TitansConfig:
+        return config.resolved(dims)
+
+    @classmethod
+    def num_extra_positions(cls, config: Any) -> int:
+        return config.num_persistent_tokens
+
+    @classmethod
+    def num_inserted(cls, config: Any, dims: Dims) -> int:
+        return config.num_persistent_tokens
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        self.memory.reset_parameters()
+        if self.persistent is not None:
+            # The input of an attention module is normed, that of a layer is not.
+            nn.init.normal_(self.persistent, std=embedding_std if self.site == "layer" else 1.0)
+
+    def init_state(self, batch_size: int) -> TitansState:
+        return self.memory.init_state(batch_size)
+
+    def with_persistent(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+        """`x` (B, T, D) and its mask with the persistent tokens in front, and how many these are."""
+        if self.persistent is None:
+            return x, mask, 0
+        count = len(self.persistent)
+        tokens = self.persistent.to(x.dtype).expand(x.shape[0], -1, -1)
+        mask = None if mask is None else F.pad(mask, (count, 0), value=True)
+        return torch.cat([tokens, x], dim=1), mask, count
+
+
+def _loaded(parameter: Tensor) -> bool:
+    # transformers marks what it has loaded, and only its own functions look at the mark.
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _real_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """An order (B, T) with each row's real tokens first, so that chunks do not depend on the padding."""
+    if mask is None:
+        return None, None
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    return order, mask.gather(1, order)
+
+
+def _take(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
+
+
+def _put(y: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return y
+    return torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)

@@ -1,0 +1,103 @@
+"""Transformer-XL: attention sees the keys and values of the tokens before the segment (Dai et al. 2019).
+
+The paper caches hidden states and projects them again at every segment; here their keys and values are
+kept, which spares the projection. They are kept without position and turned by the house when they are
+read: positions count from the oldest that is held, so no position grows with the document. A base with
+absolute positions has them in its embeddings, and gets a learned offset for each place in the memory.
+
+Gradients reach as many segments back as `bptt_depth` says; the paper's stop-gradient is a depth of 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site
+from memlm.memory.parts.cache import held, push
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerXLConfig(MemoryConfig):
+    """memory_length: tokens before the segment that attention sees; None picks one segment."""
+
+    memory_length: int | None = None
+
+
+class TransformerXLState(NamedTuple):
+    """keys and values (B, G, N, dh), right-aligned; length (B,): how many of the N places are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+
+
+class TransformerXL(Memory):
+    """Attention over the last `memory_length` tokens before the segment as well."""
+
+    site: ClassVar[Site] = "heads"
+    Config: ClassVar[type[MemoryConfig]] = TransformerXLConfig
+    neutral: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = False
+
+    def __init__(self, config: TransformerXLConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        assert config.memory_length is not None
+        self.memory_length = config.memory_length
+        self.offset = (
+            None
+            if dims.rotary
+            else nn.Parameter(torch.empty(dims.num_kv_heads, config.memory_length, dims.head_dim))
+        )
+
+    @classmethod
+    def resolve(cls, config: TransformerXLConfig, dims: Dims) -> TransformerXLConfig:
+        if config.memory_length is None:
+            return replace(config, memory_length=dims.segment_length)
+        if config.memory_length < 1:
+            raise ValueError(
+                f"memory_length={config.memory_length} is no memory; give at least 1 token, or "
+                "memory='none'"
+            )
+        return config
+
+    @classmethod
+    def num_extra_positions(cls, config: Any) -> int:
+        return config.memory_length
+
+    @classmethod
+    def num_inserted(cls, config: Any, dims: Dims) -> int:
+        return config.memory_length
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        if self.offset is not None:
+            nn.init.zeros_(self.offset)
+
+    def init_state(self, batch_size: int) -> TransformerXLState:
+        shape = (batch_size, self.dims.num_kv_heads, self.memory_length, self.dims.head_dim)
+        return TransformerXLState(
+            self.zeros(*shape), self.zeros(*shape), self.zeros(batch_size, dtype=torch.long)
+        )
+
+    def forward(
+        self,
+        x: QKV,
+        state: TransformerXLState,
+        inner: Inner,
+        *,
+        mask: Tensor | None,
+        write: bool = True,
+    ) -> tuple[Tensor, TransformerXLState]:
+        past = state.keys if self.offset is None else state.keys + self.offset
+        k = torch.cat([past.to(x.k.dtype), x.k], dim=2)
+        v = torch.cat([state.values.to(x.v.dtype), x.v], dim=2)
+        real = held(state.length, self.memory_length)
+        present = real.new_ones(x.k.shape[0], x.k.shape[2]) if mask is None else mask
+        y = inner(QKV(x.q, k, v), mask=torch.cat([real, present], dim=1))
+        if not write:
+            return y, state
+        (keys, values), length = push((state.keys, state.values), state.length, (x.k, x.v), mask)
+        return y, TransformerXLState(keys, values, length)

@@ -1,0 +1,287 @@
+"""MAC, MAG and MAL against the paper's recurrence, one row and one token at a time, autograd inside."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memlm import MemLMForCausalLM
+from memlm.backbone import _not_later
+from memlm.memory import TitansMACConfig, TitansMAGConfig, TitansMALConfig
+from memlm.memory.base import Dims
+from memlm.memory.parts.deep_memory import read
+from memlm.memory.parts.titans import Titans
+from memlm.memory.titans_mac import TitansMAC
+from memlm.memory.titans_mag import TitansMAG
+from memlm.memory.titans_mal import TitansMAL
+from tests.cases import SEGMENT, base_model, memory_model, randomise, tokens
+
+EXACT = {"rtol": 0.0, "atol": 1e-9}
+D, T, ROWS = 6, 7, 2
+KINDS = {"mac": TitansMAC, "mag": TitansMAG, "mal": TitansMAL}
+
+
+def cell(kind: str, **options) -> Titans:
+    cls = KINDS[kind]
+    dims = Dims(D, D, 1, 2, 2, 3, T)
+    memory = cls(cls.resolve(cls.Config(**options), dims), dims).double()
+    memory.reset_parameters(1.0)
+    randomise(memory)
+    return memory
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def answer(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The MLP that is the memory, for one head: x (d,) -> (d,)."""
+    for weight in weights[:-1]:
+        x = F.silu(x @ weight) * (2 / weight.shape[-1]) ** 0.5
+    return x @ weights[-1]
+
+
+class Block:
+    """One row of the block: weights as lists, a list of past inputs for each convolution."""
+
+    def __init__(self, memory: Titans) -> None:
+        self.own, self.config = memory.memory, memory.config
+        self.weights = [[w[h].clone() for w in self.own.initial] for h in range(self.own.heads)]
+        self.carried = [[torch.zeros_like(w) for w in head] for head in self.weights]
+        self.past: list[list[torch.Tensor]] = [[] for _ in range(4)]
+
+    def project(self, x: torch.Tensor, linear, stream: int) -> torch.Tensor:
+        z = linear(norm(x) * self.own.norm)
+        if self.config.conv_size:
+            self.past[stream].append(z)
+            kernel = self.own.kernels[stream][:, 0]
+            window = self.past[stream][-self.config.conv_size :]
+            z = sum(kernel[:, -i] * window[-i] for i in range(1, len(window) + 1))
+        return F.silu(z).reshape(self.own.heads, self.own.size)
+
+    def finish(self, heads: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        read = torch.cat([norm(y) for y in heads]) * self.own.out_norm
+        return self.own.out(read * torch.sigmoid(self.own.out_gate(norm(x) * self.own.norm)))
+
+    def ask(self, x: torch.Tensor) -> torch.Tensor:
+        """What the memory says to one token, nothing written."""
+        q = F.normalize(self.project(x, self.own.query, 3), dim=-1)
+        heads = [answer(self.weights[h], q[h]) for h in range(self.own.heads)]
+        return torch.cat([norm(y) for y in heads]) * self.own.out_norm
+
+    def segment(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, D) -> (n, D): every token written, then read."""
+        config, out = self.config, []
+        for t, x in enumerate(inputs):
+            if t % config.chunk_length == 0:
+                start = [[w.detach().clone() for w in head] for head in self.weights]
+            q = F.normalize(self.project(x, self.own.query, 0), dim=-1)
+            k = F.normalize(self.project(x, self.own.key, 1), dim=-1)
+            v = self.project(x, self.own.value, 2)
+            gates = self.own.gates(norm(x) * self.own.norm).reshape(3, self.own.heads)
+            heads = []
+            for h in range(self.own.heads):
+                eta, alpha = torch.sigmoid(gates[1, h]), torch.sigmoid(gates[2, h])
+                theta = config.max_rate / 2 * torch.sigmoid(gates[0, h]) * (1 - eta)
+                at = [w.requires_grad_() for w in start[h]]
+                loss = (answer(at, k[h]) - v[h]).square().sum()
+                surprise = torch.autograd.grad(loss, at)
+                size = torch.stack([g.square().sum() for g in surprise]).sum().sqrt()
+                if config.max_surprise is not None:
+                    limit = config.max_surprise * self.own.size**0.5
+                    surprise = [g * min(1.0, float(limit / size)) for g in surprise]
+                self.carried[h] = [
+                    eta * s - theta * g for s, g in zip(self.carried[h], surprise, strict=True)
+                ]
+                self.weights[h] = [
+                    (1 - alpha) * w + s
+                    for w, s in zip(self.weights[h], self.carried[h], strict=True)
+                ]
+                heads.append(answer(self.weights[h], q[h]))
+            out.append(self.finish(heads, x))
+        return torch.stack(out)
+
+
+def attention(x, mask=None, times=None):
+    """A stage that mixes by content alone: softmax over what a position may see."""
+    total = x.shape[1]
+    seen = torch.ones(x.shape[0], total, total, dtype=torch.bool).tril()
+    if mask is not None:
+        seen = seen & (mask[:, None] | torch.eye(total, dtype=torch.bool))
+    if times is not None:
+        seen = seen & (times[None] <= times[:, None])
+    scores = (x @ x.mT).masked_fill(~seen, -1e30)
+    return scores.softmax(-1) @ (x * 0.7)
+
+
+def single(query: torch.Tensor, context: list[torch.Tensor]) -> torch.Tensor:
+    keys = torch.stack(context)
+    return (keys @ query).softmax(0) @ (keys * 0.7)
+
+
+def reference(kind: str, memory: Titans, block: Block, x: torch.Tensor) -> torch.Tensor:
+    """One segment of one row, x (n, D)."""
+    leading = [] if memory.persistent is None else list(memory.persistent)
+    if kind == "mac":
+        told = [memory.context(block.ask(token)) for token in x]
+        y = torch.stack(
+            [single(x[t], [*leading, *told[: t + 1], *x[: t + 1]]) for t in range(len(x))]
+        )
+        return y + block.segment(y)
+    if kind == "mag":
+        y = torch.stack([single(x[t], [*leading, *x[: t + 1]]) for t in range(len(x))])
+        return y + block.segment(x)
+    z = x + block.segment(x)
+    return torch.stack([single(z[t], [*leading, *z[: t + 1]]) for t in range(len(z))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_length": 1, "depth": 1, "max_surprise": None},
+        {"chunk_length": 1, "conv_size": 3, "max_rate": 1.5},
+        {"chunk_length": 3, "depth": 2, "expansion": 3, "max_surprise": 0.5},
+        {"chunk_length": 7, "depth": 3, "num_heads": 3, "num_persistent_tokens": 2, "conv_size": 4},
+        {"chunk_length": 4, "num_heads": 1, "head_dim": 5, "num_persistent_tokens": 1},
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_equals_the_recurrence_token_by_token(kind: str, options: dict, padded: bool) -> None:
+    memory = cell(kind, **options)
+    generator = torch.Generator().manual_seed(0)
+    blocks, state = [Block(memory) for _ in range(ROWS)], memory.init_state(ROWS)
+    for _ in range(3):
+        x = torch.randn(ROWS, T, D, generator=generator, dtype=torch.float64)
+        mask = torch.rand(ROWS, T, generator=generator) < 0.7 if padded else None
+        before = state
+        y, state = memory(x, before, attention, mask=mask)
+        again, same = memory(x, before, attention, mask=mask, write=False)
+        torch.testing.assert_close(again, y, **EXACT)
+        assert same is before
+        for i, block in enumerate(blocks):
+            real = torch.ones(T, dtype=torch.bool) if mask is None else mask[i]
+            if not real.any():
+                continue
+            expected = reference(kind, memory, block, x[i, real])
+            torch.testing.assert_close(y[i, real], expected, **EXACT)
+            for h in range(memory.memory.heads):
+                for layer, weight in enumerate(block.weights[h]):
+                    torch.testing.assert_close(state.weights[layer][i, h], weight, **EXACT)
+
+
+def test_learning_one_chunk_changes_the_surprise_of_the_next() -> None:
+    """A memory whose gradients are all taken at the first weights would pass the other tests."""
+    memory = cell("mag", chunk_length=4, max_rate=1.0, depth=1)
+    x = torch.randn(1, 4, D, dtype=torch.float64)
+    _, once = memory(x, memory.init_state(1), attention, mask=None)
+    _, twice = memory(x, once, attention, mask=None)
+    step = [b - a for a, b in zip(memory.init_state(1).weights, once.weights, strict=True)]
+    another = [b - a for a, b in zip(once.weights, twice.weights, strict=True)]
+    assert max((a - b).abs().max() for a, b in zip(step, another, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_remembers_what_it_was_told(kind: str) -> None:
+    """Untrained, the block's loss on what it has read falls while it reads: no sign is wrong."""
+    torch.manual_seed(0)
+    dims = Dims(32, 32, 1, 2, 2, 16, 64)
+    cls = KINDS[kind]
+    config = cls.resolve(cls.Config(chunk_length=8, initial_forgetting=1e-4), dims)
+    memory = cls(config, dims).double()
+    memory.reset_parameters(1.0)
+    block, x = memory.memory, torch.randn(4, 64, 32, dtype=torch.float64)
+
+    def loss(state) -> float:
+        normed = F.rms_norm(x, (32,), block.norm, 1e-6)
+        k, v = (
+            block._project(normed, linear, 0, state, None)[0] for linear in (block.key, block.value)
+        )
+        return float(
+            (read(F.normalize(k, dim=-1), state.weights) - v).square().sum(-1).mean().detach()
+        )
+
+    state, found = memory.init_state(4), []
+    for _ in range(6):
+        found.append(loss(state))
+        _, state = block(x, state, None)
+    assert all(later < earlier for earlier, later in pairwise(found))
+    assert found[-1] < 0.75 * found[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rate_makes_it_diverge(kind: str) -> None:
+    """The same unit key again and again, the largest rates: what drives other implementations to NaN."""
+    cls = KINDS[kind]
+    dims = Dims(16, 16, 1, 2, 2, 8, 256)
+    config = cls.resolve(cls.Config(max_rate=50.0, initial_rate=49.0, initial_momentum=0.999), dims)
+    memory = cls(config, dims)
+    memory.reset_parameters(1.0)
+    state = memory.init_state(1)
+    x = torch.randn(1, 1, 16).expand(1, 256, 16).clone().requires_grad_()
+    with torch.no_grad():
+        for _ in range(40):
+            _, state = memory.memory(x, state, None)
+    y, state = memory.memory(x, state, None)
+    y.square().mean().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(w.isfinite().all() for w in state.weights)
+
+
+@torch.no_grad()
+def test_mac_answers_stand_at_the_places_of_their_tokens() -> None:
+    """Persistent tokens first; a token and the answer to it share a place, and no place is beyond."""
+    model = memory_model("llama", TitansMACConfig(num_persistent_tokens=2, chunk_length=3))
+    seen = []
+    rotary = model.base.model.rotary_emb
+    forward = type(rotary).forward
+
+    def record(x, position_ids):
+        seen.append(position_ids.clone())
+        return forward(rotary, x, position_ids)
+
+    rotary.forward = record
+    ids = tokens(2, SEGMENT)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    model(ids, attention_mask=mask)
+    longer = [places for places in seen if places.shape[1] == 2 + 2 * SEGMENT]
+    assert longer
+    assert longer[0][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6, 7]
+    assert longer[0][1, 2:6].tolist() == longer[0][1, 8:12].tolist() == [2, 3, 4, 5]
+
+
+def test_mac_needs_a_mask_for_each_query() -> None:
+    """Flash attention is given (B, T) masks, which cannot say it."""
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        _not_later(torch.ones(1, 4, dtype=torch.bool), torch.tensor([0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize("config", [TitansMACConfig, TitansMAGConfig, TitansMALConfig])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 5}, "num_heads=5 does not divide hidden_size=32"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"chunk_length": SEGMENT + 1}, "longer than segment_length=6"),
+        ({"chunk_length": 0}, "chunk_length=0"),
+        ({"depth": 0}, "depth=0"),
+        ({"expansion": 0}, "expansion=0"),
+        ({"conv_size": -1}, "conv_size=-1"),
+        ({"num_persistent_tokens": -1}, "num_persistent_tokens=-1"),
+        ({"initial_rate": 0.0}, "initial_rate=0.0"),
+        ({"initial_rate": 2.0}, "initial_rate=2.0"),
+        ({"initial_momentum": 1.0}, "initial_momentum=1.0"),
+        ({"initial_forgetting": 0.0}, "initial_forgetting=0.0"),
+        ({"max_surprise": 0.0}, "max_surprise=0.0"),
+        ({"layers": (2,)}, r"layers=\(2,\)"),
+    ],
+)
+def test_bad_options_are_refused(config, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MemLMForCausalLM.from_base(
+            base_model("llama"), memory=config(**options), segment_length=SEGMENT
+        )

@@ -1,0 +1,200 @@
+"""Several memories at once, bases where a memory cannot apply, and states that are no longer finite."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from memlm import MemLMForCausalLM, MemoryState
+from memlm.memory import (
+    CompressiveConfig,
+    RMTConfig,
+    TitansMACConfig,
+    TitansMAGConfig,
+    TitansMALConfig,
+    TransformerXLConfig,
+)
+from tests.cases import CASES, FAMILIES, SEGMENT, base_model, randomise, tokens
+from tests.memory.test_laws import EXACT, same_state
+
+TOGETHER = {
+    "tokens and a branch": [RMTConfig(num_memory_tokens=2), TitansMAGConfig(chunk_length=4)],
+    "tokens and a context": [RMTConfig(num_memory_tokens=2), TitansMACConfig(chunk_length=4)],
+    "tokens and a cache": [RMTConfig(num_memory_tokens=2), TransformerXLConfig(memory_length=8)],
+    "a branch and a window": [TitansMAGConfig(chunk_length=2), TransformerXLConfig()],
+    "a layer and a compression": [
+        TitansMALConfig(chunk_length=3),
+        CompressiveConfig(memory_length=4, compression_rate=2),
+    ],
+    "linear and softmax pasts": ["infini", "transformer-xl"],
+    "associations and a linear past": [CASES["armt"], "infini"],
+    "different layers": [TitansMACConfig(layers=(0,)), TransformerXLConfig(layers=(1,))],
+    "one mechanism twice": [TitansMAGConfig(layers=(0,)), TitansMAGConfig(layers=(1,), depth=1)],
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("together", TOGETHER)
+def test_memories_work_together(family: str, together: str) -> None:
+    model = MemLMForCausalLM.from_base(
+        base_model(family), memory=TOGETHER[together], segment_length=SEGMENT
+    )
+    randomise(model.memory)
+    model.eval()
+    rows = [tokens(1, n, seed=n)[0] for n in (3 * SEGMENT + 2, SEGMENT + 1)]
+    ids = torch.zeros(2, 4 * SEGMENT, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    out = model(ids, attention_mask=mask)
+    for i, row in enumerate(rows):
+        alone = model(row[None])
+        torch.testing.assert_close(out.logits[i, : len(row)], alone.logits[0], **EXACT)
+        assert same_state(out.memory_state.select([i]), alone.memory_state)
+    ids = tokens(1, 3 * SEGMENT)
+    whole = model(ids)
+    first = model(ids[:, :SEGMENT])
+    rest = model(ids[:, SEGMENT:], memory_state=first.memory_state)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole.logits, **EXACT)
+    other = ids.clone()
+    other[0, SEGMENT + 1] = (other[0, SEGMENT + 1] - 2) % 50 + 3
+    changed = model(other).logits
+    at = SEGMENT + 1
+    torch.testing.assert_close(changed[:, :at], whole.logits[:, :at], **EXACT)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.memory.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (["titans-mac", "transformer-xl"], "'titans-mac' inserts 10 positions into layer 0"),
+        (["titans-mac", "titans-mag"], "'titans-mag' inside it would take them for tokens"),
+        (["transformer-xl", "infini"], "'transformer-xl' inserts 6 positions"),
+        (["transformer-xl", "compressive"], "give them different layers"),
+        (
+            [TitansMALConfig(num_persistent_tokens=2), "infini"],
+            "or set num_persistent_tokens=0",
+        ),
+    ],
+)
+def test_memories_that_would_disturb_each_other_are_refused(memory, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MemLMForCausalLM.from_base(base_model("llama"), memory=memory, segment_length=SEGMENT)
+
+
+def hybrid():
+    """A base model whose first layer is a linear attention and has no softmax."""
+    config = CONFIG_MAPPING["qwen3_next"](
+        **{
+            **FAMILIES["qwen3"],
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+            "mlp_only_layers": [0, 1],
+        }
+    )
+    return AutoModelForCausalLM.from_config(config).to(torch.float64)
+
+
+@pytest.mark.parametrize("memory", ["titans-mac", "titans-mag", "transformer-xl", "infini"])
+def test_a_layer_without_softmax_attention_is_refused(memory: str) -> None:
+    with pytest.raises(ValueError, match=r"layers \[0\].*use layers=\(1,\)"):
+        MemLMForCausalLM.from_base(hybrid(), memory=memory, segment_length=SEGMENT)
+
+
+def test_an_attention_whose_turning_cannot_be_taken_off_is_refused() -> None:
+    config = CONFIG_MAPPING["deepseek_v3"](
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        max_position_embeddings=64,
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="cannot be taken off; use a memory that works outside"):
+        MemLMForCausalLM.from_base(base, memory="infini", segment_length=SEGMENT)
+
+
+def test_a_window_that_would_hide_the_context_is_refused() -> None:
+    base = base_model("gemma3_text", sliding_window=SEGMENT)
+    with pytest.raises(ValueError, match=r"sliding window of 6 in layers \[0\].*layers=\(1,\)"):
+        MemLMForCausalLM.from_base(base, memory="titans-mac", segment_length=SEGMENT)
+    model = MemLMForCausalLM.from_base(
+        base, memory=TitansMACConfig(layers=(1,)), segment_length=SEGMENT
+    )
+    assert model(tokens(1, 2 * SEGMENT)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("memory", CASES)
+def test_a_state_that_is_not_finite_names_layer_and_segment(memory: str, monkeypatch) -> None:
+    config = CASES[memory]
+    model = MemLMForCausalLM.from_base(base_model("llama"), memory=config, segment_length=SEGMENT)
+    cells = [cell for found in model.memory.cells().values() for cell in found]
+    last, calls = cells[-1], []
+    forward = type(last.memory).forward
+
+    def broken(self, x, state, inner, **kwargs):
+        y, new = forward(self, x, state, inner, **kwargs)
+        if self is last.memory:
+            calls.append(None)
+            if len(calls) == 3:
+                spoilt = {new._fields[0]: _spoilt(new[0])}
+                new = new._replace(**spoilt)
+        return y, new
+
+    monkeypatch.setattr(type(last.memory), "forward", broken)
+    where = "layer 1" if last.memory.site != "model" else "memory 'rmt'"
+    with pytest.raises(FloatingPointError, match=rf"{where}.* after segment 2 of this call"):
+        model(tokens(2, 5 * SEGMENT), bptt_depth=2)
+
+
+def _spoilt(leaf):
+    return tuple(map(_spoilt, leaf)) if isinstance(leaf, tuple) else leaf * torch.nan
+
+
+def test_largest_tells_what_is_not_finite() -> None:
+    state = MemoryState(
+        {"a": torch.tensor([[1.0, -3.0]]), "b": torch.zeros(1, 0), "c": torch.ones(1).long()}, 1
+    )
+    assert state.largest().tolist() == [3.0]
+    state = MemoryState({"a": torch.tensor([[1.0, torch.nan]]), "b": torch.ones(1)}, 1)
+    assert state.largest().isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("module", ["memlm.backbone", "memlm.attach", "memlm.config"])
+def test_any_module_may_be_imported_first(module: str) -> None:
+    """transformers' Auto classes know the model whichever way the package was entered."""
+    code = (
+        f"import {module}\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "config = AutoConfig.for_model('memlm')\n"
+        "from memlm import MemLMForCausalLM\n"
+        "assert AutoModelForCausalLM._model_mapping[type(config)] is MemLMForCausalLM\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
