@@ -54,6 +54,7 @@ class MemoryStack(nn.Module):
         dims = backbone.dims(segment_length)
         resolved = [resolve(config, dims) for config in configs]
         check_layers(resolved, backbone, dims)
+        check_biases(resolved, backbone, dims)
         check_composition(resolved, dims)
         check_positions(resolved, backbone, segment_length)
         self.configs = [config_to_dict(config) for config in resolved]
@@ -188,6 +189,17 @@ def check_layers(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims
                 else f"memory={name_of(config)!r} works inside softmax attention, which the base model "
                 "does not have; use a memory around whole layers such as 'armt'"
             )
+
+
+def check_biases(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims) -> None:
+    """Refuse a memory that inserts positions into an attention whose biases do not grow with them."""
+    for config in configs:
+        for layer in layers_of(config, dims.num_layers):
+            if class_of(config).num_inserted(config, dims) and backbone.biases_by_distance(layer):
+                raise ValueError(
+                    f"memory={name_of(config)!r} inserts positions, and the base model biases its "
+                    "attention by distances within the segment (ALiBi); use a memory such as 'armt'"
+                )
 
 
 def check_composition(configs: Sequence[MemoryConfig], dims: Dims) -> None:

@@ -46,6 +46,9 @@ class Cell:
     memory: Memory
 
 
+# What transformers' families call the function that turns queries and keys by (cos, sin).
+ROTATION = "apply_rotary_pos_emb"
+
 # (site, layer) -> the memories there, outermost first. Site "model" has layer -1.
 Cells = Mapping[tuple[Site, int], list[Cell]]
 
@@ -230,6 +233,11 @@ class Backbone:
             )
         self.base = base
         self.decoder: nn.Module = base.get_decoder()
+        if self.decoder is base:
+            raise ValueError(
+                f"base={type(base).__name__} does not tell its decoder from its head; "
+                "use the text model of another architecture"
+            )
         self.layers = find_layers(base)
         _become(self.decoder, _DecoderStage)
         for index, layer in enumerate(self.layers):
@@ -301,6 +309,16 @@ class Backbone:
     def has_attention(self, layer: int) -> bool:
         """Whether `layer` has a softmax attention (hybrid models have layers without)."""
         return self.kind(layer) != "linear_attention" and bool(find_attention(self.layers[layer]))
+
+    def biases_by_distance(self, layer: int) -> bool:
+        """Whether the attention of `layer` is given biases made for the segment's own length (ALiBi)."""
+        if not getattr(self.config, "alibi", True):
+            return False
+        return any(
+            name in _signature(original_class(module)).parameters
+            for module in find_attention(self.layers[layer])
+            for name in ("alibi", "position_bias")
+        )
 
     def embedding_std(self) -> float:
         """Scale of the embeddings as the decoder receives them (some families scale in the module)."""
@@ -421,7 +439,7 @@ class Backbone:
     @torch.no_grad()
     def _try_rotation(self, layer: int) -> bool:
         module = find_attention(self.layers[layer])[0]
-        parameters = _signature(cast(type[_MemoryStage], type(module))._memlm_original).parameters
+        parameters = _signature(original_class(module)).parameters
         weight = next(module.parameters())
         x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=weight.device).sin()
         x = x.reshape(1, 3, -1).to(weight.dtype)
@@ -433,16 +451,16 @@ class Backbone:
         }
         turns = "position_embeddings" in parameters and hasattr(self.decoder, "rotary_emb")
         if not turns:
-            self._tried(module, x, arguments)
+            self._tried(layer, module, x, arguments)
             return False
         positions = torch.arange(3, device=x.device)[None]
         cos, sin = self.rotary(layer, x, positions)
-        turned = self._tried(module, x, {**arguments, "position_embeddings": (cos, sin)})
+        turned = self._tried(layer, module, x, {**arguments, "position_embeddings": (cos, sin)})
         still = torch.ones_like(cos), torch.zeros_like(sin)
-        plain = self._tried(module, x, {**arguments, "position_embeddings": still})
+        plain = self._tried(layer, module, x, {**arguments, "position_embeddings": still})
         if _alike(turned, plain):
             return False
-        rotate = find_rotation(module)
+        rotate = find_in_family(module, ROTATION)
         if rotate is None or not _alike(turned, turn(rotate, *plain, cos, sin)):
             raise ValueError(
                 f"base: the attention of layer {layer} ({type(module).__name__}) turns its queries and "
@@ -452,23 +470,31 @@ class Backbone:
         return True
 
     def _tried(
-        self, module: nn.Module, x: Tensor, arguments: Mapping[str, Any]
+        self, layer: int, module: nn.Module, x: Tensor, arguments: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys the attention `module` would hand to its softmax."""
         found: list[tuple[Tensor, Tensor]] = []
-        training = module.training
+        training, failure = module.training, None
         run, tried = _RUN.set(None), _TRIED.set(found)
         try:
             module.eval()(x, **arguments)
+        except Exception as error:
+            failure = error
         finally:
             module.train(training)
             _TRIED.reset(tried)
             _RUN.reset(run)
-        if not found:
+        dims = self.dims(1)
+        expected = [(1, n, x.shape[1], dims.head_dim) for n in (dims.num_heads, dims.num_kv_heads)]
+        if (
+            failure is not None
+            or [tuple(part.shape) for pair in found for part in pair] != expected
+        ):
             raise ValueError(
-                f"base: {type(module).__name__} does not run its softmax through transformers' "
-                "attention interface; use a memory that works outside it, such as 'armt' or 'rmt'"
-            )
+                f"base: the attention of layer {layer} ({type(module).__name__}) does not run its softmax "
+                "through transformers' attention interface in the way a memory at its heads needs; use "
+                "one that works outside it, such as 'armt' or 'rmt'"
+            ) from failure
         return found[0]
 
     def open_heads(self) -> None:
@@ -476,7 +502,7 @@ class Backbone:
         inner = self.config._attn_implementation or "sdpa"
         if inner.startswith("memlm_"):
             return
-        if inner not in ALL_ATTENTION_FUNCTIONS:
+        if inner not in ALL_ATTENTION_FUNCTIONS and inner != "eager":
             inner = "sdpa"
         name = f"memlm_{inner}"
         AttentionInterface.register(name, partial(_attend, inner))
@@ -528,10 +554,10 @@ def _alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> boo
     )
 
 
-def find_rotation(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The function with which a family's attention turns queries and keys by (cos, sin)."""
+def find_in_family(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """A function that the file of a family's attention defines, such as how it turns queries and keys."""
     for cls in type(module).__mro__:
-        found = getattr(sys.modules[cls.__module__], "apply_rotary_pos_emb", None)
+        found = getattr(sys.modules[cls.__module__], name, None)
         if found is not None:
             return found
     return None
@@ -562,7 +588,9 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of transformers' interface, with the memories of site "heads" around it."""
-    attention = ALL_ATTENTION_FUNCTIONS[implementation]
+    attention = find_in_family(module, "eager_attention_forward")
+    if implementation != "eager" or attention is None:
+        attention = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
     tried = _TRIED.get()
     if tried is not None:
         tried.append((query, key))
@@ -581,7 +609,7 @@ def _attend(
             seen = _with_keys_in_front(attention_mask, mask, x, extra)
         q, k = x.q, x.k
         if run.rotation is not None:
-            rotate = find_rotation(module)
+            rotate = find_in_family(module, ROTATION)
             assert rotate is not None
             if extra:
                 # Queries stand where their own keys do, behind the keys in front.
@@ -612,6 +640,11 @@ def _with_keys_in_front(seen: Tensor | None, mask: Tensor | None, x: QKV, extra:
     if seen.dtype != torch.bool:
         front = torch.zeros_like(front, dtype=seen.dtype).masked_fill(~front, _least(seen))
     return torch.cat([front, seen.expand(front.shape[0], -1, -1, -1)], dim=-1)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class an opened module had."""
+    return cast(type[_MemoryStage], type(module))._memlm_original
 
 
 def find_layers(base: PreTrainedModel) -> list[nn.Module]:

@@ -137,8 +137,43 @@ def test_an_attention_whose_turning_cannot_be_taken_off_is_refused() -> None:
         max_position_embeddings=64,
     )
     base = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="cannot be taken off; use a memory that works outside"):
+    with pytest.raises(ValueError, match=r"layer 0 .*that works outside it"):
         MemLMForCausalLM.from_base(base, memory="infini", segment_length=SEGMENT)
+
+
+OLD = {
+    "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "gptj": {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+}
+
+
+@pytest.mark.parametrize("memory", ["infini", "transformer-xl", "titans-mac", "armt"])
+@pytest.mark.parametrize("family", OLD)
+def test_families_with_an_attention_of_their_own(family: str, memory: str) -> None:
+    """No heads to stand at outside transformers' interface; biases by distance do not grow."""
+    tokens_ = {"bos_token_id": 1, "eos_token_id": 2}
+    base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**OLD[family], **tokens_))
+    if memory == "armt" or (family, memory) == ("gptj", "titans-mac"):
+        model = MemLMForCausalLM.from_base(base, memory=memory, segment_length=SEGMENT)
+        assert model(tokens(1, 2 * SEGMENT)).logits.isfinite().all()
+        return
+    with pytest.raises(ValueError, match=r"that works outside it|such as 'armt'"):
+        MemLMForCausalLM.from_base(base, memory=memory, segment_length=SEGMENT)
+
+
+@pytest.mark.parametrize("family", ["phi", "cohere2", "gemma2", "exaone4", "glm", "granite"])
+@torch.no_grad()
+def test_other_ways_of_turning_keys_are_found_by_trying(family: str) -> None:
+    """Partial, interleaved, in some layers only, scaled: the past in front equals the unsplit sequence."""
+    over = {"head_dim": 8} if family in ("gemma2", "glm") else {}
+    over |= {"sliding_window": 64} if family in ("gemma2", "cohere2", "exaone4") else {}
+    config = CONFIG_MAPPING[family](**{**FAMILIES["llama"], **over})
+    base, ids = AutoModelForCausalLM.from_config(config).double().eval(), tokens(1, 4 * SEGMENT)
+    plain = base(ids).logits
+    model = MemLMForCausalLM.from_base(
+        base, memory=TransformerXLConfig(memory_length=40), segment_length=SEGMENT
+    )
+    torch.testing.assert_close(model(ids).logits, plain, rtol=0.0, atol=1e-9)
 
 
 def test_a_window_that_would_hide_the_context_is_refused() -> None:
