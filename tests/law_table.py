@@ -1,0 +1,105 @@
+"""The laws as a table, mechanism by law: runs the suite of laws and writes docs/laws.md.
+
+python -m tests.law_table
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from memlm.memory import available_memories
+from tests.cases import LAW_FAMILIES
+
+OUT = Path(__file__).parent.parent / "docs" / "laws.md"
+# Functions of tests/memory/test_laws.py by what they say.
+LAWS = {
+    "carry": "carry",
+    "causality": "causality",
+    "not vacuous": "the_first_segment_reaches_the_last",
+    "rows": "rows_of_a_ragged_batch_equal_rows_alone",
+    "bptt": "bptt_depth_cuts_exactly_there",
+    "recompute": "recomputing_segments_changes_no_gradient",
+    "checkpoint": "layer_checkpointing_of_the_base_changes_no_gradient",
+    "gradients": "every_memory_parameter_gets_a_gradient",
+    "purity": "purity",
+    "size": "constant_size",
+    "neutral": "neutral_at_the_start",
+    "round trips": "round_trips",
+    "numbers": "bfloat16_stays_close",
+    "bounded": "long_documents_stay_bounded",
+}
+INITIALS = {family: family[0].upper() for family in LAW_FAMILIES}
+TEXT = """# The laws, mechanism by mechanism
+
+A letter for each architecture on which all checks of the law passed ({families}), an x for one on which
+some failed; float64 unless the law is about numbers. A dash: the mechanism does not promise it, or the law
+says nothing about it. Written by `python -m tests.law_table`
+(torch {torch}, transformers {transformers}); the suite runs the same checks every time.
+
+{table}
+
+- **carry**: segments in one call equal the same segments in any grouping of calls. **causality**: a
+  changed token changes no logit before it, and its own. **not vacuous**: from the first segment it changes
+  the last one's logits. **rows**: ragged rows, padded left, right and with holes, equal the rows alone.
+- **bptt**: `bptt_depth` cuts gradients exactly there. **recompute**, **checkpoint**: recomputing segments,
+  or the base's layers, changes no gradient and writes once. **gradients**: every memory parameter gets one.
+- **purity**: same call twice, same result; nothing on the modules changes; `write=False` returns the state
+  itself. **size**: shapes and bytes after 1 and 400 segments are the same. **neutral**: freshly attached,
+  the first segment's logits are the base model's. **round trips**: state, model and memory saved, loaded,
+  gone on with. **numbers**: bfloat16 and autocast stay close. **bounded**: 100,000 tokens in float32 stay
+  finite and no larger than in the first 12,800; on Llama.
+
+Besides these each mechanism has an oracle of its own, named on its [page](methods.md), and a check that it
+learns ([results](results.md)).
+"""
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "laws.xml"
+        laws = "tests/memory/test_laws.py"
+        command = [sys.executable, "-m", "pytest", laws, "-q", f"--junitxml={report}"]
+        code = subprocess.run(command, check=False).returncode
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    found: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
+    for case in cases:
+        match = re.fullmatch(r"test_(\w+)\[(.+)\]", case.get("name", ""))
+        if match is None or case.find("skipped") is not None:
+            continue
+        law, label = match.groups()
+        # "left-titans-mac-llama": names contain the separator, so the longest that fits counts.
+        names = [name for name in available_memories() if f"-{name}-" in f"-{label}-"]
+        if names:
+            good = case.find("failure") is None and case.find("error") is None
+            family = next((f for f in LAW_FAMILIES if label.endswith(f"-{f}")), LAW_FAMILIES[0])
+            found[max(names, key=len), law, family].append(good)
+    lines = [f"| memory | {' | '.join(LAWS)} |", "|---" * (len(LAWS) + 1) + "|"]
+    for name in available_memories():
+        cells = []
+        for law in LAWS.values():
+            results = [(f, found[name, law, f]) for f in LAW_FAMILIES if found[name, law, f]]
+            marks = (INITIALS[f] if all(good) else "x" for f, good in results)
+            cells.append("".join(marks) or "-")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    text = TEXT.format(
+        families=", ".join(f"{letter} {family}" for family, letter in INITIALS.items()),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        table="\n".join(lines),
+    )
+    OUT.write_text(text)
+    print("\n".join(lines))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
