@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 from memlm import MemLMForCausalLM
-from memlm.memory import ARMTConfig, MemoryConfig, RMTConfig, available_memories
+from memlm.memory import (
+    ARMTConfig,
+    CompressiveConfig,
+    InfiniConfig,
+    MemoryConfig,
+    RMTConfig,
+    TitansMACConfig,
+    TitansMAGConfig,
+    TitansMALConfig,
+    TransformerXLConfig,
+    available_memories,
+)
 
 VALUES, NOISE, SEGMENT, SEGMENTS, STEPS, BATCH = 16, 16, 8, 4, 400, 64
 ASK = VALUES + NOISE
@@ -19,7 +30,14 @@ ASK = VALUES + NOISE
 RECIPES: dict[str, MemoryConfig] = {
     # The paper's zero start needs more steps than a check may take.
     "armt": ARMTConfig(num_memory_tokens=2, d_mem=16, value_std=0.1),
+    # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
+    "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
+    "infini": InfiniConfig(),
     "rmt": RMTConfig(num_memory_tokens=2),
+    "titans-mac": TitansMACConfig(output_std=0.1),
+    "titans-mag": TitansMAGConfig(output_std=0.1),
+    "titans-mal": TitansMALConfig(output_std=0.1),
+    "transformer-xl": TransformerXLConfig(memory_length=32),
 }
 
 
