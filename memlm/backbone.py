@@ -64,6 +64,8 @@ class Run:
     mask: Tensor | None = None
     # (cos, sin) the house withheld from an attention module whose "heads" have memories.
     rotation: tuple[Tensor, Tensor] | None = None
+    # How many positions, at the end, an attention module's output is wanted at; None: all.
+    wanted: int | None = None
     # Filled as the stages are passed; a recomputation fills it with the same values again.
     new: dict[str, Any] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ class Run:
         x: Any,
         mask: Tensor | None = None,
         times: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
         if times is not None:
             # `attach` refuses the compositions that would get here.
@@ -161,14 +164,19 @@ class _MemoryStage(nn.Module):
         hidden = arguments.pop("hidden_states")
         rest: tuple[Any, ...] | None = None
 
-        def stage(x: Tensor, mask: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        def stage(
+            x: Tensor,
+            mask: Tensor | None = None,
+            times: Tensor | None = None,
+            last: int | None = None,
+        ) -> Tensor:
             nonlocal rest
-            inside = memory_run
+            inside = memory_run if last is None else replace(memory_run, wanted=last)
             given: Mapping[str, Any] = arguments
             if x.shape[1] != hidden.shape[1]:
                 mask = memory_run._mask_of(x.shape[1]) if mask is None else mask
                 given = memory_run.backbone.lengthened(layer, arguments, x, mask, times)
-                inside = replace(memory_run, mask=mask)
+                inside = replace(inside, mask=mask)
             if around_heads:
                 given, rotation = memory_run.backbone.unrotated(layer, given)
                 inside = replace(inside, rotation=rotation)
@@ -598,6 +606,11 @@ def _attend(
     run = _RUN.get()
     layer = getattr(module, "_memlm_layer", -1)
     if run is None or ("heads", layer) not in run.cells:
+        spared = 0 if run is None or run.wanted is None else query.shape[2] - run.wanted
+        if spared and attention_mask is not None and attention_mask.ndim == 4:
+            query, attention_mask = query[:, :, spared:], attention_mask[:, :, spared:]
+            found, weights = attention(module, query, key, value, attention_mask, **kwargs)
+            return F.pad(found, (0, 0, 0, 0, spared, 0)), weights
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     def stage(x: QKV, mask: Tensor | None = None) -> Tensor:

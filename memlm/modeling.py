@@ -95,7 +95,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.memory = MemoryStack(configs, self.backbone, config.segment_length)
         config.memory = list(self.memory.configs)
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
-        if heads:
+        if any(site in ("heads", "attention") for site, _ in self.memory.cells()):
             self.backbone.open_heads()
         if given and not base.get_input_embeddings().weight.is_meta:
             # A model still without weights was tried out when it was made.

@@ -32,12 +32,13 @@ class QKV(NamedTuple):
     v: Tensor
 
 
-# inner(x, mask=None, times=None): the stage itself. `x` may have any length T'; when T' differs from the
-# stage's T and the batch is padded, say which positions are real with `mask` (B, T'). Without it the extra
-# positions are taken to be real and to stand first. At "layer" and "attention", `times` (T',) integers from
-# 0 says when each position happens: it then sees what stands before it at its own time or earlier, and
-# positions of the same time share a place. At "heads" keys and values may be longer than queries; the
-# extra ones stand first and every query sees them.
+# inner(x, mask=None, times=None, last=None): the stage itself. `x` may have any length T'; when T' differs
+# from the stage's T and the batch is padded, say which positions are real with `mask` (B, T'). Without it
+# the extra positions are taken to be real and to stand first. At "layer" and "attention", `times` (T',)
+# integers from 0 say when each position happens: it then sees what stands before it at its own time or
+# earlier, and positions of the same time share a place; `last` says at how many positions, at the end, the
+# output is wanted: what stands before them is then undefined. At "heads" keys and values may be longer than
+# queries; the extra ones stand first and every query sees them.
 Inner = Callable[..., Tensor]
 
 

@@ -62,7 +62,8 @@ class TitansMAC(Titans):
         longer, real, count = self.with_persistent(torch.cat([self.context(told), x], dim=1), both)
         tokens = x.shape[1]
         at = torch.arange(count + tokens, device=x.device)
-        y = inner(longer, mask=real, times=torch.cat([at, at[count:]]))[:, count + tokens :]
+        times = torch.cat([at, at[count:]])
+        y = inner(longer, mask=real, times=times, last=tokens)[:, count + tokens :]
         answer, new = self.memory(y, state, mask)
         if new.tails:
             new = new._replace(tails=(*new.tails[:3], tail))

@@ -105,7 +105,7 @@ class Block:
         return torch.stack(out)
 
 
-def attention(x, mask=None, times=None):
+def attention(x, mask=None, times=None, last=None):
     """A stage that mixes by content alone: softmax over what a position may see."""
     total = x.shape[1]
     seen = torch.ones(x.shape[0], total, total, dtype=torch.bool).tril()
