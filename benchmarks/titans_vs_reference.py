@@ -1,12 +1,14 @@
 """Our Titans memory beside `titans_pytorch.NeuralMemory`: CPU seconds, peak memory, and whose rule it is.
 
 Both have the same dimensions, chunk, text, and a memory MLP of the same widths; neither has short
-convolutions. Four contenders:
+convolutions. Five contenders:
 
 - ours, block: `TitansMemory`, with norm, projections, gates of every token, and output.
 - ours, kernel: `read_write` alone, on ready queries, keys, values and gates.
 - titans-pytorch, paper rule: `NeuralMemory(batch_size=chunk_size)`, every chunk's gradient at its start;
   with qk_rmsnorm and a maximal rate of 0.1, or it is not finite after some 700 tokens of random input.
+- titans-pytorch, its example: the paper rule with the settings of its training script (a rate for every
+  weight matrix, pooled chunks by attention, Newton-Schulz on the surprise), which work more.
 - titans-pytorch, default: its `batch_size=None`, which takes all gradients at the initial weights.
 
 In each round a reference and ours run directly after each other; ratios are taken pair by pair. Backward is
@@ -44,7 +46,13 @@ from memlm.memory.parts.titans import TitansConfig, TitansMemory
 
 BLOCK, KERNEL = "ours, block", "ours, kernel"
 PAPER, DEFAULT = "titans-pytorch, paper rule", "titans-pytorch, default"
-OURS, THEIRS = (BLOCK, KERNEL), (PAPER, DEFAULT)
+EXAMPLE = "titans-pytorch, its example"
+OURS, THEIRS = (BLOCK, KERNEL), (PAPER, EXAMPLE, DEFAULT)
+EXAMPLE_OPTIONS = {
+    "attn_pool_chunks": True,
+    "per_parameter_lr_modulation": True,
+    "spectral_norm_surprises": True,
+}
 TASKS = ("forward", "forward+backward", "hand-over")
 
 
@@ -88,7 +96,7 @@ class Kernel(NamedTuple):
     rate: Tensor
 
 
-def neural_memory(shape: Shape, paper: bool, max_rate: float = 0.1) -> Any:
+def neural_memory(shape: Shape, name: str, max_rate: float = 0.1) -> Any:
     """titans-pytorch's memory, with random initial values."""
     try:
         from titans_pytorch import NeuralMemory
@@ -102,11 +110,12 @@ def neural_memory(shape: Shape, paper: bool, max_rate: float = 0.1) -> Any:
         dim_head=shape.size,
         heads=shape.heads,
         chunk_size=shape.chunk,
-        batch_size=shape.chunk if paper else None,
+        batch_size=None if name == DEFAULT else shape.chunk,
         model=MemoryMLP(shape.size, depth=shape.depth, expansion_factor=shape.expansion),
         momentum=True,
         qk_rmsnorm=True,
         default_step_transform_max_lr=max_rate,
+        **(EXAMPLE_OPTIONS if name == EXAMPLE else {}),
     )
 
 
@@ -185,7 +194,7 @@ def contender(name: str, shape: Shape) -> Contender:
             [x],
             list(block.parameters()),
         )
-    module = neural_memory(shape, paper=name == PAPER).to(**where)
+    module = neural_memory(shape, name).to(**where)
     return Contender(
         lambda given, state: module(given[0], state=state), [x], list(module.parameters())
     )
@@ -370,7 +379,7 @@ def agreement(length: int = 256) -> dict[str, float]:
     with torch.no_grad():
         for chunk in (16, 1):
             found |= _our_agreement(shape_of(chunk))
-            for name in THEIRS:
+            for name in (PAPER, DEFAULT):
                 found |= _their_agreement(shape_of(chunk), name)
     return found
 
@@ -412,7 +421,7 @@ def _their_agreement(shape: Shape, name: str) -> dict[str, float]:
     chunk, found = shape.chunk, {}
     # At higher rates its steps of one token amplify rounding, and no two ways to compute them agree.
     max_rate = 0.1 if chunk > 1 else 0.01
-    module = neural_memory(shape, name == PAPER, max_rate).double()
+    module = neural_memory(shape, name, max_rate).double()
     x = torch.randn(1, shape.tokens, shape.dim, dtype=torch.float64)
     label = f"{name}, chunk {chunk}"
     whole = module(x)[0]

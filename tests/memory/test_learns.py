@@ -1,9 +1,15 @@
 """The last law: trained from scratch, a memory recalls across segments what `none` cannot.
 
+One value in four segments, and the shared recipe of benchmarks/learning.py (minutes a memory).
+
 python -m pytest -m slow tests/memory/test_learns.py -s
 """
 
 from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +97,27 @@ def test_recall_across_segments(memory: str) -> None:
         assert accuracy < 0.2
     else:
         assert accuracy > 0.9
+
+
+def benchmark():
+    path = Path(__file__).parents[2] / "benchmarks" / "learning.py"
+    spec = importlib.util.spec_from_file_location("benchmark_learning", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["recall", "qa1"])
+@pytest.mark.parametrize("memory", available_memories())
+def test_pairs_and_stories(memory: str, task: str) -> None:
+    learning = benchmark()
+    cell = learning.train_cell(learning.config_of(memory), task)
+    for name, found in cell["found"].items():
+        print(f"\n{memory}, {name}: {found['accuracy']:.3f} (chance {cell['chance']:.3f})")
+        if memory == "none":
+            assert found["accuracy"] < 1.5 * cell["chance"]
+        else:
+            assert found["accuracy"] > 2 * cell["chance"]

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from memlm import MemLMForCausalLM
 from memlm.backbone import _not_later
@@ -17,7 +18,7 @@ from memlm.memory.parts.titans import Titans
 from memlm.memory.titans_mac import TitansMAC
 from memlm.memory.titans_mag import TitansMAG
 from memlm.memory.titans_mal import TitansMAL
-from tests.cases import SEGMENT, base_model, memory_model, randomise, tokens
+from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-9}
 D, T, ROWS = 6, 7, 2
@@ -252,6 +253,31 @@ def test_mac_answers_stand_at_the_places_of_their_tokens() -> None:
     assert longer
     assert longer[0][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 6, 7]
     assert longer[0][1, 2:6].tolist() == longer[0][1, 8:12].tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_attention_spared_where_it_is_not_wanted_changes_nothing(family: str, monkeypatch) -> None:
+    if family == "gemma2":  # its softmax is its own: eager, with soft-capping
+        config = CONFIG_MAPPING[family](
+            **{**FAMILIES["llama"], "head_dim": 8, "sliding_window": 64}
+        )
+        base = AutoModelForCausalLM.from_config(config).double().eval()
+    else:
+        base = base_model(family)
+    ids = tokens(2, 3 * SEGMENT + 1)
+    model = MemLMForCausalLM.from_base(base, memory="titans-mac", segment_length=SEGMENT)
+    spared = model(ids).logits
+    forward = TitansMAC.forward
+
+    def everywhere(self, x, state, inner, **kwargs):
+        def whole(*args, last, **given):
+            return inner(*args, **given)
+
+        return forward(self, x, state, whole, **kwargs)
+
+    monkeypatch.setattr(TitansMAC, "forward", everywhere)
+    torch.testing.assert_close(spared, model(ids).logits, **EXACT)
 
 
 def test_mac_needs_a_mask_for_each_query() -> None:
