@@ -12,30 +12,17 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import transformers
 import typer
+from mechanisms import seconds
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM, __version__
 from memlm.memory import available_memories
-
-
-def seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main(
@@ -61,7 +48,7 @@ def main(
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=2 * segment,
+        max_position_embeddings=4 * segment,
     )
     kind = getattr(torch, dtype)
     base = AutoModelForCausalLM.from_config(config, dtype=kind).to(device)

@@ -253,9 +253,14 @@ def check_positions(
     extra = shared + max(own, default=0)
     limit = backbone.max_positions
     if limit is not None and segment_length + extra > limit:
+        remedy = (
+            f"use at most {limit - extra}, or a smaller memory"
+            if extra < limit
+            else ("use a smaller memory, or a shorter segment where its size follows the segment's")
+        )
         raise ValueError(
             f"segment_length={segment_length} with {extra} memory positions is too large for the base "
-            f"model's {limit} positions; use at most {limit - extra}, or a smaller memory"
+            f"model's {limit} positions; {remedy}"
         )
     window = backbone.sliding_window
     if window is not None and leading and segment_length + leading > window:
