@@ -54,7 +54,7 @@ class MemoryStack(nn.Module):
         dims = backbone.dims(segment_length)
         resolved = [resolve(config, dims) for config in configs]
         check_layers(resolved, backbone, dims)
-        check_biases(resolved, backbone, dims)
+        check_attention(resolved, backbone, dims)
         check_composition(resolved, dims)
         check_positions(resolved, backbone, segment_length)
         self.configs = [config_to_dict(config) for config in resolved]
@@ -191,8 +191,8 @@ def check_layers(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims
             )
 
 
-def check_biases(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims) -> None:
-    """Refuse a memory that inserts positions into an attention whose biases do not grow with them."""
+def check_attention(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims) -> None:
+    """Refuse a memory that inserts positions into an attention that cannot be given them."""
     for config in configs:
         for layer in layers_of(config, dims.num_layers):
             if class_of(config).num_inserted(config, dims) and backbone.biases_by_distance(layer):
@@ -200,6 +200,13 @@ def check_biases(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims
                     f"memory={name_of(config)!r} inserts positions, and the base model biases its "
                     "attention by distances within the segment (ALiBi); use a memory such as 'armt'"
                 )
+        inserted = class_of(config).num_inserted(config, dims)
+        if inserted and class_of(config).site != "layer" and not backbone.takes_query_masks:
+            raise ValueError(
+                f"attn_implementation={backbone.config._attn_implementation!r} takes no mask for each "
+                f"query, which memory={name_of(config)!r} needs; load the base with "
+                "attn_implementation='sdpa'"
+            )
 
 
 def check_composition(configs: Sequence[MemoryConfig], dims: Dims) -> None:

@@ -318,6 +318,12 @@ class Backbone:
         """Whether `layer` has a softmax attention (hybrid models have layers without)."""
         return self.kind(layer) != "linear_attention" and bool(find_attention(self.layers[layer]))
 
+    @property
+    def takes_query_masks(self) -> bool:
+        """Whether the attention implementation takes a mask for each query (flash attention does not)."""
+        name = (self.config._attn_implementation or "sdpa").removeprefix("memlm_")
+        return name in ("sdpa", "eager")
+
     def biases_by_distance(self, layer: int) -> bool:
         """Whether the attention of `layer` is given biases made for the segment's own length (ALiBi)."""
         if not getattr(self.config, "alibi", True):

@@ -10,6 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from memlm import MemLMForCausalLM, MemoryState
+from memlm.attach import check_attention
+from memlm.backbone import Backbone
 from memlm.memory import (
     CompressiveConfig,
     RMTConfig,
@@ -174,6 +176,16 @@ def test_other_ways_of_turning_keys_are_found_by_trying(family: str) -> None:
         base, memory=TransformerXLConfig(memory_length=40), segment_length=SEGMENT
     )
     torch.testing.assert_close(model(ids).logits, plain, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", ["titans-mac", "transformer-xl", "compressive"])
+def test_an_attention_without_a_mask_for_each_query_is_refused(memory: str) -> None:
+    backbone = Backbone(base_model("llama"))
+    check_attention([CASES[memory]], backbone, backbone.dims(SEGMENT))
+    # As a base loaded with it has it; transformers refuses to build one where it is not installed.
+    backbone.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"attn_implementation='flash_attention_2'.*'sdpa'"):
+        check_attention([CASES[memory]], backbone, backbone.dims(SEGMENT))
 
 
 def test_a_window_that_would_hide_the_context_is_refused() -> None:
