@@ -282,6 +282,7 @@ class Backbone:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             segment_length=segment_length,
             rotary=hasattr(self.decoder, "rotary_emb"),
+            max_positions=self.max_positions,
         )
 
     @property

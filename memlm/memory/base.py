@@ -55,6 +55,15 @@ class Dims:
     segment_length: int
     # Whether attention turns queries and keys by their place; otherwise places are in the embeddings.
     rotary: bool = True
+    # The longest sequence the base was built for, None when it names no limit.
+    max_positions: int | None = None
+
+    @property
+    def spare_positions(self) -> int | None:
+        """Places beside the segment's for keys to be turned to; None: as many as one likes."""
+        if self.max_positions is None or not self.rotary:
+            return None
+        return max(0, self.max_positions - self.segment_length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ class CompressiveConfig(MemoryConfig):
     """Options of the Compressive Transformer.
 
     memory_length: tokens kept as they are; None picks a segment, rounded down to the compression rate.
-    compressed_length: slots behind them; None picks as many as memory_length. compression_rate: tokens a
+    compressed_length: slots behind them; None picks as many as memory_length; both pick fewer where the
+    base model's positions leave no room. compression_rate: tokens a
     slot; it divides memory_length. compression: "conv" (a strided convolution, starting as the mean),
     "mean", "max", or "most-used" (the tokens that the segments' queries attended to most).
     reconstruction_weight: price of the convolution's reconstruction loss.
@@ -107,13 +108,23 @@ class Compressive(Memory):
             )
         length = config.memory_length
         if length is None:
-            length = max(rate, dims.segment_length // rate * rate)
+            room = dims.segment_length
+            if dims.spare_positions is not None:
+                taken = config.compressed_length
+                room = min(
+                    room,
+                    dims.spare_positions // 2 if taken is None else dims.spare_positions - taken,
+                )
+            length = max(rate, room // rate * rate)
         if length < 1 or length % rate:
             raise ValueError(
                 f"compression_rate={rate} does not divide memory_length={length}; use a memory_length "
                 f"that is a multiple of it, such as {max(1, length // rate) * rate}"
             )
-        compressed = length if config.compressed_length is None else config.compressed_length
+        compressed = config.compressed_length
+        if compressed is None:
+            spare = dims.spare_positions
+            compressed = length if spare is None else max(1, min(length, spare - length))
         if compressed < 0:
             raise ValueError(f"compressed_length={compressed} must be 0 slots or more")
         return replace(config, memory_length=length, compressed_length=compressed)

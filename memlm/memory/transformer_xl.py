@@ -22,7 +22,10 @@ from memlm.memory.parts.cache import held, push
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerXLConfig(MemoryConfig):
-    """memory_length: tokens before the segment that attention sees; None picks one segment."""
+    """memory_length: tokens before the segment that attention sees.
+
+    None picks a segment, or what the base model's positions leave beside one where that is less.
+    """
 
     memory_length: int | None = None
 
@@ -56,7 +59,9 @@ class TransformerXL(Memory):
     @classmethod
     def resolve(cls, config: TransformerXLConfig, dims: Dims) -> TransformerXLConfig:
         if config.memory_length is None:
-            return replace(config, memory_length=dims.segment_length)
+            spare = dims.spare_positions
+            length = dims.segment_length if spare is None else min(dims.segment_length, spare)
+            return replace(config, memory_length=max(1, length))
         if config.memory_length < 1:
             raise ValueError(
                 f"memory_length={config.memory_length} is no memory; give at least 1 token, or "

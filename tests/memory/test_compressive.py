@@ -229,3 +229,17 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
         MemLMForCausalLM.from_base(
             base_model("llama"), memory=CompressiveConfig(**options), segment_length=SEGMENT
         )
+
+
+@pytest.mark.parametrize("segment", [4, 16, 30, 40])
+@torch.no_grad()
+def test_default_sizes_fit_the_base_model(segment: int) -> None:
+    for memory in ("compressive", "transformer-xl"):
+        model = MemLMForCausalLM.from_base(
+            base_model("llama"), memory=memory, segment_length=segment
+        )
+        assert model(tokens(1, 3 * segment)).logits.isfinite().all()
+        sizes = model.config.memory[0]
+        held = sizes["memory_length"] + sizes.get("compressed_length", 0)
+        assert held + segment <= 64
+        assert sizes["memory_length"] == segment or held + segment > 64 - 4
