@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memlm.backbone import Backbone, Cell, Cells
 from memlm.memory import MemoryConfig, config_to_dict, memory_class, name_of
 from memlm.memory.base import Dims, Memory
-from memlm.state import MemoryState, flatten, unflatten
+from memlm.state import MemoryState, flatten, skeleton, unflatten
 
 
 class AttachedMemory(nn.Module):
@@ -73,6 +73,10 @@ class MemoryStack(nn.Module):
                 "whose are whose; attach one of them"
             )
         self._owner = owners[0] if owners else None
+        with torch.no_grad():
+            self._trees = {
+                label: skeleton(memory.init_state(1)) for label, memory in self._labelled()
+            }
 
     @property
     def tokens(self) -> Tensor | None:
@@ -97,10 +101,7 @@ class MemoryStack(nn.Module):
 
     def unpack(self, state: MemoryState) -> dict[str, Any]:
         """A state as each cell's own tree, by cell name."""
-        return {
-            label: unflatten(memory.init_state(1), label, state.tensors)
-            for label, memory in self._labelled()
-        }
+        return {label: unflatten(tree, label, state.tensors) for label, tree in self._trees.items()}
 
     def pack(self, trees: dict[str, Any], batch_size: int) -> MemoryState:
         """The reverse of `unpack`."""

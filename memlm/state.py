@@ -56,6 +56,12 @@ def unflatten(template: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
+def skeleton(tree: Any) -> Any:
+    """`tree` with nothing in its leaves: a template for `unflatten` that holds no memory."""
+    names = dict(flatten(tree, ""))
+    return unflatten(tree, "", {name: torch.empty(0) for name in names})
+
+
 class MemoryState:
     """What a model remembers of `batch_size` documents, row by row.
 

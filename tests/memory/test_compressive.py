@@ -156,7 +156,8 @@ def test_each_loss_moves_what_it_should() -> None:
 
 
 def test_reconstruction_is_the_difference_of_two_attentions() -> None:
-    memory = cell(memory_length=4, compressed_length=4, compression_rate=2).train()
+    sizes = {"memory_length": 4, "compressed_length": 4, "compression_rate": 2}
+    memory = cell(**sizes, reconstruction_weight=0.25).train()
     first, second = segments(2, rows=1)
     _, state = memory(first, memory.init_state(1), attend, mask=None)
     assert float(state.reconstruction.detach()) > 0  # 7 tokens: 4 leave at once
@@ -171,7 +172,9 @@ def test_reconstruction_is_the_difference_of_two_attentions() -> None:
     )
     expected = (full - short).square().mean()
     torch.testing.assert_close(after.reconstruction[0], expected, **EXACT)
-    assert memory.auxiliary_loss(state, after) == memory.reconstruction_weight * expected
+    torch.testing.assert_close(memory.auxiliary_loss(state, after)[0], 0.25 * expected, **EXACT)
+    for free in ({"reconstruction_weight": 0.0}, {"compression": "mean"}):
+        assert cell(**sizes, **free).auxiliary_loss(state, after) is None
 
 
 def _plain(q, k, v):
