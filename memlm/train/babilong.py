@@ -22,8 +22,8 @@ from itertools import islice
 import numpy as np
 
 from memlm.eval import babi
-from memlm.eval.babi.generators import DIALECTS
-from memlm.eval.babi.world import World
+from memlm.eval.babi.generators.events import DIALECTS
+from memlm.eval.babi.generators.world import World
 from memlm.eval.babilong import FACT_TEMPLATE, compose, encode_answer, encode_question
 from memlm.eval.haystack import TokenHaystack
 from memlm.segment import IGNORE

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from memlm.eval import babi
-from memlm.eval.babi.generators import DIALECTS
+from memlm.eval.babi.generators.events import DIALECTS
 
 
 def described(help: str, default: Any) -> Any:

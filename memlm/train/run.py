@@ -213,7 +213,7 @@ def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(saved)
     elif section.source == "train":
         # Every process its own: the same texts give the same tokenizer.
-        whole = babi_words() if recipe.data.source == "babilong" else ()
+        whole = babi_words(recipe.data.tasks) if recipe.data.source == "babilong" else ()
         tokenizer = train_tokenizer(training_texts(recipe), section.vocab_size, whole)
     else:
         name = section.source or recipe.model.base or recipe.model.init_from

@@ -1,8 +1,6 @@
-"""Endless seeded stories for qa1 to qa5, in the forms and proportions of bAbI's en-10k files.
+"""qa1 to qa3 and qa5: actors who move about, carry things and hand them over, in bAbI's proportions.
 
-A story runs until its fifth question (qa4: its first), with a question tried after every two
-facts. Each question is yielded as a `Story` of its own: the facts so far, earlier questions left
-out. The generator keeps its own books for answers; `solver.py` checks them independently.
+A story runs until its fifth question, with a question tried after every two facts.
 """
 
 from __future__ import annotations
@@ -10,10 +8,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
-from memlm.eval.babi.story import Story, check_task
-from memlm.eval.babi.world import ACTORS, DIRECTIONS, GIVERS, PLACES, Dialect, Event, World
+from memlm.eval.babi.generators.world import ACTORS, GIVERS, Dialect, Event, World
+from memlm.eval.babi.story import Story
 
 QUESTIONS_PER_STORY = 5
 FACTS_PER_TURN = 2
@@ -27,26 +23,6 @@ DIALECTS = {
     "qa3": Dialect(ACTORS, moves=0.63, got_there=0.2),
     "qa5": Dialect(GIVERS, moves=0.53, dropped_there=0.17, gives=True),
 }
-
-
-def generate(task: str, seed: int | np.random.Generator) -> Iterator[Story]:
-    """Return an endless iterator of stories of `task`, the same for the same seed."""
-    check_task(task)
-    if task not in GENERATORS:
-        raise ValueError(
-            f"no generator for task {task!r} yet; generated tasks are {', '.join(GENERATORS)}, "
-            "for others read the original files with babi.load"
-        )
-    if isinstance(seed, np.random.Generator):
-        seed = int(seed.integers(2**63))
-    # A string seed is hashed by `random` itself: stable across processes and versions.
-    return _endless(task, random.Random(f"{task}/{seed}"))
-
-
-def _endless(task: str, rng: random.Random) -> Iterator[Story]:
-    tell = GENERATORS[task]
-    while True:
-        yield from tell(task, rng)
 
 
 def _tell_events(
@@ -151,33 +127,9 @@ def _giving(events: list[Event], rng: random.Random) -> Asked | None:
     return question, answer, [last]
 
 
-def _directions(task: str, rng: random.Random) -> Iterator[Story]:
-    """Tell of three places on a line; ask for the subject of one of the two facts."""
-    middle, first, second = rng.sample(PLACES, 3)
-    direction = rng.choice(sorted(DIRECTIONS))
-    told = []
-    for end, of_middle in ((first, direction), (second, DIRECTIONS[direction])):
-        # In the original the middle is the object of a fact 65 times in 100.
-        if rng.random() < 0.65:
-            told.append((end, of_middle, middle))
-        else:
-            told.append((middle, DIRECTIONS[of_middle], end))
-    rng.shuffle(told)
-    index = rng.randrange(2)
-    subject, relation, place = told[index]
-    question = (
-        f"What is {relation} of the {place}?"
-        if rng.random() < 0.5
-        else f"What is the {place} {DIRECTIONS[relation]} of?"
-    )
-    facts = [f"The {s} is {r} of the {o}." for s, r, o in told]
-    yield Story(facts, question, subject, [index], task)
-
-
-GENERATORS: dict[str, Callable[[str, random.Random], Iterator[Story]]] = {
+TELLERS: dict[str, Callable[[str, random.Random], Iterator[Story]]] = {
     "qa1": lambda task, rng: _tell_events(task, rng, _whereabouts_of_actor),
     "qa2": lambda task, rng: _tell_events(task, rng, _whereabouts_of_object),
     "qa3": lambda task, rng: _tell_events(task, rng, _place_before),
-    "qa4": _directions,
     "qa5": lambda task, rng: _tell_events(task, rng, _giving),
 }
