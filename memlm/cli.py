@@ -24,10 +24,13 @@ examples:
 """
 
 
+COMMANDS_OF_TWO = ("eval compare", "eval report", "eval perplexity")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 failed, 2 a mistake of the user, 130 interrupted."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     late = getattr(arguments, "late", None)
     if rest and (late is None or any(value.startswith("-") for value in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -48,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"memlm: error: {error}", file=sys.stderr)
         return 2
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Make one word of `eval compare` and the like, which argparse takes for a command and a model."""
+    two = " ".join(argv[:2])
+    return [two, *argv[2:]] if two in COMMANDS_OF_TWO else list(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,14 +95,67 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--keys", action="store_true", help="print every key of a recipe and exit")
 
-    evaluate = command("eval", "evaluate a model on BABILong at any length", _evaluate)
-    evaluate.add_argument("model", help="folder or hub id of a memory model")
+    evaluate = command(
+        "eval",
+        "evaluate any causal language model on BABILong and probes, at any length",
+        _evaluate,
+    )
+    evaluate.add_argument("model", help="folder or hub id of a model, with or without memory")
     _add_samples(evaluate, tasks=["qa1"], lengths=["0k", "4k"])
+    evaluate.add_argument(
+        "--data",
+        help="samples in the published layout, a folder or hub id such as RMT-team/babilong, in place "
+        "of composed ones",
+    )
+    evaluate.add_argument(
+        "--baseline",
+        choices=["none", "full", "window", "retrieval"],
+        help="judge the base model instead: the last tokens alone, attention to all, a sliding "
+        "window, or retrieved passages (default: read into memory; full where there is none)",
+    )
+    evaluate.add_argument(
+        "--window", type=int, help="tokens that --baseline none and window see (default: a segment)"
+    )
+    evaluate.add_argument(
+        "--prompt",
+        help="answer (document, then question), instruction, chat, or a YAML file of prompts "
+        "(default: answer for models of memlm, chat or instruction for others)",
+    )
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
     evaluate.add_argument("--batch-size", type=int, default=8, help="samples read side by side")
     evaluate.add_argument("--max-new-tokens", type=int, default=20, help="longest answer")
-    evaluate.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    evaluate.add_argument("--dtype", default="auto", help="float32, bfloat16, ... or auto")
+    _add_device(evaluate)
+
+    compare = command(
+        "eval compare", "say whether two evaluations of the same samples differ", _compare
+    )
+    compare.add_argument("a", type=Path, help="folder of an evaluation")
+    compare.add_argument("b", type=Path, help="folder of another one")
+
+    report = command(
+        "eval report", "draw evaluations side by side: pictures, tables, a page", _report
+    )
+    report.add_argument(
+        "runs", nargs="+", metavar="[NAME=]DIR", help="folders of evaluations, named as you like"
+    )
+    report.add_argument("--out", type=Path, required=True, help="folder for the report")
+
+    perplexity = command(
+        "eval perplexity", "measure whether loss keeps falling along long documents", _perplexity
+    )
+    perplexity.add_argument("model", help="folder or hub id of a model, with or without memory")
+    perplexity.add_argument(
+        "--haystack", default="builtin", help="builtin, a text file or folder, or hub:ID"
+    )
+    perplexity.add_argument("--length", default="64k", help="tokens of each document")
+    perplexity.add_argument("--documents", type=int, default=8, help="how many documents")
+    perplexity.add_argument(
+        "--segment-length", type=int, help="tokens a model without memory reads at a time"
+    )
+    perplexity.add_argument("--seed", type=int, default=0, help="seed of the choice of documents")
+    perplexity.add_argument("--batch-size", type=int, default=4, help="documents read side by side")
+    perplexity.add_argument("--out", type=Path, required=True, help="folder for the results")
+    _add_device(perplexity)
 
     ask = command("ask", "read files into a memory, and ask", _ask)
     ask.add_argument("model", help="folder or hub id of a memory model")
@@ -109,8 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument(
         "--save", type=Path, metavar="DIR", help="keep the stream, after reading, there"
     )
-    ask.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    ask.add_argument("--dtype", default="auto", help="float32, bfloat16, ... or auto")
+    _add_device(ask)
 
     data = command("data", "write a data set in the layout others read", _data)
     data.add_argument("kind", choices=["babilong"], help="which data set")
@@ -134,7 +195,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_samples(parser: argparse.ArgumentParser, tasks: list[str], lengths: list[str]) -> None:
-    parser.add_argument("--tasks", nargs="+", default=tasks, help="bAbI tasks, such as qa1 qa2")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=tasks,
+        help="qa1 to qa20, or probes: passkey recall-8 s-niah-1",
+    )
     parser.add_argument(
         "--lengths", nargs="+", default=lengths, help="tokens of context: 0k 4k 128k 1M ..."
     )
@@ -146,6 +212,22 @@ def _add_samples(parser: argparse.ArgumentParser, tasks: list[str], lengths: lis
         "--stories", default="generated", help="generated, or a folder of bAbI's own files"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument(
+        "--position",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="keep the facts between two fractions of the document",
+    )
+    parser.add_argument(
+        "--distance", type=int, help="tokens from the earliest supporting fact to the question"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... or auto")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -164,7 +246,8 @@ def _train(arguments: argparse.Namespace) -> None:
     _written(result.files)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def _load(arguments: argparse.Namespace, memory: bool = True) -> tuple[Any, Any]:
+    """The model and tokenizer that were named; with `memory`, others than memlm's are refused."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -185,7 +268,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"dtype={arguments.dtype!r} is unknown; use float32, bfloat16 or auto")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
-    if not isinstance(model, MemLMForCausalLM):
+    if memory and not isinstance(model, MemLMForCausalLM):
         raise ValueError(
             f"model={name!r} is a {type(model).__name__} without memory; "
             "give a model saved by memlm, or wrap it with MemLMForCausalLM.from_base and train it"
@@ -196,7 +279,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from memlm.eval import evaluate
 
-    model, tokenizer = _load(arguments)
+    model, tokenizer = _load(arguments, memory=False)
     report = evaluate(
         model,
         tokenizer,
@@ -205,14 +288,53 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         haystack=arguments.haystack,
         stories=arguments.stories,
+        data=arguments.data,
         out=arguments.out,
+        baseline=arguments.baseline,
+        window=arguments.window,
+        prompt=arguments.prompt,
+        position=tuple(arguments.position),
+        distance=arguments.distance,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
         progress=True,
     )
     print(report.to_markdown())
-    _written(arguments.out / name for name in ("samples.jsonl", "summary.json", "accuracy.png"))
+    _written(report.files)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from memlm.eval.compare import compare
+
+    print(compare(arguments.a, arguments.b).to_markdown())
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from memlm.eval.page import write_report
+    from memlm.eval.report import name_runs
+
+    _written(write_report(name_runs(arguments.runs), arguments.out))
+
+
+def _perplexity(arguments: argparse.Namespace) -> None:
+    from memlm.eval.perplexity import perplexity
+
+    model, tokenizer = _load(arguments, memory=False)
+    report = perplexity(
+        model,
+        tokenizer,
+        arguments.haystack,
+        arguments.length,
+        arguments.documents,
+        segment_length=arguments.segment_length,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        out=arguments.out,
+        progress=True,
+    )
+    print(report.to_markdown())
+    _written(report.files)
 
 
 def _ask(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from memlm.modeling import MemLMForCausalLM
 from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
+from memlm.text import leading_tokens
 
 FILE = "stream.safetensors"
 VERSION = 1
@@ -260,13 +261,7 @@ class DocumentStream:
             ]
             ids = [token for token, _ in found]
             starts = [start for _, start in found]
-        return (self._leading() + ids if first else ids), starts
-
-    def _leading(self) -> list[int]:
-        """The special tokens this tokenizer puts in front of a document."""
-        whole, bare = self.tokenizer("a").input_ids, self._plain("a")
-        at = next((i for i, token in enumerate(whole) if token == bare[0]), 0) if bare else 0
-        return whole[:at]
+        return (leading_tokens(self.tokenizer) + ids if first else ids), starts
 
 
 def _border(text: str) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM
 from memlm.cli import main
@@ -68,13 +68,18 @@ def test_files_and_overrides_may_follow_options(folder, book, tmp_path, capsys) 
         main(["ask", str(folder), str(book), "-q", "Where?", "--no-such-option"])
 
 
-def test_eval_writes_its_files_and_data_its_layout(folder, book, tmp_path, capsys) -> None:
-    noise = tmp_path / "noise.txt"
-    noise.write_text(
+@pytest.fixture
+def noise(tmp_path) -> Path:
+    path = tmp_path / "noise.txt"
+    path.write_text(
         "\n\n".join(
             f"Line {n} of a long quiet book says nothing of anybody at all." for n in range(300)
         )
     )
+    return path
+
+
+def test_eval_writes_its_files_and_data_its_layout(folder, noise, tmp_path, capsys) -> None:
     common = [
         "--tasks",
         "qa1",
@@ -95,6 +100,52 @@ def test_eval_writes_its_files_and_data_its_layout(folder, book, tmp_path, capsy
     assert "| qa1 |" in capsys.readouterr().out
     assert main(["data", "babilong", *common, "--out", str(tmp_path / "data")]) == 0
     assert (tmp_path / "data/data/qa1/200.json").is_file()
+    data = ["--data", str(tmp_path / "data"), "--tasks", "qa1", "--lengths", "200"]
+    arguments = ["eval", str(folder), *data, "--out", str(tmp_path / "published")]
+    assert main([*arguments, "--samples", "2", "--max-new-tokens", "2"]) == 0
+    summary = json.loads((tmp_path / "published/summary.json").read_text())
+    assert summary["counts"]["qa1"]["200"]["samples"] == 2
+
+
+def test_baselines_are_compared_and_reported(folder, noise, tmp_path, capsys) -> None:
+    common = ["--tasks", "qa6", "passkey", "--lengths", "150", "--samples", "3"]
+    common += ["--haystack", str(noise), "--max-new-tokens", "2"]
+    for name, extra in (
+        ("memory", []),
+        ("none", ["--baseline", "none"]),
+        ("window", ["--baseline", "window", "--window", "24"]),
+        ("full", ["--baseline", "full", "--prompt", "instruction"]),
+    ):
+        assert main(["eval", str(folder), *common, *extra, "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    assert main(["eval", "compare", str(tmp_path / "memory"), str(tmp_path / "none")]) == 0
+    assert "qa6" in capsys.readouterr().out
+    runs = [f"ours={tmp_path / 'memory'}", str(tmp_path / "none"), str(tmp_path / "full")]
+    assert main(["eval", "report", *runs, "--out", str(tmp_path / "report")]) == 0
+    assert "report.html" in capsys.readouterr().out
+    page = (tmp_path / "report/report.html").read_text()
+    assert "ours" in page and "passkey" in page
+
+
+def test_a_model_without_memory_is_evaluated_but_not_asked(
+    folder, noise, book, tmp_path, capsys
+) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).base.save_pretrained(tmp_path / "base")
+    tokenizer("byte-bpe").save_pretrained(tmp_path / "base")
+    common = ["--lengths", "0k", "--samples", "2", "--haystack", str(noise)]
+    base, out = str(tmp_path / "base"), str(tmp_path / "eval")
+    assert main(["eval", base, *common, "--prompt", "answer", "--out", out]) == 0
+    assert json.loads((tmp_path / "eval/run.json").read_text())["baseline"] == "full"
+    assert main(["ask", base, str(book), "-q", "Where?"]) == 2
+    assert "without memory" in capsys.readouterr().err
+
+
+def test_perplexity_prints_a_verdict(folder, noise, tmp_path, capsys) -> None:
+    arguments = ["eval", "perplexity", str(folder), "--haystack", str(noise), "--length", "300"]
+    arguments += ["--documents", "2", "--out", str(tmp_path / "loss")]
+    assert main(arguments) == 0
+    assert "written: " in capsys.readouterr().out
+    assert (tmp_path / "loss/perplexity.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +161,16 @@ def test_eval_writes_its_files_and_data_its_layout(folder, book, tmp_path, capsy
         (["eval", "{model}", "--lengths", "4q", "--out", "{tmp}/o"], "4q"),
         (["eval", "{model}", "--samples", "0", "--out", "{tmp}/o"], "samples=0"),
         (["eval", "{model}", "--haystack", "{tmp}/none", "--out", "{tmp}/o"], "none"),
-        (["data", "babilong", "--tasks", "qa20", "--out", "{tmp}/o"], "qa20"),
+        (["data", "babilong", "--tasks", "passkey", "--out", "{tmp}/o"], "passkey"),
+        (["eval", "{model}", "--baseline", "retrieval", "--out", "{tmp}/o"], "retrieval"),
+        (["eval", "{model}", "--window", "9", "--out", "{tmp}/o"], "window=9"),
+        (["eval", "{model}", "--prompt", "shout", "--out", "{tmp}/o"], "shout"),
+        (["eval", "{model}", "--data", "{tmp}/none", "--out", "{tmp}/o"], "none"),
+        (["eval", "{model}", "--distance", "-1", "--out", "{tmp}/o"], "distance"),
+        (["eval", "{model}", "--position", "0.5", "0.1", "--out", "{tmp}/o"], "position"),
+        (["eval", "compare", "{tmp}/a", "{tmp}/b"], "samples.jsonl"),
+        (["eval", "report", "{tmp}/a", "--out", "{tmp}/o"], "a"),
+        (["eval", "perplexity", "{model}", "--length", "1", "--out", "{tmp}/o"], "length=1"),
         (["train", "{tmp}/missing.yaml"], "missing.yaml"),
         (["demo", "--ask", "{tmp}/text.txt"], "belong together"),
         (["demo", "--ask", "{tmp}/binary", "-q", "Where?"], "zero byte"),

@@ -8,29 +8,41 @@ the next sample, and nothing is held in memory but the list of stretches of text
 from __future__ import annotations
 
 import functools
-import json
+import importlib
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.eval.babi.story import Story, check_task
-from memlm.eval.haystack import (
-    Haystack,
-    TokenHaystack,
-    check_source,
-    encode_texts,
-    from_sentences,
-)
+from memlm.eval.babi.story import Story
+from memlm.eval.haystack import Haystack, TokenHaystack, encode_texts, from_sentences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from memlm.eval.published import Record, RecordSample, iterate, load, write
+
+__all__ = [
+    "Record",
+    "RecordSample",
+    "Sample",
+    "compose",
+    "encode_answer",
+    "encode_question",
+    "facts_fit",
+    "format_length",
+    "iterate",
+    "load",
+    "parse_length",
+    "write",
+]
+
+# The published layout is built on what is here, so it is imported on first use.
+_PUBLISHED = ("Record", "RecordSample", "iterate", "load", "write")
 
 # Facts, sentences, the question and the answer each follow one space: in a sample as in training.
 FACT_TEMPLATE = " {fact}"
@@ -41,12 +53,10 @@ _LENGTH = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
 
-class Record(TypedDict):
-    """A ready-made sample, with the columns of the published data sets."""
-
-    input: str
-    question: str
-    target: str
+def __getattr__(name: str) -> Any:
+    if name in _PUBLISHED:
+        return getattr(importlib.import_module("memlm.eval.published"), name)
+    raise AttributeError(f"module 'memlm.eval.babilong' has no attribute {name!r}")
 
 
 def parse_length(length: str | int) -> int:
@@ -181,17 +191,29 @@ def compose(
     rng: np.random.Generator | int,
     *,
     position: tuple[float, float] = (0.0, 1.0),
+    distance: int | None = None,
+    reserve: int = 0,
 ) -> Sample:
     """Scatter the story's facts through `length` tokens of noise, to be read lazily.
 
     Facts keep their order; each falls into one of the gaps before, between and after the sentences
     of noise, drawn evenly with repetition. Noise fills what the facts leave, sentence by sentence in
-    the order of its documents, the last sentence cut; length 0 means no noise. `position` keeps the
-    facts within two fractions of the document's sentences. A string names a source, of which all
-    documents are used; other iterables of sentences are used in order.
+    the order of its documents, the last sentence cut; length 0 means no noise. A string names a
+    source, of which all documents are used; other iterables of sentences are used in order.
+
+    position: keeps the facts within two fractions of the document's sentences. distance: tokens from
+    the start of the earliest supporting fact to the document's end, as near as a gap comes; the facts
+    before it fall into the gaps before, those after into the gaps after. reserve: tokens of `length`
+    left free for a prompt (300 in the published samples), none when length is 0.
     """
     rng = np.random.default_rng(rng)
     tokens = parse_length(length)
+    if reserve < 0 or (tokens and reserve >= tokens):
+        raise ValueError(
+            f"reserve={reserve} must be at least 0 and below length {format_length(tokens)}"
+        )
+    whole = tokens
+    tokens = max(tokens - reserve, 0)
     start, end = position
     if not 0.0 <= start <= end <= 1.0:
         raise ValueError(f"position={position!r} must be two rising fractions between 0 and 1")
@@ -200,19 +222,52 @@ def compose(
     sizes = np.array([len(ids) for ids in fact_ids], dtype=np.int64)
     used = int(sizes.sum())
     if tokens and used > tokens:
+        left = f" less reserve={reserve}" if reserve else ""
         raise ValueError(
             f"the {len(story.facts)} facts of a story take {used} tokens, more than length "
-            f"{format_length(tokens)}; use a longer length or a shorter story"
+            f"{format_length(whole)}{left}; use a longer length or a shorter story"
         )
     budget = tokens - used if tokens else 0
     firsts, counts = _cut_runs(noise, budget, rng)
     total = int(counts.sum())
     low, high = int(total * start), int(total * end)
-    gaps = np.sort(rng.integers(low, high + 1, len(fact_ids)))
+    if distance is None:
+        gaps = np.sort(rng.integers(low, high + 1, len(fact_ids)))
+    else:
+        possible = _check_distance(story, sizes, budget + used, distance)
+        before = possible.stop - 1 - distance  # of noise
+        fixed = _gap_at(noise, firsts, counts, before, budget)
+        if not low <= fixed <= high:
+            raise ValueError(
+                f"distance={distance} lies outside position={position!r}; give one of the two"
+            )
+        first = min(story.supporting)
+        gaps = np.concatenate(
+            [
+                np.sort(rng.integers(low, fixed + 1, first)),
+                [fixed],
+                np.sort(rng.integers(fixed, high + 1, len(fact_ids) - first - 1)),
+            ]
+        )
     offsets = _noise_before(noise, firsts, counts, gaps, budget) + np.cumsum(sizes) - sizes
     return Sample(
         story, budget + used, tuple(offsets.tolist()), noise, fact_ids, gaps, firsts, counts, budget
     )
+
+
+def _check_distance(story: Story, sizes: NDArray[np.int64], tokens: int, distance: int) -> range:
+    if not story.supporting:
+        raise ValueError(
+            f"distance={distance} needs a story that names its supporting facts, which that of "
+            f"{story.question!r} does not; leave distance out"
+        )
+    possible = _distances(story, sizes, tokens)
+    if distance not in possible:
+        raise ValueError(
+            f"distance={distance} is impossible: in {tokens} tokens the earliest supporting fact "
+            f"stands between {possible.start} and {possible.stop - 1} tokens from the end"
+        )
+    return possible
 
 
 def _as_tokens(haystack: Any, tokenizer: PreTrainedTokenizerBase, tokens: int) -> TokenHaystack:
@@ -249,6 +304,27 @@ def _cut_runs(
     return firsts, counts
 
 
+def _gap_at(
+    noise: TokenHaystack,
+    firsts: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    tokens: int,
+    budget: int,
+) -> int:
+    """Return the gap nearest to where `tokens` tokens of noise have gone by, the earlier of two."""
+    if budget == 0:
+        return 0
+    ends = np.cumsum(noise.offsets[firsts + counts] - noise.offsets[firsts])
+    run = min(int(np.searchsorted(ends, tokens)), len(ends) - 1)
+    begins = int(ends[run - 1]) if run else 0
+    first, count = int(firsts[run]), int(counts[run])
+    starts = noise.offsets[first : first + count + 1] - noise.offsets[first] + begins
+    after = min(int(np.searchsorted(starts, tokens)), count)
+    gaps = int(counts[:run].sum()) + np.array([max(after - 1, 0), after])
+    away = np.abs(_noise_before(noise, firsts, counts, gaps, budget) - tokens)
+    return int(gaps[np.argmin(away)])
+
+
 def _noise_before(
     noise: TokenHaystack,
     firsts: NDArray[np.int64],
@@ -269,174 +345,35 @@ def _noise_before(
     return np.minimum(at, budget)
 
 
-def write(
-    out: str | os.PathLike[str],
-    tasks: Sequence[str],
-    lengths: Sequence[str | int],
-    samples: int = 100,
+def facts_fit(
+    story: Story,
+    noise: TokenHaystack,
+    length: int,
+    share: float = 1.0,
     *,
-    haystack: str | os.PathLike[str] = "builtin",
-    stories: str | os.PathLike[str] = "generated",
-    tokenizer: PreTrainedTokenizerBase | str = "words",
-    seed: int = 0,
-) -> list[Path]:
-    """Write samples in the published layout, `out`/data/TASK/LENGTH.json, and return the files.
+    reserve: int = 0,
+    distance: int | None = None,
+) -> bool:
+    """Whether `compose` can place a story's facts in `length` tokens; length 0 holds any.
 
-    `tokenizer` is what `length` counts in: a tokenizer, a hub id or folder, or "words" for words and
-    punctuation marks. `stories` is "generated" or a folder of bAbI files, repeated when they are fewer.
-    A file is one JSON array with columns input, question and target, written a sample at a time.
+    share: how many facts and questions a token of length allows, as the published composer's cap of
+    rows: 1/8 there, with reserve=300. reserve, distance: as for `compose`.
     """
-    from itertools import cycle, islice
-
-    from memlm.eval import babi
-    from memlm.state import write_atomically
-
-    check_source(haystack)
-    for task in tasks:
-        check_task(task)
-        if os.fspath(stories) != "generated":
-            babi.find_task(stories, task)
-        elif task not in babi.GENERATED:
-            raise ValueError(
-                f"no generator for task {task!r} yet; generated tasks are {', '.join(babi.GENERATED)}"
-            )
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1")
-    counts = [parse_length(length) for length in lengths]
-    noise = Haystack.open(haystack, "eval").tokenized(_tokenizer(tokenizer))
-    written = []
-    for task in tasks:
-        for length in counts:
-            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length])
-            if os.fspath(stories) == "generated":
-                told: Iterable[Story] = babi.generate(task, rng)
-            else:
-                told = cycle(babi.load_task(stories, task))
-            fitting = (story for story in told if length == 0 or facts_fit(story, noise, length))
-            path = Path(out) / "data" / task / f"{format_length(length)}.json"
-
-            def fill(
-                temporary: Path,
-                chosen: Iterable[Story] = islice(fitting, samples),
-                length: int = length,
-                rng: np.random.Generator = rng,
-            ) -> None:
-                with temporary.open("w", encoding="utf-8") as file:
-                    before = "[\n"
-                    for story in chosen:
-                        sample = compose(story, noise, length, noise.tokenizer, rng)
-                        row = {
-                            "input": sample.text().strip(),
-                            "question": story.question,
-                            "target": story.answer,
-                        }
-                        file.write(before + json.dumps(row, ensure_ascii=False))
-                        before = ",\n"
-                    file.write("\n]\n")
-
-            write_atomically(path, fill)
-            written.append(path)
-    return written
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share={share} must be above 0 and at most 1")
+    sizes = np.array([len(noise.encode(FACT_TEMPLATE.format(fact=f))) for f in story.facts])
+    tokens = length - reserve if length else int(sizes.sum())
+    if sizes.sum() > tokens:
+        return False
+    # One-token facts aside, a share of 1 is no cap at all.
+    if length and share < 1.0 and len(story.facts) + 1 > int(tokens * share + 1e-9):
+        return False
+    if distance is None:
+        return True
+    return bool(story.supporting) and distance in _distances(story, sizes, tokens)
 
 
-def facts_fit(story: Story, noise: TokenHaystack, length: int) -> bool:
-    """Whether the facts of a story leave `length` tokens unexceeded."""
-    facts = (noise.encode(FACT_TEMPLATE.format(fact=fact)) for fact in story.facts)
-    return sum(map(len, facts)) <= length
-
-
-def _tokenizer(name: PreTrainedTokenizerBase | str) -> PreTrainedTokenizerBase:
-    if not isinstance(name, str):
-        return name
-    if name != "words":
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    # Only counted, never decoded: every word is the same token.
-    core = Tokenizer(models.WordLevel({"<word>": 0}, unk_token="<word>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
-
-
-def load(source: str | os.PathLike[str], task: str, length: str | int) -> list[Record]:
-    """Read ready-made samples from a hub data set or from a local folder laid out like one.
-
-    Local layouts: `data/TASK/LENGTH.json`, or `LENGTH/TASK-*.parquet`; also `.jsonl`, and without
-    `data/`. On the hub the configuration is the length and the split is the task.
-    """
-    check_task(task)
-    named = format_length(length)
-    folder = Path(source)
-    if folder.is_dir():
-        rows = _local_rows(folder, task, named)
-    elif os.fspath(source).startswith((".", "/", "~")):
-        raise ValueError(f"folder {os.fspath(source)!r} does not exist; name a folder or a hub id")
-    else:
-        rows = _hub_rows(os.fspath(source), task, named)
-    records: list[Record] = []
-    for number, row in enumerate(rows):
-        missing = [key for key in ("input", "question", "target") if key not in row]
-        if missing:
-            raise ValueError(
-                f"row {number} of {os.fspath(source)!r} {task} {named} lacks {missing[0]!r}; "
-                "columns must be input, question and target"
-            )
-        records.append(
-            Record(
-                input=str(row["input"]), question=str(row["question"]), target=str(row["target"])
-            )
-        )
-    return records
-
-
-def _local_rows(folder: Path, task: str, length: str) -> Iterator[dict[str, Any]]:
-    for root in (folder / "data", folder):
-        for suffix in (".json", ".jsonl"):
-            path = root / task / f"{length}{suffix}"
-            if path.is_file():
-                return _json_rows(path)
-        shards = sorted((root / length).glob(f"{task}-*.parquet"))
-        if shards:
-            return _parquet_rows(shards)
-    raise ValueError(
-        f"folder {str(folder)!r} has neither data/{task}/{length}.json nor "
-        f"{length}/{task}-*.parquet; choose a task and a length that are there"
-    )
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            # One array, or an object a line: the first character tells.
-            if stream.read(1) == "[":
-                stream.seek(0)
-                yield from json.load(stream)
-                return
-            stream.seek(0)
-            yield from (json.loads(line) for line in stream if line.strip())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); download it again") from error
-
-
-def _parquet_rows(paths: list[Path]) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    for path in paths:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
-
-
-def _hub_rows(source: str, task: str, length: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        return iter(datasets.load_dataset(source, length, split=task))
-    except Exception as error:  # `datasets` raises a different type for every cause.
-        reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(
-            f"{source!r} {task} {length} cannot be loaded ({type(error).__name__}: {reason}); "
-            "name a folder, or check the id and the connection"
-        ) from error
+def _distances(story: Story, sizes: NDArray[np.int64], tokens: int) -> range:
+    """The distances at which the earliest supporting fact of a document can stand from its end."""
+    told_before = int(sizes[: min(story.supporting)].sum())
+    return range(int(sizes.sum()) - told_before, tokens - told_before + 1)

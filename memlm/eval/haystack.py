@@ -7,6 +7,7 @@ are divided into a train and an eval split by their names, so noise trained on i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ MIN_FILES_AS_DOCUMENTS = 20
 BLOCK_CHARACTERS = 20_000
 # A built-in document gathers neighbours up to this size: noise should run on like a book.
 BUILTIN_WORDS = 1_500
+SENTENCES_AT_ONCE = 1_000
 _MEMO_LIMIT = 50_000
 
 TEXT_COLUMNS = ("text", "content", "document", "article", "body")
@@ -143,26 +145,8 @@ class Haystack:
         max_characters: int = MAX_CHARACTERS,
     ) -> Haystack:
         """Read the documents of `source` that belong to `split`, about one in ten to eval."""
-        check_source(source)
-        if split not in get_args(Split):
-            raise ValueError(f"unknown haystack split {split!r}; use one of {get_args(Split)}")
-        source = os.fspath(source)
-        texts, divided = _texts(source, split)
-        texts = _bounded(texts, max_characters)
-        documents = [Document(name, split_sentences(text)) for name, text in texts]
-        if source == "builtin":
-            documents = [Document(d.name, _prose(d.sentences)) for d in documents]
-            documents = _gather(documents, BUILTIN_WORDS)
-        documents = [document for document in documents if document.sentences]
-        if not documents:
-            raise ValueError(f"haystack {source!r} holds no text; give a source with prose in it")
-        chosen = documents if divided else _of_split(documents, split)
-        if not chosen:
-            raise ValueError(
-                f"haystack {source!r} has a single document, which leaves nothing for split "
-                f"{split!r}; use split='all' or a longer text"
-            )
-        return cls(source, chosen)
+        documents = list(read_documents(source, split, max_characters))
+        return cls(os.fspath(source), documents)
 
     def sentences(self, rng: np.random.Generator) -> Iterator[str]:
         """Yield without end: a random document from a random sentence to its end, then another."""
@@ -179,6 +163,32 @@ class Haystack:
             known = TokenHaystack(self.documents, tokenizer, self.source, min_tokens)
             self._tokenized = known
         return known
+
+
+class SentenceTexts(Sequence[str]):
+    """Sentences kept as one array of UTF-8 bytes, each decoded when asked for.
+
+    text (bytes,) uint8; offsets (sentences + 1,) int64.
+    """
+
+    def __init__(self, text: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self._text = text
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(len(self)))]
+        number = at + len(self) if at < 0 else at
+        if not 0 <= number < len(self):
+            raise IndexError(f"sentence {at} of {len(self)}")
+        return bytes(self._text[self._offsets[number] : self._offsets[number + 1]]).decode()
 
 
 class TokenHaystack:
@@ -201,42 +211,67 @@ class TokenHaystack:
         min_tokens: int = MIN_TOKENS,
         in_order: bool = False,
     ) -> None:
+        texts: list[str] = []
+        pieces: list[NDArray[np.int32]] = []
+        lengths: list[NDArray[np.int64]] = []
+        first_sentence = [0]
+        for kept, ids, sizes in tokenise(documents, tokenizer, source, min_tokens):
+            texts += kept
+            pieces.append(ids)
+            lengths.append(sizes)
+            first_sentence.append(len(texts))
+        self._set(
+            tokenizer,
+            source,
+            min_tokens,
+            in_order,
+            texts,
+            np.concatenate(pieces),
+            np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
+            np.array(first_sentence, dtype=np.int64),
+        )
+
+    @classmethod
+    def of_arrays(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        min_tokens: int,
+        texts: Sequence[str],
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        first_sentence: NDArray[np.int64],
+    ) -> TokenHaystack:
+        """Make a haystack of what another one was made into; the arrays may be mapped files."""
+        made = cls.__new__(cls)
+        made._set(tokenizer, source, min_tokens, False, texts, ids, offsets, first_sentence)
+        return made
+
+    def _set(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        min_tokens: int,
+        in_order: bool,
+        texts: Sequence[str],
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        first_sentence: NDArray[np.int64],
+    ) -> None:
         self.tokenizer = tokenizer
         self.source = source
         self.min_tokens = min_tokens
         self.in_order = in_order
-        self.texts: list[str] = []
-        pieces: list[NDArray[np.int32]] = []
-        lengths: list[int] = []
-        first_sentence = [0]
-        for document in documents:
-            # A call a document: thousands of sentences at once, never the whole source.
-            encoded = encode_texts(tokenizer, [f" {s}" for s in document.sentences])
-            kept = [
-                (text, ids)
-                for text, ids in zip(document.sentences, encoded, strict=True)
-                if len(ids) >= min_tokens
-            ]
-            if not kept:
-                continue
-            self.texts += [text for text, _ in kept]
-            lengths += [len(ids) for _, ids in kept]
-            pieces.append(np.fromiter(itertools.chain(*(ids for _, ids in kept)), dtype=np.int32))
-            first_sentence.append(len(lengths))
-        if not pieces:
-            raise ValueError(
-                f"haystack {source!r} has no sentence of {min_tokens} tokens; "
-                "give a source with longer sentences"
-            )
-        self.ids = np.concatenate(pieces)
-        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self.first_sentence = np.array(first_sentence, dtype=np.int64)
+        self.texts = texts
+        self.ids = ids
+        self.offsets = offsets
+        self.first_sentence = first_sentence
         self._memo: dict[str, NDArray[np.int32]] = {}
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """A short fingerprint of the token ids: same source, split and tokenizer, same digest."""
-        return hashlib.blake2b(self.ids.tobytes(), digest_size=8).hexdigest()
+        return hashlib.blake2b(np.ascontiguousarray(self.ids).data, digest_size=8).hexdigest()
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Tokenise a short text as it stands, remembering it: facts come from few sentences."""
@@ -290,6 +325,45 @@ class TokenHaystack:
         return np.concatenate(firsts), np.concatenate(ends)
 
 
+def tokenise(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    min_tokens: int = MIN_TOKENS,
+) -> Iterator[tuple[list[str], NDArray[np.int32], NDArray[np.int64]]]:
+    """Yield for every document its sentences of `min_tokens`, their ids joined, and their lengths.
+
+    Documents left without a sentence are passed over; ValueError when all are.
+    """
+    if min_tokens < 1:
+        raise ValueError(f"min_tokens={min_tokens} must be at least 1")
+    found = False
+    for document in documents:
+        texts: list[str] = []
+        lengths: list[int] = []
+        pieces: list[NDArray[np.int32]] = []
+        # A tokenizer's own record of a text is many times the text: never a whole book at once.
+        for begin in range(0, len(document.sentences), SENTENCES_AT_ONCE):
+            batch = document.sentences[begin : begin + SENTENCES_AT_ONCE]
+            encoded = encode_texts(tokenizer, [f" {sentence}" for sentence in batch])
+            kept = [
+                (text, ids)
+                for text, ids in zip(batch, encoded, strict=True)
+                if len(ids) >= min_tokens
+            ]
+            texts += [text for text, _ in kept]
+            lengths += [len(ids) for _, ids in kept]
+            pieces.append(np.fromiter(itertools.chain(*(ids for _, ids in kept)), dtype=np.int32))
+        if texts:
+            found = True
+            yield texts, np.concatenate(pieces), np.array(lengths, dtype=np.int64)
+    if not found:
+        raise ValueError(
+            f"haystack {source!r} has no sentence of {min_tokens} tokens; "
+            "give a source with longer sentences"
+        )
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenise each text by itself, without special tokens."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
@@ -329,8 +403,47 @@ def check_source(source: str | os.PathLike[str]) -> None:
             f"haystack {name!r} is neither 'builtin', an existing file or folder, nor 'hub:ID'; "
             "name one of these"
         )
-    if path.is_dir() and not _files_of(path):
+    if path.is_dir() and not files_of(path):
         raise ValueError(f"haystack folder {name!r} holds no file; give a folder of text files")
+
+
+def check_split(split: str) -> None:
+    """Refuse a split that is none of train, eval and all."""
+    if split not in get_args(Split):
+        raise ValueError(f"unknown haystack split {split!r}; use one of {get_args(Split)}")
+
+
+def read_documents(
+    source: str | os.PathLike[str], split: Split = "eval", max_characters: int = MAX_CHARACTERS
+) -> Iterator[Document]:
+    """Yield the documents of `source` that belong to `split`, reading on only as they are taken."""
+    check_source(source)
+    check_split(split)
+    source = os.fspath(source)
+    texts, divided = _texts(source, split)
+    bounded = _bounded(texts, max_characters)
+    cut: Iterator[Document] = (Document(name, split_sentences(text)) for name, text in bounded)
+    if source == "builtin":
+        cut = _gather((Document(d.name, _prose(d.sentences)) for d in cut), BUILTIN_WORDS)
+    read = chosen = 0
+
+    def counted() -> Iterator[Document]:
+        nonlocal read
+        for document in cut:
+            if document.sentences:
+                read += 1
+                yield document
+
+    for document in counted() if divided else _of_split(counted(), split):
+        chosen += 1
+        yield document
+    if not read:
+        raise ValueError(f"haystack {source!r} holds no text; give a source with prose in it")
+    if not chosen:
+        raise ValueError(
+            f"haystack {source!r} has a single document, which leaves nothing for split "
+            f"{split!r}; use split='all' or a longer text"
+        )
 
 
 def _bounded(texts: Iterator[tuple[str, str]], limit: int) -> Iterator[tuple[str, str]]:
@@ -351,22 +464,35 @@ def _texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bool]:
     return _file_texts(Path(source)), False
 
 
-def _of_split(documents: list[Document], split: Split) -> list[Document]:
+def _of_split(documents: Iterable[Document], split: Split) -> Iterator[Document]:
     if split == "all":
-        return documents
-    marks = {
-        document.name: int.from_bytes(
-            hashlib.blake2b(document.name.encode(), digest_size=8).digest(), "big"
-        )
-        for document in documents
-    }
-    held_out = {name for name, mark in marks.items() if mark % 10 == 0}
-    if not held_out or len(held_out) == len(documents):
+        yield from documents
+        return
+    held_out = split == "eval"
+    # The draw stands once it has sent a document either way; only until then is any kept back.
+    waiting: list[Document] = []
+    sides: set[bool] = set()
+    for document in documents:
+        side = _mark(document) % 10 == 0
+        if len(sides) == 2:
+            if side == held_out:
+                yield document
+            continue
+        waiting.append(document)
+        sides.add(side)
+        if len(sides) == 2:
+            yield from (d for d in waiting if (_mark(d) % 10 == 0) == held_out)
+            waiting = []
+    if len(waiting) > 1:
         # Too few documents for the draw to be fair: hold out exactly one.
-        held_out = {min(marks, key=lambda name: marks[name])} if len(documents) > 1 else set()
-        if not held_out:
-            return []
-    return [d for d in documents if (d.name in held_out) == (split == "eval")]
+        least = min(waiting, key=_mark)
+        yield from (d for d in waiting if (d.name == least.name) == held_out)
+
+
+def _mark(document: Document) -> int:
+    """A number drawn for a document by its name."""
+    mark = hashlib.blake2b(document.name.encode(), digest_size=8).digest()
+    return int.from_bytes(mark, "big")
 
 
 def _builtin_texts() -> Iterator[tuple[str, str]]:
@@ -416,9 +542,8 @@ def _prose(sentences: list[str]) -> list[str]:
     return kept
 
 
-def _gather(documents: list[Document], words: int) -> list[Document]:
+def _gather(documents: Iterable[Document], words: int) -> Iterator[Document]:
     """Join neighbours into documents of at least `words` words."""
-    gathered: list[Document] = []
     pending: list[str] = []
     name, held = "", 0
     for document in documents:
@@ -426,14 +551,14 @@ def _gather(documents: list[Document], words: int) -> list[Document]:
         pending = pending + document.sentences
         held += sum(sentence.count(" ") + 1 for sentence in document.sentences)
         if held >= words:
-            gathered.append(Document(name, pending))
+            yield Document(name, pending)
             pending, name, held = [], "", 0
     if pending:
-        gathered.append(Document(name, pending))
-    return gathered
+        yield Document(name, pending)
 
 
-def _files_of(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
+    """The files of a folder in a fixed order, hidden ones left out."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -444,7 +569,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 def _file_texts(path: Path) -> Iterator[tuple[str, str]]:
     if path.is_dir():
-        files = [(file.relative_to(path).as_posix(), file) for file in _files_of(path)]
+        files = [(file.relative_to(path).as_posix(), file) for file in files_of(path)]
     else:
         files = [(path.name, path)]
     size = sum(file.stat().st_size for _, file in files)

@@ -1,53 +1,24 @@
-"""What a model can be asked: a task tells stories without end and scores what was answered."""
+"""The tasks by name: bAbI's twenty and the probes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-import numpy as np
 
 from memlm.eval import babi
-from memlm.eval.babi.story import TASKS as BABI
-from memlm.eval.babi.story import Story
 from memlm.eval.metrics import babilong_score, exact_match
-
-
-@dataclass(frozen=True)
-class Score:
-    """One answer's marks. correct: by the mended metric; published: by the metric as published, faults
-    and all; exact: the target and nothing else."""
-
-    correct: bool
-    published: bool
-    exact: bool
-
-
-@dataclass(frozen=True)
-class Task:
-    """tell(seed) yields stories for ever; mark(output, target, question) scores an answer.
-
-    questions: how many questions in a row belong to one story, so that samples may be drawn from all
-    of them. noise: sentences that stand in for the run's haystack, repeated in order; empty: the
-    haystack itself.
-    """
-
-    name: str
-    tell: Callable[[int | np.random.Generator], Iterator[Story]]
-    mark: Callable[[str, str, str], Score]
-    questions: int = 1
-    noise: tuple[str, ...] = ()
+from memlm.eval.probes import PROBES, find_probe
+from memlm.eval.task import Score, Task
 
 
 def find_task(name: str) -> Task:
     """Return the task of this name; ValueError names the nearest."""
-    if name not in TASKS:
+    task = TASKS.get(name) or find_probe(name)
+    if task is None:
         nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"unknown task {name!r}; tasks are {', '.join(TASKS)}; the nearest is {nearest!r}"
         )
-    return TASKS[name]
+    return task
 
 
 def _babi(name: str) -> Task:
@@ -58,8 +29,10 @@ def _babi(name: str) -> Task:
             exact_match(output, target),
         )
 
-    # All but qa4 and qa16 ask several questions of one story, most of them five.
-    return Task(name, lambda seed: babi.generate(name, seed), mark, questions=5)
+    return Task(name, lambda seed: babi.generate(name, seed), mark, _QUESTIONS.get(name, 5))
 
 
-TASKS: dict[str, Task] = {name: _babi(name) for name in BABI}
+# How many questions the original asks of one story, where it is not five.
+_QUESTIONS = {"qa15": 4, "qa16": 1, "qa17": 8, "qa20": 12}
+
+TASKS: dict[str, Task] = {name: _babi(name) for name in babi.TASKS} | PROBES

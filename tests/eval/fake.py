@@ -90,7 +90,7 @@ class SolvingModel(nn.Module):
         memory_state: Remembered | None,
         max_new_tokens: int,
         do_sample: bool,
-        eos_token_id: int,
+        eos_token_id: list[int],
         pad_token_id: int,
     ) -> Tensor:
         assert not do_sample and bool(attention_mask[:, -1].all())
@@ -101,7 +101,7 @@ class SolvingModel(nn.Module):
         ):
             tokens = [*known, *ids[mask].tolist()]
             answer = self._answer(tokens if self.span is None else tokens[-self.span :])
-            said = [*self.tokenizer(f" {answer}")["input_ids"], eos_token_id][:max_new_tokens]
+            said = [*self.tokenizer(f" {answer}")["input_ids"], eos_token_id[0]][:max_new_tokens]
             new[row, : len(said)] = torch.tensor(said)
         return torch.cat([input_ids, new], dim=1)
 

@@ -1,10 +1,8 @@
-"""Composition: exact lengths, order, evenness, laziness; and ready-made samples."""
+"""Composition: exact lengths, order, evenness, laziness, and where facts may stand."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -243,75 +241,141 @@ def test_composing_is_far_faster_than_any_model(
     assert total / (time.process_time() - began) > 2_000_000
 
 
-RECORDS = [
-    {"input": f"Text {n}.", "question": "Where is Mary?", "target": "office"} for n in range(3)
-]
+def long_story(facts: int, supporting: list[int]) -> babi.Story:
+    told = [f"Mary went to the {place}." for place in ("office", "garden", "kitchen")] * facts
+    return babi.Story(told[:facts], "Where is Mary?", "kitchen", supporting, "qa1")
 
 
-@pytest.mark.parametrize("path", ["data/qa1/4k.json", "qa1/4k.json", "data/qa1/4k.jsonl"])
-def test_samples_are_loaded_from_json(tmp_path: Path, path: str) -> None:
-    file = tmp_path / path
-    file.parent.mkdir(parents=True)
-    lines = path.endswith("l")
-    file.write_text("\n".join(map(json.dumps, RECORDS)) if lines else json.dumps(RECORDS))
-    assert babilong.load(tmp_path, "qa1", "4k") == RECORDS
+def facts_tokens(noise: TokenHaystack, story: babi.Story) -> list[int]:
+    return [len(noise.encode(f" {fact}")) for fact in story.facts]
 
 
-def test_samples_are_loaded_from_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    (tmp_path / "4k").mkdir()
-    for number, rows in enumerate((RECORDS[:2], RECORDS[2:])):
-        path = tmp_path / "4k" / f"qa1-0000{number}-of-00002.parquet"
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert babilong.load(str(tmp_path), "qa1", 4096) == RECORDS
+@pytest.mark.parametrize("supporting", [[0], [2], [4, 2], [5]])
+def test_the_earliest_supporting_fact_stands_at_the_distance_asked(
+    supporting: list[int], noise: TokenHaystack, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    story, first = long_story(6, supporting), min(supporting)
+    sizes = facts_tokens(noise, story)
+    longest = int(np.diff(noise.offsets).max())
+    low, high = sum(sizes[first:]), 4096 - sum(sizes[:first])
+    for seed, distance in enumerate([low, low + 1, 700, 2000, 3333, high - 1, high]):
+        sample = babilong.compose(story, noise, "4k", tokenizer, seed, distance=distance)
+        stands = 4096 - sample.fact_offsets[first]
+        # At the ends there is a gap, elsewhere within half a sentence.
+        assert abs(stands - distance) <= (0 if distance in (low, high) else longest / 2)
+        assert list(sample.fact_offsets) == sorted(sample.fact_offsets)
+        ids = ids_of(sample)
+        assert len(ids) == sample.tokens == 4096
+        for fact, at in zip(story.facts, sample.fact_offsets, strict=True):
+            told = tokenizer(f" {fact}")["input_ids"]
+            assert ids[at : at + len(told)] == told
+    for distance in (low - 1, high + 1, 0, -5, 10**9):
+        assert not babilong.facts_fit(story, noise, 4096, distance=distance)
+        with pytest.raises(ValueError, match=rf"distance={distance} is impossible.*{low}.*{high}"):
+            babilong.compose(story, noise, "4k", tokenizer, 0, distance=distance)
+    assert babilong.facts_fit(story, noise, 4096, distance=low)
+    assert babilong.facts_fit(story, noise, 4096, distance=high)
 
 
-def test_samples_that_are_missing_or_broken_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither data/qa2/8k\.json nor 8k/qa2-"):
-        babilong.load(tmp_path, "qa2", "8k")
-    with pytest.raises(ValueError, match="does not exist"):
-        babilong.load("./no-such-folder", "qa1", "4k")
-    (tmp_path / "qa1").mkdir()
-    (tmp_path / "qa1" / "4k.json").write_text("[{]")
-    with pytest.raises(ValueError, match="not JSON"):
-        babilong.load(tmp_path, "qa1", "4k")
-    (tmp_path / "qa1" / "4k.json").write_text('[{"input": "a", "question": "b"}]')
-    with pytest.raises(ValueError, match="lacks 'target'"):
-        babilong.load(tmp_path, "qa1", "4k")
+def test_facts_around_a_distance_fall_on_their_side_of_it_anywhere(
+    noise: TokenHaystack, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    story = long_story(5, [2])
+    at = np.array(
+        [
+            babilong.compose(story, noise, "4k", tokenizer, seed, distance=1000).fact_offsets
+            for seed in range(300)
+        ]
+    )
+    stands = 4096 - at
+    assert np.all(stands[:, :2] >= 950) and np.all(stands[:, 3:] <= 1050)
+    # The two before share 3,000 tokens evenly, so do the two after 1,000.
+    assert 2300 < stands[:, :2].mean() < 2800 and 400 < stands[:, 3:].mean() < 600
+    assert len({tuple(row) for row in at.tolist()}) > 290
 
 
-def test_written_samples_are_read_back_in_the_published_layout(tmp_path: Path) -> None:
-    source = tmp_path / "noise.txt"
-    source.write_text(
-        "\n\n".join(
-            f"Paragraph {n} of a quiet book tells of rain, of bread, and of an old clock."
-            for n in range(400)
+def test_a_distance_without_room_or_supporting_facts(
+    noise: TokenHaystack, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    story = long_story(3, [1])
+    sizes = facts_tokens(noise, story)
+    bare = babilong.compose(story, noise, "0k", tokenizer, 0, distance=sum(sizes[1:]))
+    assert bare.tokens == sum(sizes)
+    with pytest.raises(ValueError, match="is impossible"):
+        babilong.compose(story, noise, "0k", tokenizer, 0, distance=sum(sizes))
+    unnamed = long_story(3, [])
+    assert not babilong.facts_fit(unnamed, noise, 4096, distance=100)
+    with pytest.raises(ValueError, match="names its supporting facts"):
+        babilong.compose(unnamed, noise, "4k", tokenizer, 0, distance=100)
+    with pytest.raises(ValueError, match="lies outside position"):
+        babilong.compose(story, noise, "4k", tokenizer, 0, distance=3900, position=(0.5, 1.0))
+    placed = babilong.compose(story, noise, "4k", tokenizer, 0, distance=1000, position=(0.5, 1.0))
+    assert min(placed.fact_offsets) >= 0.45 * 4096
+
+
+def test_a_haystack_of_one_sentence_is_repeated(tokenizer: PreTrainedTokenizerFast) -> None:
+    line = "There is one sentence in this haystack, and it comes again."
+    for seed in range(20):
+        sample = babilong.compose(
+            long_story(4, [1]), [line], 500, tokenizer, seed, distance=100 + 15 * seed
         )
+        told = [piece.strip() for piece in sample]
+        assert sample.tokens == len(ids_of(sample)) == 500
+        (cut,) = set(told) - {line, *long_story(4, []).facts}
+        assert line.startswith(cut) and told.count(cut) == 1
+
+
+def test_a_fact_is_never_cut(noise: TokenHaystack, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The last gap lies behind the cut sentence: facts there end the document, whole."""
+    ends = 0
+    for length in range(60, 160):
+        for seed in range(4):
+            sample = babilong.compose(STORY, noise, length, tokenizer, seed, position=(1.0, 1.0))
+            assert sample.text().endswith("".join(f" {fact}" for fact in STORY.facts))
+            assert len(ids_of(sample)) == length
+            ends += 1
+    assert ends == 400
+
+
+def test_a_reserve_is_left_free(noise: TokenHaystack, tokenizer: PreTrainedTokenizerFast) -> None:
+    reserved = babilong.compose(STORY, noise, "1k", tokenizer, 3, reserve=300)
+    assert reserved.tokens == len(ids_of(reserved)) == 724
+    assert ids_of(reserved) == ids_of(babilong.compose(STORY, noise, 724, tokenizer, 3))
+    bare = babilong.compose(STORY, noise, 0, tokenizer, 3, reserve=300)
+    assert bare.text() == "".join(f" {fact}" for fact in STORY.facts)
+    for reserve in (-1, 1024, 5000):
+        with pytest.raises(ValueError, match=rf"reserve={reserve} must be"):
+            babilong.compose(STORY, noise, "1k", tokenizer, 3, reserve=reserve)
+    with pytest.raises(ValueError, match="more than length 1k less reserve=1010"):
+        babilong.compose(STORY, noise, "1k", tokenizer, 3, reserve=1010)
+
+
+def test_stories_that_fit(noise: TokenHaystack) -> None:
+    story = long_story(9, [0])
+    used = sum(facts_tokens(noise, story))
+    assert babilong.facts_fit(story, noise, used) and not babilong.facts_fit(story, noise, used - 1)
+    assert babilong.facts_fit(story, noise, 0)
+    assert not babilong.facts_fit(story, noise, used + 5, reserve=6)
+    # Nine facts and a question are ten rows: at an eighth, 80 tokens are wanted.
+    wide = max(80, used)
+    assert babilong.facts_fit(story, noise, wide, 1 / 8)
+    ten = long_story(1, [0])
+    assert babilong.facts_fit(ten, noise, 16, 1 / 8) and not babilong.facts_fit(
+        ten, noise, 15, 1 / 8
     )
-    files = babilong.write(
-        tmp_path / "out", ["qa1", "qa2"], ["0k", 300], samples=5, haystack=str(source), seed=3
+    assert babilong.facts_fit(ten, noise, 316, 1 / 8, reserve=300)
+    assert not babilong.facts_fit(ten, noise, 315, 1 / 8, reserve=300)
+    # A fifth is no binary fraction.
+    assert babilong.facts_fit(ten, noise, 10, 1 / 5) and not babilong.facts_fit(
+        ten, noise, 9, 1 / 5
     )
-    assert [f.relative_to(tmp_path / "out").as_posix() for f in files] == [
-        "data/qa1/0k.json",
-        "data/qa1/300.json",
-        "data/qa2/0k.json",
-        "data/qa2/300.json",
-    ]
-    for task in ("qa1", "qa2"):
-        for length, words in (("0k", 0), ("300", 300)):
-            records = babilong.load(tmp_path / "out", task, length)
-            assert len(records) == 5
-            for record in records:
-                assert "<word>" not in record["input"]
-                pieces = re.findall(r"\w+|[^\w\s]+", record["input"])
-                assert not words or len(pieces) == words
-                facts = [s for s in re.split(r"(?<=\.) ", record["input"]) if " rain," not in s]
-                if not words:
-                    assert babi.solve(facts, record["question"]) == record["target"]
-    again = babilong.write(
-        tmp_path / "again", ["qa1"], ["0k", 300], samples=5, haystack=str(source), seed=3
-    )
-    assert again[1].read_bytes() == files[1].read_bytes()
-    with pytest.raises(ValueError, match="qa99"):
-        babilong.write(tmp_path / "no", ["qa99"], ["0k"], haystack=str(source))
+    for share in (0.0, -0.1, 1.1):
+        with pytest.raises(ValueError, match="must be above 0"):
+            babilong.facts_fit(story, noise, 100, share)
+
+
+def test_what_was_moved_is_still_found_here() -> None:
+    for name in babilong.__all__:
+        assert getattr(babilong, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        getattr(babilong, "nothing")  # noqa: B009

@@ -8,12 +8,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from memlm.eval.haystack import BUILTIN_MODULES, Haystack, TokenHaystack, split_sentences
+from memlm.eval.haystack import (
+    BUILTIN_MODULES,
+    Document,
+    Haystack,
+    TokenHaystack,
+    read_documents,
+    split_sentences,
+)
 
 WORDS = 200_000
 
@@ -205,3 +213,39 @@ def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     )
     assert importlib.util.find_spec("memlm") is not None
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_documents_are_read_only_as_far_as_taken(prose_folder: Path, tmp_path: Path) -> None:
+    for path in prose_folder.iterdir():
+        (tmp_path / path.name).write_text(path.read_text())
+    (tmp_path / "zz-last.txt").write_bytes(b"\xff\xfe")
+    for split in ("train", "eval", "all"):
+        found = list(itertools.islice(read_documents(tmp_path, split), 2))
+        assert len(found) == 2
+    with pytest.raises(ValueError, match=r"zz-last\.txt.*not UTF-8"):
+        list(read_documents(tmp_path, "all"))
+
+
+def test_no_least_number_of_tokens_is_refused(
+    prose: Haystack, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match="min_tokens=0 must be at least 1"):
+        TokenHaystack(prose.documents, tokenizer, "prose", min_tokens=0)
+
+
+def test_a_book_is_tokenised_in_parts(tokenizer: PreTrainedTokenizerFast) -> None:
+    sentences = [f"Line {n} of the book speaks of nothing in particular." for n in range(2500)]
+    sizes = []
+
+    class Watching:
+        is_fast = True
+
+        def __call__(self, texts: list[str], **named: Any) -> Any:
+            sizes.append(len(texts))
+            return tokenizer(texts, **named)
+
+    made = TokenHaystack([Document("book", sentences)], Watching(), "book")  # type: ignore[arg-type]
+    assert max(sizes) <= 1000 and sum(sizes) == 2500
+    assert list(made.texts) == sentences
+    whole = tokenizer("".join(f" {sentence}" for sentence in sentences))["input_ids"]
+    assert made.ids.tolist() == whole

@@ -16,9 +16,9 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from memlm import MemLMForCausalLM
-from memlm.eval import Report, evaluate
+from memlm.eval import Report, evaluate, readers
 from memlm.eval.haystack import Haystack
-from memlm.eval.runner import _Runner, _Stories
+from memlm.eval.samples import Composed
 from tests.eval.fake import SolvingModel
 
 TIMINGS = ("seconds", "data_seconds", "peak_memory_bytes")
@@ -258,7 +258,9 @@ def test_a_folder_of_another_model_is_refused(
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"seed": -1}, "seed=-1"),
-        ({"tasks": ["qa7"]}, "no generator for task 'qa7'"),
+        ({"tasks": ["passkeys"]}, "unknown task 'passkeys'"),
+        ({"prompt": "chat"}, "chat template"),
+        ({"baseline": "everything"}, "baseline='everything'"),
         ({"stories": "no/such/folder"}, "'no/such/folder' does not exist"),
         ({"haystack": "no/such/file"}, "haystack 'no/such/file'"),
         ({"tasks": ["qa3"], "lengths": [20]}, "no story of qa3"),
@@ -319,11 +321,11 @@ def test_stories_that_do_not_fit_are_drawn_again(
     tokenizer: Tokenizer, prose: Haystack, original_stories: Path
 ) -> None:
     noise = prose.tokenized(tokenizer)
-    for source in ("generated", original_stories):
-        stories = _Stories(source, 0, noise)
-        stories.prepare("qa3", 300, 50)
+    for stories in ("generated", original_stories):
+        source = Composed(stories, prose, tokenizer, 0)
+        source.prepare("qa3", 300, 50)
         for index in range(50):
-            facts = stories.get("qa3", 300, index).facts
+            facts = source.story("qa3", 300, index).facts
             assert sum(len(noise.encode(f" {fact}")) for fact in facts) <= 300
 
 
@@ -389,10 +391,9 @@ def test_streaming_a_document_equals_generating_after_all_of_it(
     tiny: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
 ) -> None:
     run(tiny, tokenizer, prose, tmp_path, samples=3, lengths=[500])
-    noise = prose.tokenized(tokenizer)
-    runner = _Runner(tiny, tokenizer, noise, _Stories("generated", 0, noise), 1, 8)
+    source = Composed("generated", prose, tokenizer, 0)
     for row in samples_of(tmp_path):
-        sample = runner._compose("qa1", 500, row["index"])
+        sample = source.get("qa1", 500, row["index"])
         ids = torch.cat([torch.tensor(piece) for piece in sample.ids()])
         prompt = torch.cat(
             [ids, torch.tensor(sample.question_ids(tiny.config.question_template))]
@@ -403,3 +404,82 @@ def test_streaming_a_document_equals_generating_after_all_of_it(
         )  # fmt: skip
         text = tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True).strip()
         assert text == row["output"]
+
+
+class Broken(Exception):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def kept_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "KEEP_SECONDS", 0.0)
+
+
+def break_at(monkeypatch: pytest.MonkeyPatch, model: Any, segment: int) -> list[int]:
+    """Let the model's reading break off behind so many segments; counts those it reads."""
+    read, seen = model.read, [0]
+
+    def counting(segments: Any, state: Any = None) -> Any:
+        def watched() -> Any:
+            for one in segments:
+                if seen[0] == segment:
+                    raise Broken
+                seen[0] += 1
+                yield one
+
+        return read(watched(), state)
+
+    monkeypatch.setattr(model, "read", counting)
+    return seen
+
+
+@pytest.mark.parametrize("at", [1, 13, 14, 15, 40])
+def test_a_document_half_read_is_gone_on_with(
+    at: int,
+    tiny: MemLMForCausalLM,
+    tokenizer: Tokenizer,
+    prose: Haystack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_often: None,
+) -> None:
+    kwargs: dict[str, Any] = {"lengths": [900], "samples": 9, "batch_size": 3}
+    run(tiny, tokenizer, prose, tmp_path / "whole", **kwargs)
+    out = tmp_path / "broken"
+    with monkeypatch.context() as patched:
+        break_at(patched, tiny, at)
+        with pytest.raises(Broken):
+            run(tiny, tokenizer, prose, out, **kwargs)
+    seen = break_at(monkeypatch, tiny, -1)
+    run(tiny, tokenizer, prose, out, **kwargs)
+    # 14 whole segments a document, three batches; at most the segment under way was lost.
+    assert seen[0] in (3 * 14 - at, 3 * 14 - at + 1)
+    assert samples_of(out) == samples_of(tmp_path / "whole")
+    assert not (out / "unfinished.safetensors").exists()
+
+
+@pytest.mark.parametrize("harm", ["other batch", "damaged"])
+def test_a_kept_state_that_does_not_fit_costs_only_time(
+    harm: str,
+    tiny: MemLMForCausalLM,
+    tokenizer: Tokenizer,
+    prose: Haystack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept_often: None,
+) -> None:
+    kwargs: dict[str, Any] = {"lengths": [900], "samples": 4}
+    with monkeypatch.context() as patched:
+        break_at(patched, tiny, 5)
+        with pytest.raises(Broken):
+            run(tiny, tokenizer, prose, tmp_path / "a", **kwargs)
+    kept = tmp_path / "a" / "unfinished.safetensors"
+    if harm == "damaged":
+        kept.write_bytes(kept.read_bytes()[:-100])
+    else:
+        kwargs["batch_size"] = 2
+    seen = break_at(monkeypatch, tiny, -1)
+    run(tiny, tokenizer, prose, tmp_path / "a", **kwargs)
+    assert seen[0] == 2 * 14
+    run(tiny, tokenizer, prose, tmp_path / "whole", **kwargs)
+    assert samples_of(tmp_path / "a") == samples_of(tmp_path / "whole")

@@ -23,9 +23,17 @@ STORIES = 5000
 
 # Half the summed difference of two distributions: what share would have to be redrawn. Between two
 # halves of one original file it is 0.02 to 0.06, by chance alone.
-ANSWERS = WORDS = COUNTS = 0.08
+SHARES = 0.08
 # The largest difference between two cumulative distributions.
-LENGTHS = DISTANCES = 0.10
+GAPS = 0.10
+TOLERANCES = {
+    "facts": SHARES,
+    "questions": SHARES,
+    "answers": SHARES,
+    "supporting": SHARES,
+    "lengths": GAPS,
+    "distances": GAPS,
+}
 
 _WORD = re.compile(r"\w+")
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from memlm.eval.babi.generators import events, relations
+from memlm.eval.babi.generators import events, kinds, motives, places, relations
 from memlm.eval.babi.story import TASKS, Story, check_task
 
 # A teller yields the questions of one story, given the task's name and where its chances come from.
 Teller = Callable[[str, random.Random], Iterator[Story]]
 
-_KNOWN = events.TELLERS | relations.TELLERS
+_KNOWN = events.TELLERS | places.TELLERS | relations.TELLERS | kinds.TELLERS | motives.TELLERS
 GENERATORS: dict[str, Teller] = {task: _KNOWN[task] for task in TASKS if task in _KNOWN}
 
 

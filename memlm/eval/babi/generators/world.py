@@ -16,8 +16,6 @@ ACTORS = ("Daniel", "John", "Mary", "Sandra")
 GIVERS = ("Bill", "Fred", "Jeff", "Mary")
 DIRECTIONS = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
-GIVE_WEIGHT = 14
-
 Kind = Literal["move", "get", "drop", "give"]
 
 VERBS: dict[Kind, tuple[str, ...]] = {
@@ -42,15 +40,16 @@ class Event:
 class Dialect:
     """How one task mixes and words its events.
 
-    `moves` is the share of moves among all events. `got_there` and `dropped_there` are the shares
-    of such events whose sentence ends in "there". All were measured on the original stories.
+    `handles` and `gives` say how likely an actor who can is to take or put down something, and to hand
+    something over, for each time that they move. `got_there` and `dropped_there` are the shares of
+    such events whose sentence ends in "there". All were measured on the original stories.
     """
 
     actors: tuple[str, ...]
-    moves: float
+    handles: float = 0.0
+    gives: float = 0.0
     got_there: float = 1.0
     dropped_there: float = 0.2
-    gives: bool = False
 
 
 class World:
@@ -65,11 +64,19 @@ class World:
 
     def step(self) -> Event:
         """Draw a possible event and let it happen."""
-        # Handling needs an actor beside an object; when there is none, somebody moves.
-        handling = [] if self.rng.random() < self.dialect.moves else self._handlings()
-        event = self.rng.choice(handling) if handling else self._move()
+        event = self._draw()
         self._apply(event)
         return event
+
+    def _draw(self) -> Event:
+        moves = len(self.dialect.actors)
+        handling, giving = self._handlings(), self._gifts()
+        handles, gives = self.dialect.handles * len(handling), self.dialect.gives * len(giving)
+        # Where more can be done, less moving goes on.
+        drawn = self.rng.random() * (moves + handles + gives)
+        if drawn < moves:
+            return self._move()
+        return self.rng.choice(self.rng.choice(handling if drawn < moves + handles else giving))
 
     def tell(self, event: Event) -> str:
         """Word an event as bAbI does."""
@@ -86,28 +93,37 @@ class World:
         actor = self.rng.choice(self.dialect.actors)
         return Event("move", actor, self.rng.choice([p for p in PLACES if p != self.place[actor]]))
 
-    def _handlings(self) -> list[Event]:
-        events = []
-        for thing in OBJECTS:
-            holder = self.holder[thing]
-            if holder is None:
-                takers = [a for a in self.dialect.actors if self.place[a] == self.spot[thing]]
-                # One candidate per object, so that crowded places do not favour taking.
-                if takers:
-                    events.append(Event("get", self.rng.choice(takers), thing))
-                continue
-            events.append(Event("drop", holder, thing))
-            if self.dialect.gives:
-                beside = [
-                    a
-                    for a in self.dialect.actors
-                    if a != holder and self.place[a] == self.place[holder]
-                ]
-                if beside:
-                    # The original stories give more often than an even draw would.
-                    give = Event("give", holder, thing, self.rng.choice(beside))
-                    events += [give] * GIVE_WEIGHT
-        return events
+    def _handlings(self) -> list[list[Event]]:
+        """Return what each actor can take, and what each can put down.
+
+        Each is drawn as one, so that whoever has or sees much does not handle things more often.
+        """
+        found = []
+        for actor in self.dialect.actors:
+            lying = [
+                Event("get", actor, thing)
+                for thing in OBJECTS
+                if self.holder[thing] is None and self.spot[thing] == self.place[actor]
+            ]
+            held = [Event("drop", actor, thing) for thing in self._held_by(actor)]
+            found += [events for events in (lying, held) if events]
+        return found
+
+    def _gifts(self) -> list[list[Event]]:
+        """Return what each actor can hand over to others at the same place."""
+        found = [
+            [
+                Event("give", giver, thing, receiver)
+                for thing in self._held_by(giver)
+                for receiver in self.dialect.actors
+                if receiver != giver and self.place[receiver] == self.place[giver]
+            ]
+            for giver in self.dialect.actors
+        ]
+        return [events for events in found if events]
+
+    def _held_by(self, actor: str) -> list[str]:
+        return [thing for thing in OBJECTS if self.holder[thing] == actor]
 
     def _apply(self, event: Event) -> None:
         if event.kind == "move":

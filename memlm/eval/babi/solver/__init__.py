@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from memlm.eval.babi.solver import actors, relations
+from memlm.eval.babi.solver import actors, kinds, motives, relations
 
 
 class Reading(Protocol):
@@ -27,6 +27,8 @@ Question = tuple[str, Callable[..., str | None]]
 _READERS: tuple[tuple[Callable[[], Any], tuple[Question, ...]], ...] = (
     (actors.Reading, actors.QUESTIONS),
     (relations.Reading, relations.QUESTIONS),
+    (kinds.Reading, kinds.QUESTIONS),
+    (motives.Reading, motives.QUESTIONS),
 )
 
 

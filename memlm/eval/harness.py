@@ -1,0 +1,579 @@
+"""memlm models in EleutherAI's lm-evaluation-harness, with contexts of any length in constant memory.
+
+A context's whole segments are read into the memory, each distinct context once; the open rest is scored
+or continued behind that state. So a request gets what one `model(input_ids)` over all its tokens gives.
+Needs lm_eval; importing this module registers the model as "memlm".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from memlm.modeling import MemLMForCausalLM
+from memlm.segment import Segment
+from memlm.state import MemoryState, write_json
+
+try:
+    # Before ours: the harness lists its own models only while it knows none.
+    import lm_eval.models  # noqa: F401
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    raise ImportError("memlm.eval.harness needs lm_eval; pip install 'memlm[lm-eval]'") from error
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+_log = logging.getLogger(__name__)
+
+NAME = "memlm"
+# Predictions looked at together: a large vocabulary makes each of them a megabyte in float32.
+POSITIONS = 512
+# Names that tasks give to the length of an answer, the first one given counts.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# Settings of sampling that greedy decoding has no use for.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+Ids = NDArray[np.int64]
+Pair = tuple[Sequence[int], Sequence[int]]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A request in tokens. ids: what the model reads. whole: how many of them come before the segment
+    with the first prediction that counts. targets: what is to be predicted, at the last of ids."""
+
+    index: int
+    ids: Ids
+    whole: int
+    targets: Ids
+
+    @property
+    def rest(self) -> Ids:
+        return self.ids[self.whole :]
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """How an answer is generated: where it stops, and what `generate` takes besides."""
+
+    stops: tuple[str, ...]
+    limit: int
+    options: dict[str, Any]
+
+
+class HarnessModel(TemplateLM):
+    """A memlm model that answers the harness's requests.
+
+    pretrained: a folder or hub id of a saved memlm model, or the model itself, which then needs a
+    tokenizer. tokenizer: one, or its name; the model's own when None. batch_size: rows side by side, each
+    with a state of constant size. device: the model's own, or an accelerator where there is one.
+    dtype: "auto" as saved, or a name. max_gen_toks: tokens of an answer where a task does not say.
+    add_bos_token: whether contexts begin with the start token; None as the tokenizer does it.
+    prefix_token_id: what stands in front of an empty context; the start token, else the end token.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | os.PathLike[str] | MemLMForCausalLM,
+        tokenizer: Any = None,
+        batch_size: int | str = 1,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        revision: str = "main",
+    ) -> None:
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but memlm evaluates in one process; start it "
+                "without torchrun or accelerate launch, and raise batch_size instead"
+            )
+        self.batch_size = _count("batch_size", batch_size)
+        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
+        self.add_bos_token = add_bos_token
+        loaded = isinstance(pretrained, (str, os.PathLike))
+        model = _load(os.fspath(pretrained), dtype, revision) if loaded else pretrained
+        if not isinstance(model, MemLMForCausalLM):
+            raise ValueError(
+                f"pretrained={type(model).__name__} has no memory; give a model saved by memlm, or wrap "
+                "it with MemLMForCausalLM.from_base (model=hf runs a model as it is)"
+            )
+        if not loaded and dtype != "auto":
+            model = model.to(_dtype(dtype))
+        if device is None and loaded and torch.cuda.is_available():
+            device = "cuda"
+        self.model = (model if device is None else model.to(_device(device))).eval()
+        if tokenizer is None and not loaded:
+            raise ValueError("tokenizer is missing; give the tokenizer of the model, or its name")
+        if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=revision)
+        if len(tokenizer) > self.model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer has {len(tokenizer)} tokens, but the model embeds "
+                f"{self.model.config.vocab_size}; use the model's own tokenizer"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer has no end token; set tokenizer.eos_token")
+        self.tokenizer = tokenizer
+        chosen = (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._prefix = int(next(token for token in chosen if token is not None))
+
+    # What the harness asks a model about itself.
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._prefix
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the results beside the scores."""
+        import memlm
+
+        config = self.model.config
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": str(self.model.dtype),
+            "memlm_version": memlm.__version__,
+            "memory": config.memory,
+            "segment_length": config.segment_length,
+        }
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Tokens of a text; a start token the text already begins with is not given twice."""
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        start = self.tokenizer.decode([self._prefix])
+        if add_special_tokens is None and start and string.startswith(start):
+            special = False
+        given = {} if special is None else {"add_special_tokens": special}
+        return list(self.tokenizer.encode(string, verbose=False, **given))
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the tokenizer's chat template writes it."""
+        from jinja2 import TemplateError
+
+        settings = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, **settings))
+        except TemplateError:
+            # Some templates know no system message; the harness leaves it out for them.
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            return str(self.tokenizer.apply_chat_template(rest, **settings))
+
+    # The three kinds of requests. `loglikelihood` itself is the harness's: it tokenises, and calls
+    # `_loglikelihood_tokens`.
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding says it) of every continuation."""
+
+        def done(index: int, found: tuple[float, bool]) -> None:
+            if requests[index][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], found)
+
+        return self._likelihoods([request[1:] for request in requests], done, disable_tqdm)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole documents, all of it behind one prefix token."""
+
+        def done(index: int, found: tuple[float, bool]) -> None:
+            self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, found[0])
+
+        pairs = [((), self.tok_encode(request.args[0])) for request in requests]
+        return [found for found, _ in self._likelihoods(pairs, done, disable_tqdm)]
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model says behind every context, up to a stop string, the end token or a limit."""
+        answers: list[str] = [""] * len(requests)
+        alike: dict[str, list[_Row]] = {}
+        ways: dict[str, _Decoding] = {}
+        for index, request in enumerate(requests):
+            context, given = request.args
+            name = json.dumps(given, sort_keys=True, default=str)
+            ways.setdefault(name, _decoding(given, self.max_gen_toks))
+            ids = np.array(self.tok_encode(context) or [self._prefix], dtype=np.int64)
+            alike.setdefault(name, []).append(_Row(index, ids, self._whole(ids), ids[:0]))
+        plans = {name: _families(rows) for name, rows in alike.items()}
+        families = [family for plan in plans.values() for family in plan]
+        with _bar(families, "generating", disable_tqdm) as bar:
+            for name, plan in plans.items():
+                for rows, state in self._groups(plan, bar):
+                    said = self._continue([row.rest for row in rows], state, ways[name])
+                    for row, answer in zip(rows, said, strict=True):
+                        answers[row.index] = answer
+                        key = requests[row.index].args
+                        self.cache_hook.add_partial("generate_until", key, answer)
+                        bar.update(len(row.rest))
+        return answers
+
+    # Streaming.
+
+    @torch.no_grad()
+    def _likelihoods(
+        self,
+        pairs: Sequence[Pair],
+        done: Callable[[int, tuple[float, bool]], None],
+        disable_tqdm: bool,
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, greedy) of (context, continuation) in tokens; `done` hears of each at once."""
+        results = [(0.0, True)] * len(pairs)
+        rows = []
+        for index, (context, continuation) in enumerate(pairs):
+            targets = np.array(continuation, dtype=np.int64)
+            before = np.array(context if len(context) else [self._prefix], dtype=np.int64)
+            if len(targets):
+                ids = np.concatenate([before, targets[:-1]])
+                rows.append(_Row(index, ids, self._whole(before), targets))
+            else:
+                done(index, results[index])
+        families = _families(rows)
+        with _bar(families, "scoring", disable_tqdm) as bar:
+            for some, state in self._groups(families, bar):
+                for row, found in zip(some, self._score(some, state, bar), strict=True):
+                    results[row.index] = found
+                    done(row.index, found)
+        return results
+
+    def _whole(self, context: Ids) -> int:
+        """How many tokens of a context are read as whole segments: its last token always stays open,
+        as it predicts what follows."""
+        length = self.model.segment_length
+        return (len(context) - 1) // length * length
+
+    def _groups(
+        self, families: list[list[_Row]], bar: tqdm
+    ) -> Iterator[tuple[list[_Row], MemoryState]]:
+        """Read the whole segments of each family once; yield its rows, in batches, with their states."""
+        for some in _chunks(families, self.batch_size):
+            state = self._read([family[0].ids[: family[0].whole] for family in some], bar)
+            members = [(row, which) for which, family in enumerate(some) for row in family]
+            members.sort(key=lambda member: -len(member[0].rest))
+            for batch in _chunks(members, self.batch_size):
+                yield [row for row, _ in batch], state.select([which for _, which in batch])
+
+    def _read(self, prefixes: Sequence[Ids], bar: tqdm) -> MemoryState:
+        """The state behind each prefix, all whole segments, a segment of every row at a time."""
+        length = self.model.segment_length
+
+        def segments() -> Iterator[Segment]:
+            for start in range(0, max(map(len, prefixes)), length):
+                pieces = [prefix[start : start + length] for prefix in prefixes]
+                yield Segment(*self._padded(pieces))
+                bar.update(sum(map(len, pieces)))
+
+        return self.model.read(segments(), self.model.init_state(len(prefixes)))
+
+    def _score(
+        self, rows: Sequence[_Row], state: MemoryState, bar: tqdm
+    ) -> list[tuple[float, bool]]:
+        """Predict every row's targets behind its state, a segment at a time."""
+        length = self.model.segment_length
+        firsts = [len(row.rest) - len(row.targets) for row in rows]
+        totals = np.zeros(len(rows))
+        greedy = np.ones(len(rows), dtype=bool)
+        longest = max(len(row.rest) for row in rows)
+        for start in range(0, longest, length):
+            pieces = [row.rest[start : start + length] for row in rows]
+            ids, mask = self._padded(pieces)
+            # Only columns from here on have a prediction that counts in some row.
+            counted = [max(first - start, 0) for first in firsts]
+            column = min(c for c, piece in zip(counted, pieces, strict=True) if c < len(piece))
+            out = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                memory_state=state,
+                logits_to_keep=ids.shape[1] - column,
+                write=start + length < longest,
+            )
+            state = out.memory_state
+            places = [np.arange(c, len(piece)) for c, piece in zip(counted, pieces, strict=True)]
+            which = np.repeat(np.arange(len(rows)), [len(place) for place in places])
+            targets = np.concatenate(
+                [
+                    row.targets[start + place - first]
+                    for row, place, first in zip(rows, places, firsts, strict=True)
+                ]
+            )
+            at = np.concatenate(places) - column
+            likelihood, best = self._predictions(out.logits, which, at, targets)
+            np.add.at(totals, which, likelihood)
+            np.logical_and.at(greedy, which, best)
+            bar.update(sum(map(len, pieces)))
+        return [(float(total), bool(all_)) for total, all_ in zip(totals, greedy, strict=True)]
+
+    def _predictions(
+        self, logits: Tensor, rows: Ids, columns: Ids, targets: Ids
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Log-likelihood of each target under logits (B, T, V) at its row and column, and whether no
+        token is likelier."""
+        likelihoods, best = [], []
+        for start in range(0, len(targets), POSITIONS):
+            at = slice(start, start + POSITIONS)
+            some = logits[self._tensor(rows[at]), self._tensor(columns[at])]
+            some = some.to(torch.promote_types(some.dtype, torch.float32))
+            wanted = self._tensor(targets[at])
+            chosen = some.gather(1, wanted[:, None]).squeeze(1) - some.logsumexp(dim=1)
+            likelihoods.append(chosen.cpu().double().numpy())
+            best.append((some.argmax(dim=1) == wanted).cpu().numpy())
+        return np.concatenate(likelihoods), np.concatenate(best)
+
+    def _continue(
+        self, prompts: Sequence[Ids], state: MemoryState, decoding: _Decoding
+    ) -> list[str]:
+        """What the model says behind the open rest of each context."""
+        ids, mask = self._padded(prompts, left=True)
+        ends = self._ends()
+        pad = self.tokenizer.pad_token_id
+        stopping = _StopStrings(self.tokenizer, decoding.stops, ids.shape[1])
+        said = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids) if mask is None else mask.to(ids.dtype),
+            memory_state=state,
+            max_new_tokens=decoding.limit,
+            eos_token_id=ends,
+            pad_token_id=self.eot_token_id if pad is None else pad,
+            stopping_criteria=StoppingCriteriaList([stopping] if decoding.stops else []),
+            **decoding.options,
+        )
+        answers = []
+        for row in said[:, ids.shape[1] :].tolist():
+            end = next((i for i, token in enumerate(row) if token in ends), len(row))
+            text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
+            for stop in decoding.stops:
+                text = text.split(stop, 1)[0]
+            answers.append(text)
+        return answers
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer: the tokenizer's, and the generation configuration's (a turn's end)."""
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        more = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        return sorted({self.eot_token_id, *map(int, more)})
+
+    def _padded(self, pieces: Sequence[Ids], left: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, T) ids and the mask of what is real; no mask where everything is."""
+        width = max(map(len, pieces))
+        # Padding is masked everywhere, so any id serves.
+        ids = np.zeros((len(pieces), width), dtype=np.int64)
+        mask = np.zeros((len(pieces), width), dtype=bool)
+        for number, piece in enumerate(pieces):
+            at = slice(width - len(piece), width) if left else slice(0, len(piece))
+            ids[number, at] = piece
+            mask[number, at] = True
+        return self._tensor(ids), None if mask.all() else self._tensor(mask)
+
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+
+class _StopStrings(StoppingCriteria):
+    """A row is done when what it has said, its prompt not counted, holds a stop string."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], start: int) -> None:
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        # Special tokens stay in: a task may stop at the end of a turn by its text.
+        said = self.tokenizer.batch_decode(input_ids[:, self.start :])
+        done = [any(stop in text for stop in self.stops) for text in said]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def write_babilong_tasks(
+    out: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    tasks: Sequence[str],
+    lengths: Sequence[str | int],
+) -> list[str]:
+    """Give lm_eval's BABILong tasks the samples in a folder instead of the hub's; return their names.
+
+    source: what `memlm.eval.babilong.write` wrote, `data/TASK/LENGTH.json`. out: a folder for
+    `--include_path`, with a task `memlm_babilong_TASK_LENGTH` a file, prompts and metric unchanged.
+    """
+    import lm_eval.tasks
+
+    from memlm.eval.babi.story import check_task
+    from memlm.eval.babilong import format_length
+
+    theirs = Path(lm_eval.tasks.__file__).parent / "babilong"
+    names = []
+    for task in tasks:
+        check_task(task)
+        for length in map(format_length, lengths):
+            samples = Path(source).resolve() / "data" / task / f"{length}.json"
+            if not samples.is_file():
+                raise ValueError(
+                    f"source={os.fspath(source)!r} has no data/{task}/{length}.json; write it with "
+                    "memlm data babilong, or choose a task and a length that are there"
+                )
+            name = f"memlm_babilong_{task}_{length}"
+            # JSON is YAML; the harness looks for files with this ending.
+            description = {
+                "include": str(theirs / f"babilong_{task}.yaml"),
+                "task": name,
+                "custom_dataset": None,
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {task: str(samples)}},
+            }
+            write_json(Path(out) / f"{name}.yaml", description)
+            names.append(name)
+    return names
+
+
+def main() -> None:
+    """The harness's own command line, knowing `--model memlm`."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+def _families(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Rows with the same whole segments together, the longest first.
+
+    The order depends on what is in the rows alone, so that batches do not depend on the order of requests.
+    """
+    known = {row.index: _digest(row.ids) for row in rows}
+    found: dict[bytes, list[_Row]] = {}
+    for row in sorted(rows, key=lambda row: (-row.whole, -len(row.ids), known[row.index])):
+        found.setdefault(_digest(row.ids[: row.whole]), []).append(row)
+    return list(found.values())
+
+
+def _digest(ids: Ids) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _bar(families: list[list[_Row]], what: str, disable: bool) -> tqdm:
+    """A bar over tokens: a request may have ten of them or a million."""
+    total = sum(family[0].whole + sum(len(row.rest) for row in family) for family in families)
+    return tqdm(total=total, unit="tok", unit_scale=True, desc=f"memlm {what}", disable=disable)
+
+
+def _decoding(given: dict[str, Any], default_limit: int) -> _Decoding:
+    """Read a task's `generation_kwargs`. ValueError on what cannot be meant."""
+    options = dict(given)
+    until = options.pop("until", None)
+    stops = [until] if isinstance(until, str) else list(until or [])
+    if not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"until={until!r} must be a string or a list of strings")
+    limits = [options.pop(name, None) for name in _LIMITS]
+    limit = next((value for value in limits if value is not None), default_limit)
+    temperature = options.get("temperature")
+    sample = options.pop("do_sample", None)
+    sample = bool(temperature) if sample is None else bool(sample)
+    if sample and temperature is not None and not float(temperature) > 0:
+        raise ValueError(
+            f"temperature={temperature} with do_sample=True; give a temperature above 0, or "
+            "do_sample=False"
+        )
+    if not sample:
+        options = {name: value for name, value in options.items() if name not in _SAMPLING}
+    options["do_sample"] = sample
+    return _Decoding(tuple(filter(None, stops)), _count("max_gen_toks", limit), options)
+
+
+def _count(name: str, value: Any) -> int:
+    """A count of at least 1, perhaps written as text. ValueError for anything else ("auto")."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    return number
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={name!r} is unknown; use float32, bfloat16 or auto")
+    return found
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """The device of this name; the CPU where there is no CUDA, as the command line always asks for it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is unknown; use cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        _log.warning("device=%s, but there is no CUDA here; evaluating on the CPU", name)
+        return torch.device("cpu")
+    return device
+
+
+def _load(name: str, dtype: str | torch.dtype, revision: str) -> Any:
+    """Load a saved model. ValueError when there is none."""
+    from transformers import AutoModelForCausalLM
+
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"pretrained={name!r} has no config.json; give the folder of a saved model"
+        )
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"pretrained={name!r} does not exist; give a folder or a hub id")
+    kind = dtype if dtype == "auto" else _dtype(dtype)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=kind, revision=revision)
+
+
+if __name__ == "__main__":
+    # Run with -m this file is a second module beside the importable one; that one is registered.
+    from memlm.eval import harness
+
+    harness.main()
+else:
+    register_model(NAME)(HarnessModel)
