@@ -302,10 +302,12 @@ def _parquet_rows(paths: Sequence[Path]) -> _Rows:
             # Through a small buffer, or a whole column of a group of rows is read ahead.
             with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
                 names = [name for name in file.schema_arrow.names if name in COLUMNS]
-                for batch in file.iter_batches(batch_size=1, columns=names):
-                    for row in batch.to_pylist():
-                        yield repr(str(path)), number, row
-                        number += 1
+                # A reader of all groups would keep what it read of each until the end.
+                for group in range(file.num_row_groups):
+                    for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=names):
+                        for row in batch.to_pylist():
+                            yield repr(str(path)), number, row
+                            number += 1
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(
                 f"row {number} of {str(path)!r} is not parquet ({str(error)[:200]}); "

@@ -83,8 +83,9 @@ def evaluate(
 
     With `out`, each batch is appended to `samples.jsonl`, a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for), and `summary.json` and `accuracy.png`
-    are written at the end. Cells that a baseline cannot take are left out, with the reason in
-    `report.skipped`. ValueError on arguments that cannot work, before any work is done.
+    are written at the end, about all that the folder holds. Cells that a baseline cannot take are left
+    out, with the reason in `report.skipped`. ValueError on arguments that cannot work, before any work
+    is done.
     """
     plan = _check(tokenizer, tasks, lengths, haystack, stories, data, out, seed)
     for name, value in (
@@ -128,11 +129,12 @@ def evaluate(
             if not all(log.has(*key) for key in batch.keys())
         ]
         skipped = runner.run(todo, log, stack.enter_context(_bar(todo, progress)))
-    cells = [
-        _cell(task, length, [log.rows[task, format_length(length), i] for i in range(count)])
+    wanted = {
+        (task, format_length(length)): count
         for (task, length), count in counts.items()
         if format_length(length) not in skipped.get(task, {})
-    ]
+    }
+    cells = _cells(log, wanted)
     report = Report(
         cells,
         settings | {"seed": seed, "batch_size": batch_size},
@@ -443,14 +445,23 @@ def _bar(todo: Sequence[_Batch], progress: bool) -> tqdm:
     )
 
 
-def _cell(task: str, length: int, rows: Sequence[Row]) -> Cell:
+def _cells(log: RunLog, wanted: dict[tuple[str, str], int]) -> list[Cell]:
+    """What this call asked for, and behind it what the folder holds of earlier calls."""
+    found: dict[tuple[str, str], list[Row]] = {cell: [] for cell in wanted}
+    for (task, length, index), row in log.rows.items():
+        if index < wanted.get((task, length), index + 1):
+            found.setdefault((task, length), []).append(row)
+    return [_cell(task, length, rows) for (task, length), rows in found.items()]
+
+
+def _cell(task: str, length: str, rows: Sequence[Row]) -> Cell:
     sums: dict[str, float] = defaultdict(float)
     for row in rows:
         for key in ("correct", "exact", "published", "tokens", "seconds", "data_seconds"):
             sums[key] += row[key]
     return Cell(
         task,
-        format_length(length),
+        length,
         samples=len(rows),
         correct=int(sums["correct"]),
         exact=int(sums["exact"]),

@@ -449,7 +449,7 @@ def test_a_record_is_read_as_the_sample_it_came_from(
     assert flat(read)[:begun] == flat(composed)[:begun]
     pieces = list(read.ids())
     assert all(p.dtype == np.int32 and not p.flags.writeable for p in pieces)
-    assert "".join(read) == read.text() and len(list(read)) > 5
+    assert "".join(read) == read.text() and len(list(read)) > 2
 
 
 @pytest.mark.parametrize("kind", ["byte-bpe", "words"])

@@ -140,6 +140,18 @@ def test_finished_samples_are_not_run_again(
     assert after.startswith(before) and len(samples_of(tmp_path)) == 27
 
 
+def test_a_folder_reports_what_earlier_calls_left_in_it(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    first = run(SolvingModel(tokenizer), tokenizer, prose, tmp_path, lengths=["1k"], samples=6)
+    both = run(SolvingModel(tokenizer), tokenizer, prose, tmp_path, lengths=["2k"], samples=2)
+    assert {cell.length: cell.samples for cell in both.cells} == {"2k": 2, "1k": 6}
+    assert first.cells[0] == both.cells[1]
+    assert Report.load(tmp_path).cells == both.cells
+    fewer = run(SolvingModel(tokenizer), tokenizer, prose, tmp_path, lengths=["1k"], samples=4)
+    assert {cell.length: cell.samples for cell in fewer.cells} == {"1k": 4, "2k": 2}
+
+
 @pytest.mark.parametrize("cut", [1, 2, 40, "half a batch"])
 def test_a_line_cut_short_by_a_kill_is_dropped_and_redone(
     cut: int | str, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path

@@ -1,7 +1,7 @@
 """How our stories agree with bAbI's own, task by task: the measures, their tolerances, a table.
 
 `python -m tests.eval.babi.agreement FOLDER` measures all twenty tasks against a folder of the original
-files and writes the table to docs/babi.md.
+files and writes docs/babi.md; with names of tasks behind the folder it only prints their rows.
 """
 
 from __future__ import annotations
@@ -130,22 +130,69 @@ def _smirnov(
     return max(abs(bisect_right(a, x) / len(a) - bisect_right(b, x) / len(b)) for x in {*a, *b})
 
 
-def table(folder: Path, tasks: Sequence[str] = babi.GENERATED) -> str:
+OUT = Path(__file__).parents[3] / "docs" / "babi.md"
+TEXT = """# Our bAbI stories and the original ones
+
+The twenty tasks of bAbI ([Weston et al. 2015](https://arxiv.org/abs/1502.05698)) are generated here
+without end, by seed, and solved symbolically by a reader that shares no code with the generators.
+Against the original en-10k training files ({theirs:,} questions at hand), with {ours:,} questions
+of ours a task:
+
+{table}
+
+- **solved**, **from supporting facts**: original questions that our solver answers as the original
+  does, from all facts, and from the supporting ones alone. Sentences that do not parse leave their
+  question out: {unparsed}.
+- **ours**: the share of our questions that the solver answers as the generator does, from all facts
+  and from the supporting ones alone. **words**: whether both vocabularies are the same.
+- **facts**, **questions**, **answers**, **support**: total variation between ours and theirs of the
+  words of facts, of the words of questions, of answers, and of the number of supporting facts;
+  within {shares}.
+- **length**, **distance**: Kolmogorov-Smirnov distance of the number of facts in a story, and of
+  how many facts before the question the supporting ones stand; within {gaps}.
+
+In one original story of qa5 Bill gives Jeff two things, and two of its questions still want the
+first; elsewhere in the file the later gift is right, and it is so here. The originals' thousand
+questions are a draw themselves: qa2's answers are as far from even ones as from ours, and other
+seeds of ours differ from them by 0.045 in the median.
+
+Written by `python -m tests.eval.babi.agreement FOLDER`; the test suite checks the same where the
+files are at hand (`MEMLM_SHARED_DATA`).
+"""
+
+
+def page(folder: Path) -> str:
+    found = [measure(task, babi.load_task(folder, task), take(task)) for task in babi.TASKS]
+    return TEXT.format(
+        table=table(found),
+        theirs=sum(a.theirs for a in found),
+        unparsed=sum(a.unparsed for a in found),
+        ours=STORIES,
+        shares=SHARES,
+        gaps=GAPS,
+    )
+
+
+def table(found: Sequence[Agreement]) -> str:
     rows = [
-        "| task | questions | solved | from supporting facts | ours solved | vocabulary | words of facts "
-        "| words of questions | answers | supporting facts | story length | distance |",
-        "|---" * 12 + "|",
+        "| task | solved | from supporting facts | ours | words | facts | questions | answers | support "
+        "| length | distance |",
+        "|---" * 11 + "|",
     ]
-    for task in tasks:
-        a = measure(task, babi.load_task(folder, task), take(task))
+    for a in found:
         same = "same" if not a.words else " ".join(sorted(a.words))
         rows.append(
-            f"| {task} | {a.theirs} | {a.solved} | {a.from_supporting} | {a.ours_solved:.1%} | {same} | "
-            f"{a.facts:.3f} | {a.questions:.3f} | {a.answers:.3f} | {a.supporting:.3f} | "
+            f"| {a.task} | {a.solved} of {a.theirs} | {a.from_supporting} | {a.ours_solved:.0%} "
+            f"| {same} | {a.facts:.3f} | {a.questions:.3f} | {a.answers:.3f} | {a.supporting:.3f} | "
             f"{a.lengths:.3f} | {a.distances:.3f} |"
         )
     return "\n".join(rows)
 
 
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1]), sys.argv[2:] or babi.GENERATED))
+    folder, tasks = Path(sys.argv[1]), sys.argv[2:]
+    if tasks:
+        print(table([measure(t, babi.load_task(folder, t), take(t)) for t in tasks]))
+    else:
+        OUT.write_text(page(folder), encoding="utf-8")
+        print(f"written: {OUT}")
