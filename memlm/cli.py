@@ -180,6 +180,17 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--tokenizer", default="words", help="folder or hub id whose tokens count, or 'words'"
     )
+    data.add_argument("--format", choices=["json", "parquet"], default="json", help="of the files")
+    data.add_argument(
+        "--reserve", type=int, default=0, help="tokens of a length left free (published: 300)"
+    )
+    data.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="share of the length that facts may take (RMT: 0.125, ARMT: 0.2)",
+    )
+    data.add_argument("--overwrite", action="store_true", help="make files again that are there")
 
     demo = command("demo", "train a small memory model and question it at a million tokens", _demo)
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of the run")
@@ -379,6 +390,12 @@ def _data(arguments: argparse.Namespace) -> None:
             stories=arguments.stories,
             tokenizer=arguments.tokenizer,
             seed=arguments.seed,
+            format=arguments.format,
+            position=tuple(arguments.position),
+            distance=arguments.distance,
+            reserve=arguments.reserve,
+            share=arguments.share,
+            overwrite=arguments.overwrite,
         )
     )
 

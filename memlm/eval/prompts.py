@@ -242,7 +242,7 @@ class Prompts:
 @functools.lru_cache(maxsize=64)
 def _examples(task: str) -> str:
     """Solved examples, drawn from our generators; none where a task has no generator of stories."""
-    if task not in babi.GENERATED:
+    if task not in babi.TASKS:
         return ""
     told = itertools.islice(babi.generate(task, EXAMPLES_SEED), 1, None, 6)
     return "\n\n".join(

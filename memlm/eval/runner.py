@@ -25,6 +25,7 @@ from memlm.eval.babilong import QUESTION_TEMPLATE, format_length, parse_length
 from memlm.eval.baselines import is_memory_model, make_reader
 from memlm.eval.feed import Feed
 from memlm.eval.haystack import Haystack, Split, check_source, encode_texts
+from memlm.eval.haystack_cache import tokenized_haystack
 from memlm.eval.log import SAMPLES, Row, RunLog
 from memlm.eval.prompts import Prompts
 from memlm.eval.provenance import fingerprint, versions, without_training
@@ -99,14 +100,16 @@ def evaluate(
     if data is not None:
         source: Source = Published(data, tokenizer)
     else:
-        if not isinstance(haystack, Haystack):
-            haystack = Haystack.open(haystack, split)
+        if isinstance(haystack, Haystack):
+            noise = haystack.tokenized(tokenizer)
+        else:
+            noise = tokenized_haystack(haystack, split, tokenizer)
         placed: dict[str, Any] = {}
         if tuple(position) != (0.0, 1.0):
             placed["position"] = list(position)
         if distance is not None:
             placed["distance"] = distance
-        source = Composed(stories, haystack, tokenizer, seed, **placed)
+        source = Composed(stories, noise, tokenizer, seed, **placed)
     counts = {cell: source.prepare(*cell, samples) for cell in plan}
     settings = {
         **source.settings(),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from memlm.eval import babi, babilong
 from memlm.eval.babi import Story
-from memlm.eval.haystack import Document, Haystack, TokenHaystack
+from memlm.eval.haystack import Document, TokenHaystack
 from memlm.eval.task import Task
 from memlm.eval.tasks import find_task
 
@@ -84,7 +84,7 @@ class Composed(Source):
     def __init__(
         self,
         stories: str | os.PathLike[str],
-        haystack: Haystack,
+        noise: TokenHaystack,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         **options: Any,
@@ -92,9 +92,8 @@ class Composed(Source):
         """options: how `babilong.compose` places the facts."""
         super().__init__()
         self.folder = None if os.fspath(stories) == "generated" else Path(stories)
-        self.haystack = haystack
         self.tokenizer = tokenizer
-        self.noise = haystack.tokenized(tokenizer)
+        self.noise = noise
         self.seed = seed
         self.options = options
         self._loaded: dict[str, list[Story]] = {}
@@ -104,11 +103,11 @@ class Composed(Source):
     def settings(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
-            "haystack": self.haystack.source,
+            "haystack": self.noise.source,
             "haystack_digest": self.noise.digest,
             "stories": "generated" if self.folder is None else str(self.folder),
             "stories_digest": self._digest(),
-            **{key: value for key, value in self.options.items()},
+            **self.options,
         }
 
     def _digest(self) -> str:
@@ -189,7 +188,8 @@ class Composed(Source):
         return fitting
 
     def _fits(self, story: Story, length: int) -> bool:
-        return length == 0 or babilong.facts_fit(story, self.noise, length)
+        distance = self.options.get("distance")
+        return length == 0 or babilong.facts_fit(story, self.noise, length, distance=distance)
 
 
 class Published(Source):

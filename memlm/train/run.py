@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import logging
 
 from memlm.eval.haystack import Haystack
+from memlm.eval.haystack_cache import tokenized_haystack
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
 from memlm.state import write_atomically, write_json
@@ -107,7 +108,7 @@ def train(
     model = make_model(recipe, tokenizer)
     haystack = None
     if recipe.data.source == "babilong":
-        haystack = Haystack.open(recipe.data.haystack, split="train").tokenized(tokenizer)
+        haystack = tokenized_haystack(recipe.data.haystack, "train", tokenizer)
     source = make_source(recipe, tokenizer, model.segment_length, haystack)
     interrupt = Interrupt()
     trainer = MemLMTrainer(
@@ -349,7 +350,7 @@ def make_eval_set(
             "training.eval_strategy evaluates on held-out BABILong, which data.source='documents' "
             "has none of; leave it out"
         )
-    haystack = Haystack.open(recipe.data.haystack, split="eval").tokenized(tokenizer)
+    haystack = tokenized_haystack(recipe.data.haystack, "eval", tokenizer)
     source = make_source(recipe, tokenizer, segment_length, haystack, seed=recipe.seed + 1)
     stage = recipe.curriculum.stages[-1]
     return [next(iter(source.document(n, stage))) for n in range(recipe.eval.samples)]

@@ -47,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     told = (
         fact
-        for task in babi.GENERATED
+        for task in babi.TASKS
         for story in itertools.islice(babi.generate(task, 0), 100)
         for fact in [*story.facts, story.question]
     )

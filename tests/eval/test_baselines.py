@@ -53,7 +53,7 @@ def run(
 
 
 def prompts_of(tokenizer: Tokenizer, prose: Haystack, length: int = 300) -> list[list[int]]:
-    source = Composed("generated", prose, tokenizer, 0)
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
     prompts = []
     for index in range(5):
         sample = source.get("qa1", length, index)
@@ -182,7 +182,10 @@ def test_memory_running_out_leaves_the_cell_out_and_the_run_goes_on(
 
     monkeypatch.setattr(type(model), "generate", greedy)
     report, _ = run(model, tokenizer, prose, lengths=[500, 100])
-    assert report.accuracy["qa1"].keys() == {"100"} and "memory ran out" in report.skipped["qa1"]["500"]
+    assert (
+        report.accuracy["qa1"].keys() == {"100"}
+        and "memory ran out" in report.skipped["qa1"]["500"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_instructions_frame_the_document_for_every_task(task: str, tokenizer: To
     before, after = Prompts.of("instruction", tokenizer).around(task, "{context}? so", tokenizer)
     assert before.endswith("<context>\n") and after.startswith("\n</context>")
     assert after == "\n</context>\n\nQuestion: {context}? so\nAnswer:"
-    assert before.count("<example>") == (2 if task in babi.GENERATED else 0)
+    assert before.count("<example>") == (2 if task in babi.TASKS else 0)
     assert "[[" not in before + after and "\n\n\n" not in before
 
 
@@ -48,7 +48,7 @@ def test_every_task_of_babi_has_words_of_its_own() -> None:
     assert len({instruction for instruction, _ in WORDS.values()}) >= 13
 
 
-@pytest.mark.parametrize("task", babi.GENERATED)
+@pytest.mark.parametrize("task", babi.TASKS)
 def test_examples_are_true(task: str, tokenizer: Tokenizer) -> None:
     before, _ = Prompts.of("instruction", tokenizer).around(task, "?", tokenizer)
     for example in before.split("<example>\n")[1:]:
@@ -68,7 +68,9 @@ def test_chat_style_obeys_the_tokenizers_template(
         Prompts.of("chat", tokenizer)
 
 
-def test_a_file_brings_other_words(chatting: Tokenizer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_file_brings_other_words(
+    chatting: Tokenizer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     path = tmp_path / "words.yaml"
     path.write_text(
         "template: '{instruction}|{examples}|{context}|{question}'\n"

@@ -334,7 +334,7 @@ def test_stories_that_do_not_fit_are_drawn_again(
 ) -> None:
     noise = prose.tokenized(tokenizer)
     for stories in ("generated", original_stories):
-        source = Composed(stories, prose, tokenizer, 0)
+        source = Composed(stories, noise, tokenizer, 0)
         source.prepare("qa3", 300, 50)
         for index in range(50):
             facts = source.story("qa3", 300, index).facts
@@ -403,7 +403,7 @@ def test_streaming_a_document_equals_generating_after_all_of_it(
     tiny: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
 ) -> None:
     run(tiny, tokenizer, prose, tmp_path, samples=3, lengths=[500])
-    source = Composed("generated", prose, tokenizer, 0)
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
     for row in samples_of(tmp_path):
         sample = source.get("qa1", 500, row["index"])
         ids = torch.cat([torch.tensor(piece) for piece in sample.ids()])

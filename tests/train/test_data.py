@@ -197,7 +197,8 @@ def source_of(haystack: TokenHaystack, **options: Any) -> BabilongSource:
     return BabilongSource(haystack, LENGTH, BabilongOptions(**options), seed=3)
 
 
-@pytest.mark.parametrize("task", babi.GENERATED)
+# The check below reads facts by their words alone, which is enough for these.
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa4", "qa5", "qa8", "qa12", "qa14"])
 def test_a_story_fills_its_segments_and_its_answer_is_true(
     haystack: TokenHaystack, task: str
 ) -> None:
@@ -213,6 +214,20 @@ def test_a_story_fills_its_segments_and_its_answer_is_true(
         assert np.array_equal(piece.ids[aimed], piece.targets[aimed - 1])
         check_answers(haystack, piece)
     assert lengths == {4 * LENGTH, 5 * LENGTH, 6 * LENGTH}
+
+
+@pytest.mark.parametrize("task", babi.TASKS)
+def test_every_task_can_be_trained_on(haystack: TokenHaystack, task: str) -> None:
+    source = source_of(haystack, tasks=(task,))
+    stage = Stage(min_segments=6, max_segments=6)
+    answers = set()
+    for number in range(12):
+        (piece,) = source.document(number, stage)
+        aimed = piece.targets[piece.targets != IGNORE]
+        assert aimed[-1] == haystack.tokenizer.eos_token_id
+        answers.add(haystack.tokenizer.decode(aimed[:-1]).strip())
+    told = {story.answer for story in islice(babi.generate(task, 0), 5000)}
+    assert answers <= told and len(answers) > 1
 
 
 def check_answers(haystack: TokenHaystack, piece: Piece) -> None:

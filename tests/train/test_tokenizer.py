@@ -10,14 +10,15 @@ from transformers import AutoTokenizer
 
 from memlm.eval import babi
 from memlm.train import train_tokenizer
-from memlm.train.tokenizer import babi_words
+from memlm.train.tokenizer import MAIN_TASKS, babi_words
 
 TEXTS = ["The quick brown fox jumps over the lazy dog; then two — naïve! — spaces  follow."] * 50
 
 
-def test_every_babi_word_is_one_token_behind_a_space() -> None:
-    tokenizer = train_tokenizer(TEXTS, 500, babi_words())
-    for task in babi.GENERATED:
+@pytest.mark.parametrize("tasks", [(), ("qa6", "qa10"), babi.TASKS])
+def test_every_babi_word_is_one_token_behind_a_space(tasks: tuple[str, ...]) -> None:
+    tokenizer = train_tokenizer(TEXTS, 900, babi_words(tasks))
+    for task in {*MAIN_TASKS, *tasks} - {"qa8", "qa19"}:
         for story in islice(babi.generate(task, 5), 50):
             for text in (*story.facts, story.question, story.answer):
                 words = text.replace(".", "").replace("?", "").split()

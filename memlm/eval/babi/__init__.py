@@ -1,15 +1,11 @@
 """bAbI stories: generated without end, read from the original files, and solved symbolically."""
 
 from memlm.eval.babi.files import find_task, load, load_task
-from memlm.eval.babi.generators import GENERATORS, generate
+from memlm.eval.babi.generators import generate
 from memlm.eval.babi.solver import solve
 from memlm.eval.babi.story import TASKS, Story, check_task
 
-# Tasks that `generate` covers.
-GENERATED: tuple[str, ...] = tuple(GENERATORS)
-
 __all__ = [
-    "GENERATED",
     "TASKS",
     "Story",
     "check_task",
