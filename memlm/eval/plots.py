@@ -318,7 +318,7 @@ def plot_cost(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> No
         for axes, points in zip(panels, lines, strict=True):
             if points:
                 axes.plot(*zip(*points, strict=True), **_style(number))
-    titles = ("tokens read a second", "peak memory, MiB", "time waiting for data, %")
+    titles = ("tokens of context a second", "peak memory, MiB", "time waiting for data, %")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.3)
