@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.memory.base import QKV, Dims, Memory, Site
+from memlm.memory.base import QKV, Attended, Dims, Memory, Site
 
 
 @dataclass(frozen=True)
@@ -620,7 +620,7 @@ def _attend(
             return F.pad(found, (0, 0, 0, 0, spared, 0)), weights
         return attention(module, query, key, value, attention_mask, **kwargs)
 
-    def stage(x: QKV, mask: Tensor | None = None) -> Tensor:
+    def stage(x: QKV, mask: Tensor | None = None, parts: bool = False) -> Any:
         extra = x.k.shape[2] - key.shape[2]
         seen = attention_mask
         if extra:
@@ -628,6 +628,7 @@ def _attend(
                 mask = run._mask_of(x.k.shape[2])
             seen = _with_keys_in_front(attention_mask, mask, x, extra)
         q, k = x.q, x.k
+        cos = None
         if run.rotation is not None:
             rotate = find_in_family(module, ROTATION)
             assert rotate is not None
@@ -641,8 +642,10 @@ def _attend(
                 front = turn(rotate, front, front[:, :0], cos[:, :extra], sin[:, :extra])[0]
                 k = torch.cat([front, own], dim=2)
             else:
-                q, k = turn(rotate, q, k, *run.rotation)
-        return attention(module, q, k, x.v, seen, **kwargs)[0].transpose(1, 2)
+                cos, sin = run.rotation
+                q, k = turn(rotate, q, k, cos, sin)
+        y = attention(module, q, k, x.v, seen, **kwargs)[0].transpose(1, 2)
+        return Attended(y, *_opened(q, k, seen, cos, kwargs)) if parts else y
 
     return run.chain("heads", layer, stage, QKV(query, key, value)).transpose(1, 2), None
 
@@ -660,6 +663,41 @@ def _with_keys_in_front(seen: Tensor | None, mask: Tensor | None, x: QKV, extra:
     if seen.dtype != torch.bool:
         front = torch.zeros_like(front, dtype=seen.dtype).masked_fill(~front, _least(seen))
     return torch.cat([front, seen.expand(front.shape[0], -1, -1, -1)], dim=-1)
+
+
+def _opened(
+    q: Tensor, k: Tensor, seen: Tensor | None, cos: Tensor | None, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The last two of `Attended`, from queries and keys as the softmax takes them.
+
+    ValueError for an attention whose softmax is not one over scaled products.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"base: no other keys can join the softmax of its attention, which takes {name!r}; use a "
+                "memory that mixes outputs, such as 'infini' or a 'knn' with combine='gate'"
+            )
+    scaling = arguments.get("scaling")
+    q = q * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (q.unflatten(1, (k.shape[1], -1)) @ k.mT.unsqueeze(2)).flatten(1, 2)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(wide)
+    if seen is None:
+        ahead = scores.new_ones(scores.shape[2:], dtype=torch.bool).triu(
+            1 + k.shape[2] - q.shape[2]
+        )
+        scores = scores.masked_fill(ahead, _least(scores))
+    else:
+        _check_4d(seen)
+        scores = (
+            scores.masked_fill(~seen, _least(scores)) if seen.dtype == torch.bool else scores + seen
+        )
+    if cos is not None:
+        # At the first place nothing is turned, but some families scale with the turn.
+        size = cos.shape[-1]
+        q = torch.cat([q[..., :size] * cos[:, None, :1], q[..., size:]], dim=-1)
+    return scores.logsumexp(dim=-1), q
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -20,11 +20,21 @@ examples:
   memlm train tiny-armt-qa1 --out runs/tiny training.learning_rate=1e-3
   memlm eval runs/tiny --tasks qa1 --lengths 0k 4k 128k --samples 100 --out runs/tiny/eval
   memlm ask runs/tiny book.txt notes.txt -q "Where is Mary?"
+  memlm index build library book.txt notes.txt
+  memlm ask runs/tiny --index library -q "Where is Mary?"
   memlm data babilong --tasks qa1 qa2 --lengths 4k --samples 100 --out data/mine
 """
 
 
-COMMANDS_OF_TWO = ("eval compare", "eval report", "eval perplexity")
+COMMANDS_OF_TWO = (
+    "eval compare",
+    "eval report",
+    "eval perplexity",
+    "index build",
+    "index add",
+    "index search",
+    "index info",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +127,11 @@ def _parser() -> argparse.ArgumentParser:
         "--window", type=int, help="tokens that --baseline none and window see (default: a segment)"
     )
     evaluate.add_argument(
+        "--retrieval", type=int, metavar="K", help="recall K passages in front of the question"
+    )
+    evaluate.add_argument("--chunk-size", type=int, default=64, help="words of a passage")
+    evaluate.add_argument("--hops", type=int, default=1, help="searches for each question")
+    evaluate.add_argument(
         "--prompt",
         help="answer (document, then question), instruction, chat, or a YAML file of prompts "
         "(default: answer for models of memlm, chat or instruction for others)",
@@ -169,9 +184,38 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
     ask.add_argument("--load", type=Path, metavar="DIR", help="go on with a stream saved there")
     ask.add_argument(
+        "--index", type=Path, metavar="DIR", help="recall passages of this index before answering"
+    )
+    ask.add_argument(
+        "--recall", type=int, metavar="K", help="recall K passages for a question (default: 4)"
+    )
+    ask.add_argument(
         "--save", type=Path, metavar="DIR", help="keep the stream, after reading, there"
     )
     _add_device(ask)
+
+    for name, help, run in (
+        ("index build", "cut text files into chunks and index them for recall", _index_build),
+        ("index add", "add text files to an index", _index_add),
+    ):
+        index = command(name, help, run)
+        index.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
+        index.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text files")
+        index.add_argument("--chunk-size", type=int, default=64, help="words of a chunk")
+        index.add_argument("--overlap", type=int, default=0, help="words repeated in the next one")
+        if run is _index_build:
+            index.add_argument(
+                "--factory", default="Flat", help="FAISS's name of a kind: Flat, SQ8, HNSW32, ..."
+            )
+    search = command("index search", "search an index", _index_search)
+    search.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
+    search.add_argument("query", nargs="+", help="what to look for; each is searched by itself")
+    search.add_argument("-k", type=int, default=5, help="chunks for each query")
+    search.add_argument(
+        "--where", nargs="+", default=[], metavar="KEY=VALUE", help="only chunks with this metadata"
+    )
+    info = command("index info", "say what an index holds", _index_info)
+    info.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
 
     data = command("data", "write a data set in the layout others read", _data)
     data.add_argument("kind", choices=["babilong"], help="which data set")
@@ -289,7 +333,14 @@ def _load(arguments: argparse.Namespace, memory: bool = True) -> tuple[Any, Any]
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from memlm.eval import evaluate
+    from memlm.retrieval.retriever import RetrievalConfig
 
+    recalled = arguments.retrieval
+    if recalled is None and arguments.baseline == "retrieval":
+        recalled = 5
+    retrieval = None
+    if recalled is not None:
+        retrieval = RetrievalConfig(k=recalled, size=arguments.chunk_size, hops=arguments.hops)
     model, tokenizer = _load(arguments, memory=False)
     report = evaluate(
         model,
@@ -306,6 +357,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         prompt=arguments.prompt,
         position=tuple(arguments.position),
         distance=arguments.distance,
+        retrieval=retrieval,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
@@ -354,27 +406,129 @@ def _ask(arguments: argparse.Namespace) -> None:
     from memlm.text import check_text_file, read_text
 
     files = [check_text_file(path) for path in arguments.files]
-    if not files and arguments.load is None:
-        raise ValueError("no FILE to read; name text files, or a saved stream with --load DIR")
+    if not files and arguments.load is None and arguments.index is None:
+        raise ValueError(
+            "no FILE to read; name text files, a saved stream with --load DIR or an index with "
+            "--index DIR"
+        )
+    retriever = _retriever(arguments)
     model, tokenizer = _load(arguments)
     from memlm import DocumentStream
 
     if arguments.load is not None:
         stream = DocumentStream.load(arguments.load, model, tokenizer)
     else:
-        stream = DocumentStream(model, tokenizer)
+        stream = DocumentStream(model, tokenizer, retriever)
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=1, leave=False) as bar:
         for path in files:
-            stream.write(read_text(path, bar.update))
+            stream.write(read_text(path, bar.update), document=str(path))
     print(
         f"{stream.tokens_seen:,} tokens read, {stream.memory_bytes:,} bytes of memory", flush=True
     )
     for question in arguments.question:
-        print(f"{question}\n  {stream.ask(question, max_new_tokens=arguments.max_new_tokens)}")
+        answer = stream.ask(question, max_new_tokens=arguments.max_new_tokens)
+        print(f"{question}\n  {answer}")
+        for passage in answer.sources:
+            print(f"    from {_where(passage.document, passage.start)}: {_short(passage.text)}")
     if arguments.save is not None:
         stream.save(arguments.save)
         _written([arguments.save])
+
+
+def _retriever(arguments: argparse.Namespace) -> Any:
+    """What `ask` recalls from: an index that was named, or one of what it reads."""
+    if arguments.index is None and arguments.recall is None:
+        return None
+    if arguments.load is not None:
+        raise ValueError(
+            "--load goes on with the stream's own index; leave out --index and --recall"
+        )
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
+    from memlm.retrieval.retriever import RetrievalConfig, Retriever
+
+    config = RetrievalConfig() if arguments.recall is None else RetrievalConfig(k=arguments.recall)
+    if arguments.index is None:
+        return Retriever(ChunkIndex(HashingEmbedder()), config)
+    return Retriever(ChunkIndex.load(arguments.index, HashingEmbedder()), config)
+
+
+def _index_build(arguments: argparse.Namespace) -> None:
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
+
+    if arguments.index.exists() and any(arguments.index.iterdir()):
+        raise ValueError(
+            f"index={str(arguments.index)!r} exists; use `memlm index add`, or another folder"
+        )
+    _index_files(ChunkIndex(HashingEmbedder(), factory=arguments.factory), arguments)
+
+
+def _index_add(arguments: argparse.Namespace) -> None:
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
+
+    _index_files(ChunkIndex.load(arguments.index, HashingEmbedder()), arguments)
+
+
+def _index_files(index: Any, arguments: argparse.Namespace) -> None:
+    from itertools import islice
+
+    from tqdm import tqdm
+
+    from memlm.retrieval import chunk_text
+    from memlm.text import check_text_file, read_text
+
+    files = [check_text_file(path) for path in arguments.files]
+    before = len(index)
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="indexing", delay=1, leave=False) as bar:
+        for path in files:
+            pieces = read_text(path, bar.update)
+            chunks = chunk_text(pieces, size=arguments.chunk_size, overlap=arguments.overlap)
+            while batch := list(islice(chunks, 1024)):
+                index.add(
+                    [chunk.text for chunk in batch],
+                    metadata=[
+                        {"document": str(path), "start": chunk.start, "end": chunk.end}
+                        for chunk in batch
+                    ],
+                )
+    index.save(arguments.index)
+    print(f"{len(index) - before:,} chunks added, {len(index):,} in all")
+    _written([arguments.index])
+
+
+def _index_search(arguments: argparse.Namespace) -> None:
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
+
+    where: dict[str, Any] = {}
+    for pair in arguments.where:
+        key, mark, value = pair.partition("=")
+        if not key or not mark:
+            raise ValueError(f"where={pair!r} must be KEY=VALUE")
+        where[key] = value
+    index = ChunkIndex.load(arguments.index, HashingEmbedder())
+    found = index.search(arguments.query, k=arguments.k, where=where or None)
+    for query, hits in zip(arguments.query, found, strict=True):
+        print(query)
+        for hit in hits:
+            place = _where(hit.metadata.get("document"), hit.metadata.get("start"))
+            print(f"  {hit.score:.4f}  {place}: {_short(hit.text)}")
+
+
+def _index_info(arguments: argparse.Namespace) -> None:
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
+
+    for key, value in ChunkIndex.load(arguments.index, HashingEmbedder()).info().items():
+        print(f"{key}: {value}")
+
+
+def _where(document: str | None, start: int | None) -> str:
+    return f"{document or 'what was read'}{'' if start is None else f', character {start:,}'}"
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 160 else f"{flat[:157]}..."
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 FORMAT_VERSION = 1
 # How a question follows a document, and an answer the question; a trained model keeps its own.
 QUESTION_TEMPLATE = "\n\nQuestion: {question}\nAnswer:"
+# How a passage that was recalled stands in front of the question; {document} and {start} may be named.
+RECALL_TEMPLATE = "\nRecalled: {text}"
 # Read by trainers, trackers and evaluation harnesses off the top-level config.
 _MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _MIRRORED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -25,7 +27,8 @@ class MemLMConfig(PreTrainedConfig):
     memory tokens not counted. question_template: the text that puts a question behind a document, with
     {question} in it; the answer follows after a space. question_segment: "open" when a question follows
     the document in its last, open segment, "own" when that segment ends and the question is read in one of
-    its own, from memory alone: as the model was trained.
+    its own, from memory alone: as the model was trained. recall_template: how a passage recalled from an
+    index stands in front of the question, with {text} in it.
     """
 
     model_type = "memlm"
@@ -45,6 +48,7 @@ class MemLMConfig(PreTrainedConfig):
     segment_length: int = 512
     question_template: str = QUESTION_TEMPLATE
     question_segment: str = "open"
+    recall_template: str = RECALL_TEMPLATE
     memlm_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 
@@ -86,6 +90,11 @@ class MemLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"question_template={self.question_template!r} has no place for the question; "
                 "put {question} into it"
+            )
+        if "{text}" not in self.recall_template:
+            raise ValueError(
+                f"recall_template={self.recall_template!r} has no place for the passage; "
+                "put {text} into it"
             )
 
 

@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 
 from memlm.modeling import MemLMForCausalLM
+from memlm.retrieval.base import Embedder
+from memlm.retrieval.embedders import HashingEmbedder
+from memlm.retrieval.index import ChunkIndex
+from memlm.retrieval.retriever import Retriever, as_retriever, render
 from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
 from memlm.text import leading_tokens
 
 FILE = "stream.safetensors"
+INDEX = "index"
 VERSION = 1
 # Characters a block: large enough that tokenising costs little, small enough to be no delay.
 BLOCK = 4096
@@ -46,14 +51,17 @@ class DocumentStream:
     """One document, read as it comes, remembered in a state of constant size.
 
     model: a MemLMForCausalLM (put into evaluation mode). tokenizer: its tokenizer, with an end token.
-    retrieval: reserved; None. ValueError when they do not fit each other.
+    retrieval: a ChunkIndex, or a Retriever around one: what is written is stored in it as it is written,
+    and `ask` shows the model the passages it recalls, before the question. ValueError when they do not fit
+    each other.
     """
 
-    def __init__(self, model: MemLMForCausalLM, tokenizer: Any, retrieval: Any = None) -> None:
-        if retrieval is not None:
-            raise ValueError(
-                f"retrieval={retrieval!r} is not available in this version of memlm; use None"
-            )
+    def __init__(
+        self,
+        model: MemLMForCausalLM,
+        tokenizer: Any,
+        retrieval: ChunkIndex | Retriever | None = None,
+    ) -> None:
         if not isinstance(model, MemLMForCausalLM):
             raise TypeError(
                 f"model={type(model).__name__} has no memory; wrap it with MemLMForCausalLM.from_base"
@@ -77,9 +85,14 @@ class DocumentStream:
         # Text that is no tokens yet, and the text in front of it.
         self._text = ""
         self._context: str | None = None
+        self.retriever = as_retriever(retrieval)
 
-    def write(self, text: str | Iterable[str]) -> None:
-        """Read text: a string, or pieces of one (a list, a generator, an open file), lazily."""
+    def write(self, text: str | Iterable[str], document: str | None = None) -> None:
+        """Read text: a string, or pieces of one (a list, a generator, an open file), lazily.
+
+        document: a name for what is read, which recalled passages carry; with another name than before,
+        passages are counted from its beginning.
+        """
         if isinstance(text, bytes):
             raise TypeError(
                 "text is bytes; decode it first, for instance with text.decode('utf-8')"
@@ -87,6 +100,8 @@ class DocumentStream:
         for piece in (text,) if isinstance(text, str) else text:
             if not isinstance(piece, str):
                 raise TypeError(f"text holds a {type(piece).__name__}; give strings")
+            if self.retriever is not None:
+                self.retriever.write(piece, document)
             self._text += piece
             while (at := _border(self._text)) is not None:
                 block, self._text = self._text[:at], self._text[at:]
@@ -97,18 +112,23 @@ class DocumentStream:
     def ask(self, question: str, max_new_tokens: int = 32) -> Answer:
         """Answer a question about what was written; the stream stays as it is.
 
-        The question follows the document as the model's `question_template` says; decoding is greedy,
-        up to the end token or `max_new_tokens`. ValueError when nothing was written.
+        The question follows the document as the model's `question_template` says, passages that are
+        recalled stand before it as `recall_template` says and are the answer's `sources`; decoding is
+        greedy, up to the end token or `max_new_tokens`. ValueError when nothing was written, and there is
+        nothing to recall.
         """
         if not question.strip():
             raise ValueError(f"question={question!r} is empty; ask something")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        sources = [] if self.retriever is None else self.retriever.recall(question.strip())
         tail = self._open + self._encode(self._text)
-        if not self._committed and not tail:
+        if not self._committed and not tail and not sources:
             raise ValueError("the stream is empty, nothing was written; write a document first")
         config = self.model.config
-        prompt = self._plain(config.question_template.replace("{question}", question.strip()))
+        recalled = render(sources, config.recall_template)
+        prompt = self._plain(recalled) if recalled else []
+        prompt += self._plain(config.question_template.replace("{question}", question.strip()))
         state = self._state
         if config.question_segment == "own" and tail:
             state = self.model.read(
@@ -128,7 +148,7 @@ class DocumentStream:
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
         )
         text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        return Answer(text.strip())
+        return Answer(text.strip(), sources)
 
     @torch.no_grad()
     def score(self, text: str) -> float:
@@ -167,10 +187,18 @@ class DocumentStream:
         other = copy.copy(self)
         other._state = self._state.fork()
         other._open = list(self._open)
+        other.retriever = None if self.retriever is None else self.retriever.fork()
         return other
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the stream into one file in `directory`, atomically; the model is not saved."""
+        """Write the stream into one file in `directory`, atomically; the model is not saved.
+
+        With retrieval its index is saved beside it, first; a kill in between loses nothing.
+        """
+        retrieval = None
+        if self.retriever is not None:
+            retrieval = self.retriever.state()
+            self.retriever.index.save(Path(directory) / INDEX)
         extra = {
             "stream_version": str(VERSION),
             "stream": json.dumps(
@@ -179,6 +207,7 @@ class DocumentStream:
                     "open": self._open,
                     "text": self._text,
                     "context": self._context,
+                    "retrieval": retrieval,
                     "segment_length": self.model.segment_length,
                     "vocabulary": len(self.tokenizer),
                 }
@@ -188,9 +217,16 @@ class DocumentStream:
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike[str], model: MemLMForCausalLM, tokenizer: Any
+        cls,
+        directory: str | os.PathLike[str],
+        model: MemLMForCausalLM,
+        tokenizer: Any,
+        embedder: Embedder | None = None,
     ) -> DocumentStream:
-        """Go on with a saved stream. ValueError when it is damaged, or another model's."""
+        """Go on with a saved stream. ValueError when it is damaged, or another model's.
+
+        embedder: of the stream's index; None is a HashingEmbedder.
+        """
         path = Path(directory) / FILE
         if not path.is_file():
             raise FileNotFoundError(
@@ -214,7 +250,11 @@ class DocumentStream:
                     f"{str(path)!r} was saved with {name}={saved[name]}, but here it is {ours}; use the "
                     "model and the tokenizer it was written with"
                 )
-        stream = cls(model, tokenizer)
+        retriever = None
+        if saved.get("retrieval") is not None:
+            index = ChunkIndex.load(Path(directory) / INDEX, embedder or HashingEmbedder())
+            retriever = Retriever.restore(index, saved["retrieval"])
+        stream = cls(model, tokenizer, retriever)
         stream._state = model._admit(state, 1)
         stream._committed, stream._open = saved["committed"], saved["open"]
         stream._text, stream._context = saved["text"], saved["context"]

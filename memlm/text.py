@@ -1,14 +1,27 @@
-"""Text files, read piece by piece and refused by name when they are no text."""
+"""Text files, read piece by piece and refused by name when they are no text; and where sentences end."""
 
 from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 PIECE = 1 << 16
+# Text without full stops is cut here, so that facts find gaps in it.
+MAX_SENTENCE_CHARACTERS = 2_000
+
+LIST_ITEM = re.compile(r"(?:[*+\-\u2022]|\d+\.)")
+_PARAGRAPH = re.compile(rf"\n\s*\n|\n\s*{LIST_ITEM.pattern}\s+")
+_BOUNDARY = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*\s+(?=[\"'\u201c\u2018(\[]*[A-Z0-9])")
+_ENDINGS = frozenset(".!?\"'\u201d\u2019)]")
+_LAST_WORD = re.compile(r"([\w.]+)$")
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof rev gen col capt lt sgt hon st jr sr vs etc e.g i.e cf al fig vol pp p "
+    "inc ltd co corp dept approx jan feb mar apr jun jul aug sep sept oct nov dec".split()
+)
 
 
 def check_text_file(path: str | os.PathLike[str]) -> Path:
@@ -66,3 +79,48 @@ def leading_tokens(tokenizer: Any) -> list[int]:
     whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     at = next((i for i, token in enumerate(whole) if token == bare[0]), 0) if bare else 0
     return list(whole[:at])
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut text into sentences by rule; blank lines and list items always end one."""
+    sentences = []
+    for paragraph in _PARAGRAPH.split(text):
+        flat = " ".join(paragraph.split())
+        start = 0
+        for boundary in _BOUNDARY.finditer(flat):
+            if flat[boundary.start()] == "." and _is_abbreviation(flat[start : boundary.start()]):
+                continue
+            sentences.append(flat[start : boundary.end()].rstrip())
+            start = boundary.end()
+        if start < len(flat):
+            sentences.append(flat[start:])
+    return [piece for sentence in sentences for piece in _cut_long(sentence)]
+
+
+def ends_sentence(word: str, following: str) -> bool:
+    """Whether a sentence ends between two neighbouring words of a paragraph: `split_sentences`' rule."""
+    # Most words end in a letter, and a pattern takes its time.
+    if word[-1] not in _ENDINGS:
+        return False
+    boundary = _BOUNDARY.search(f"{word} {following}")
+    if boundary is None:
+        return False
+    return word[boundary.start()] != "." or not _is_abbreviation(word[: boundary.start()])
+
+
+def _is_abbreviation(before: str) -> bool:
+    word = _LAST_WORD.search(before)
+    if word is None:
+        return False
+    last = word.group(1)
+    return last.lower() in _ABBREVIATIONS or (len(last) == 1 and last.isupper())
+
+
+def _cut_long(sentence: str) -> Iterator[str]:
+    while len(sentence) > MAX_SENTENCE_CHARACTERS:
+        space = sentence.rfind(" ", 0, MAX_SENTENCE_CHARACTERS)
+        at = space if space > 0 else MAX_SENTENCE_CHARACTERS
+        yield sentence[:at]
+        sentence = sentence[at:].lstrip()
+    if sentence:
+        yield sentence

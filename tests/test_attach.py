@@ -216,7 +216,7 @@ def test_a_state_that_is_not_finite_names_layer_and_segment(memory: str, monkeyp
         return y, new
 
     monkeypatch.setattr(type(last.memory), "forward", broken)
-    where = "layer 1" if last.memory.site != "model" else "memory 'rmt'"
+    where = "layer 1" if last.memory.site != "model" else f"memory '{memory}'"
     with pytest.raises(FloatingPointError, match=rf"{where}.* after segment 2 of this call"):
         model(tokens(2, 5 * SEGMENT), bptt_depth=2)
 

@@ -148,6 +148,30 @@ def test_perplexity_prints_a_verdict(folder, noise, tmp_path, capsys) -> None:
     assert (tmp_path / "loss/perplexity.png").is_file()
 
 
+def test_an_index_is_built_added_to_searched_and_asked(folder, tmp_path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("The brave baker keeps the golden lamp under the stairs. " * 3)
+    (tmp_path / "b.txt").write_text("The old sailor keeps a silver spoon in the drawer. " * 3)
+    library = str(tmp_path / "library")
+    assert main(["index", "build", library, str(tmp_path / "a.txt")]) == 0
+    assert "chunks added" in capsys.readouterr().out
+    assert main(["index", "build", library, str(tmp_path / "a.txt")]) == 2
+    assert "index add" in capsys.readouterr().err
+    assert main(["index", "add", library, str(tmp_path / "b.txt")]) == 0
+    capsys.readouterr()
+    where = f"document={tmp_path / 'b.txt'}"
+    assert main(["index", "search", library, "golden lamp", "-k", "1"]) == 0
+    assert "a.txt" in capsys.readouterr().out
+    assert main(["index", "search", library, "golden lamp", "--where", where]) == 0
+    out = capsys.readouterr().out
+    assert "b.txt" in out and "a.txt" not in out
+    assert main(["index", "info", library]) == 0
+    assert "Flat" in capsys.readouterr().out
+    question = ["-q", "Who keeps the spoon?", "--max-new-tokens", "2"]
+    assert main(["ask", str(folder), "--index", library, *question]) == 0
+    assert "from " in capsys.readouterr().out
+    assert main(["ask", str(folder), str(tmp_path / "a.txt"), "--recall", "1", *question]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,7 +186,12 @@ def test_perplexity_prints_a_verdict(folder, noise, tmp_path, capsys) -> None:
         (["eval", "{model}", "--samples", "0", "--out", "{tmp}/o"], "samples=0"),
         (["eval", "{model}", "--haystack", "{tmp}/none", "--out", "{tmp}/o"], "none"),
         (["data", "babilong", "--tasks", "passkey", "--out", "{tmp}/o"], "passkey"),
-        (["eval", "{model}", "--baseline", "retrieval", "--out", "{tmp}/o"], "retrieval"),
+        (["eval", "{model}", "--retrieval", "0", "--out", "{tmp}/o"], "k=0"),
+        (["index", "build", "{tmp}/i", "{tmp}/nowhere.txt"], "does not exist"),
+        (["index", "build", "{tmp}/i", "{tmp}/binary"], "zero byte"),
+        (["index", "info", "{tmp}/none"], "none"),
+        (["index", "search", "{tmp}", "Where?"], "manifest"),
+        (["ask", "{model}", "--index", "{tmp}/none", "-q", "Where?"], "none"),
         (["eval", "{model}", "--window", "9", "--out", "{tmp}/o"], "window=9"),
         (["eval", "{model}", "--prompt", "shout", "--out", "{tmp}/o"], "shout"),
         (["eval", "{model}", "--data", "{tmp}/none", "--out", "{tmp}/o"], "none"),

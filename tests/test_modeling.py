@@ -14,8 +14,8 @@ from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, 
 
 
 def test_names_are_discovered_from_files() -> None:
-    titans = ("titans-mac", "titans-mag", "titans-mal")
-    names = ("none", "armt", "compressive", "infini", "rmt", *titans, "transformer-xl")
+    rmt, titans = ("rmt", "rmt-r"), ("titans-mac", "titans-mag", "titans-mal")
+    names = ("none", "armt", "compressive", "infini", "knn", *rmt, *titans, "transformer-xl")
     assert available_memories() == names
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from memlm.eval.readers import LastReader, MemoryReader, Reader, WholeReader
+from memlm.eval.readers import LastReader, MemoryReader, Reader, RecalledReader, WholeReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,16 +100,13 @@ class WindowReader(MemoryReader):
         return {"baseline": self.name, "window": self.window}
 
 
-def _retrieval(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
-    raise ValueError(
-        "baseline='retrieval' needs the index of passages, which this version of memlm does not have; "
-        "use none, full or window"
-    )
+def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+    return RecalledReader(base, tokenizer)
 
 
 BASELINES: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], Reader]] = {
     "none": _last,
     "full": _whole,
     "window": WindowReader,
-    "retrieval": _retrieval,
+    "retrieval": _recalled,
 }

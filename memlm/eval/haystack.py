@@ -13,7 +13,6 @@ import importlib
 import inspect
 import itertools
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from memlm.text import split_sentences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +32,6 @@ Split = Literal["train", "eval", "all"]
 MAX_CHARACTERS = 50_000_000
 # BABILong's own filter: shorter ones are headings, page numbers and cries.
 MIN_TOKENS = 10
-# Text without full stops is cut here, so that facts find gaps in it.
-MAX_SENTENCE_CHARACTERS = 2_000
 # Fewer files than this are cut into blocks, or a tenth of the files would be none.
 MIN_FILES_AS_DOCUMENTS = 20
 BLOCK_CHARACTERS = 20_000
@@ -73,14 +72,6 @@ BUILTIN_MODULES = (
     "zipapp zipfile zipimport zlib zoneinfo"
 ).split()
 
-_PARAGRAPH = re.compile(r"\n\s*\n|\n\s*(?:[*+\-\u2022]|\d+\.)\s+")
-_BOUNDARY = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*\s+(?=[\"'\u201c\u2018(\[]*[A-Z0-9])")
-_LAST_WORD = re.compile(r"([\w.]+)$")
-_ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof rev gen col capt lt sgt hon st jr sr vs etc e.g i.e cf al fig vol pp p "
-    "inc ltd co corp dept approx jan feb mar apr jun jul aug sep sept oct nov dec".split()
-)
-
 
 @dataclass(frozen=True)
 class Document:
@@ -88,40 +79,6 @@ class Document:
 
     name: str
     sentences: list[str]
-
-
-def split_sentences(text: str) -> list[str]:
-    """Cut text into sentences by rule; blank lines and list items always end one."""
-    sentences = []
-    for paragraph in _PARAGRAPH.split(text):
-        flat = " ".join(paragraph.split())
-        start = 0
-        for boundary in _BOUNDARY.finditer(flat):
-            if flat[boundary.start()] == "." and _is_abbreviation(flat[start : boundary.start()]):
-                continue
-            sentences.append(flat[start : boundary.end()].rstrip())
-            start = boundary.end()
-        if start < len(flat):
-            sentences.append(flat[start:])
-    return [piece for sentence in sentences for piece in _cut_long(sentence)]
-
-
-def _is_abbreviation(before: str) -> bool:
-    word = _LAST_WORD.search(before)
-    if word is None:
-        return False
-    last = word.group(1)
-    return last.lower() in _ABBREVIATIONS or (len(last) == 1 and last.isupper())
-
-
-def _cut_long(sentence: str) -> Iterator[str]:
-    while len(sentence) > MAX_SENTENCE_CHARACTERS:
-        space = sentence.rfind(" ", 0, MAX_SENTENCE_CHARACTERS)
-        at = space if space > 0 else MAX_SENTENCE_CHARACTERS
-        yield sentence[:at]
-        sentence = sentence[at:].lstrip()
-    if sentence:
-        yield sentence
 
 
 class Haystack:

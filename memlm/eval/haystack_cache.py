@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm import text as sentence_rules
 from memlm.eval import haystack as rules
 from memlm.eval.haystack import (
     MAX_CHARACTERS,
@@ -223,7 +224,7 @@ def _revision(name: str, config: str | None) -> str | None:
 def _rules() -> str:
     """A digest of how documents and sentences are cut: with other rules, another entry."""
     try:
-        return _digest(inspect.getsource(rules))
+        return _digest([inspect.getsource(module) for module in (rules, sentence_rules)])
     except OSError:
         import memlm
 

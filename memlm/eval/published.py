@@ -364,7 +364,7 @@ def write(
     placed = {"position": tuple(position), "distance": distance, "reserve": reserve}
     out = Path(out)
     _check_write(out, tasks, counts, samples, haystack, stories, seed, format, placed, share)
-    made = _tokenizer(tokenizer)
+    made = load_tokenizer(tokenizer)
     noise = tokenized_haystack(haystack, "eval", made)
     settings = {
         "samples": samples,
@@ -663,7 +663,7 @@ def _name(source: str | os.PathLike[str]) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _tokenizer(name: PreTrainedTokenizerBase | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: PreTrainedTokenizerBase | str) -> PreTrainedTokenizerBase:
     if not isinstance(name, str):
         return name
     if name != "words":

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from memlm.eval.samples import Sampled
     from memlm.modeling import MemLMForCausalLM
+    from memlm.retrieval.retriever import Recalled
     from memlm.segment import Segment
     from memlm.state import MemoryState
 
@@ -44,11 +45,15 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """One sample as a model sees it: ids before the document, the document, ids behind it."""
+    """One sample as a model sees it: ids before the document, the document, ids behind it.
+
+    recalled: passages whose text is part of `after`.
+    """
 
     sample: Sampled
     before: NDArray[np.int32]
     after: NDArray[np.int32]
+    recalled: tuple[Recalled, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -352,6 +357,18 @@ class LastReader(Reader):
     ) -> list[str]:
         (prompts,) = pieces
         return self._generate(self.base, prompts, max_new_tokens)
+
+
+class RecalledReader(LastReader):
+    """Baseline "retrieval": the base model sees the recalled passages and the question alone."""
+
+    name: ClassVar[str] = "retrieval"
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(base, tokenizer, window=0)
+
+    def settings(self) -> dict[str, Any]:
+        return {"baseline": self.name}
 
 
 class WholeReader(Reader):

@@ -13,13 +13,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.config import RECALL_TEMPLATE
 from memlm.eval import babi
 from memlm.eval.babilong import QUESTION_TEMPLATE, format_length, parse_length
 from memlm.eval.baselines import is_memory_model, make_reader
@@ -31,8 +32,10 @@ from memlm.eval.prompts import Prompts
 from memlm.eval.provenance import fingerprint, versions, without_training
 from memlm.eval.readers import Asked, Kept, Piece, Reader, TooLong
 from memlm.eval.report import Cell, Report
-from memlm.eval.samples import Composed, Published, Source
+from memlm.eval.samples import Composed, Published, Sampled, Source
 from memlm.eval.tasks import find_task
+from memlm.retrieval.embedders import HashingEmbedder
+from memlm.retrieval.retriever import Recalled, RetrievalConfig, read_document, render
 from memlm.text import leading_tokens
 
 if TYPE_CHECKING:
@@ -41,12 +44,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlm.modeling import MemLMForCausalLM
+    from memlm.retrieval.base import Embedder
 
 MEMORY_POLL_SECONDS = 0.05
 # Tokens made ahead of the model, in a thread.
 AHEAD = 2**20
 # Encoded prompts that are remembered.
 MEMO = 10_000
+# Passages of the baseline "retrieval", unless told otherwise.
+RECALLED = 5
 
 
 def evaluate(
@@ -65,6 +71,8 @@ def evaluate(
     prompt: str | os.PathLike[str] | None = None,
     position: tuple[float, float] = (0.0, 1.0),
     distance: int | None = None,
+    retrieval: int | RetrievalConfig | None = None,
+    embedder: Embedder | None = None,
     batch_size: int = 8,
     seed: int = 0,
     max_new_tokens: int = 8,
@@ -80,7 +88,9 @@ def evaluate(
     "full", "window") with the base model; window: tokens that "none" and "window" see. prompt: "answer",
     "instruction", "chat" or a YAML file; None picks "answer" for models of memlm, else "chat" where the
     tokenizer has a chat template and "instruction" where it has none. position, distance: where facts
-    stand, as in `babilong.compose`.
+    stand, as in `babilong.compose`. retrieval: passages of the document recalled in front of the question,
+    by an index of its own for every sample; the baseline "retrieval" shows the model nothing else (5 where
+    it is not said). embedder: of that index, a HashingEmbedder by default.
 
     With `out`, each batch is appended to `samples.jsonl`, a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for), and `summary.json` and `accuracy.png`
@@ -95,6 +105,14 @@ def evaluate(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     prompts = _prompts(model, tokenizer, prompt)
+    if retrieval is None and baseline == "retrieval":
+        retrieval = RetrievalConfig(k=RECALLED)
+    elif retrieval is not None and not isinstance(retrieval, RetrievalConfig):
+        retrieval = RetrievalConfig(k=retrieval)
+    recall = None
+    if retrieval is not None:
+        template = _config(model, "recall_template", RECALL_TEMPLATE)
+        recall = _Recall(retrieval, embedder or HashingEmbedder(), template)
     own = prompts.style == "answer" and _config(model, "question_segment", "open") == "own"
     reader = make_reader(model, tokenizer, baseline, window, own, out)
     if data is not None:
@@ -114,13 +132,14 @@ def evaluate(
     settings = {
         **source.settings(),
         **reader.settings(),
+        **({} if recall is None else recall.settings()),
         "split": split,
         "prompt": prompts.style,
         "prompt_digest": prompts.digest,
         "max_new_tokens": max_new_tokens,
         "model": fingerprint(model),
     }
-    runner = _Runner(reader, source, prompts, tokenizer, max_new_tokens)
+    runner = _Runner(reader, source, prompts, tokenizer, max_new_tokens, recall)
     with ExitStack() as stack:
         log = stack.enter_context(RunLog(out, settings))
         _check_log(log, source, counts)
@@ -247,7 +266,9 @@ class _Runner:
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
+        recall: _Recall | None = None,
     ) -> None:
+        self.recall = recall
         self.reader = reader
         self.source = source
         self.prompts = prompts
@@ -298,13 +319,14 @@ class _Runner:
         for index in batch.indices:
             sample = self.source.get(batch.task, batch.length, index)
             before, after = self.prompts.around(batch.task, sample.question, self.tokenizer)
-            asked.append(
-                Asked(
-                    sample,
-                    np.concatenate([self._leading, self._encode(before)]),
-                    self._encode(after),
-                )
-            )
+            behind = self._encode(after)
+            passages: tuple[Recalled, ...] = ()
+            if self.recall is not None:
+                passages, text = self.recall(sample)
+                recalled = np.array(encode_texts(self.tokenizer, [text])[0], dtype=np.int32)
+                behind = np.concatenate([recalled, behind])
+            start = np.concatenate([self._leading, self._encode(before)])
+            asked.append(Asked(sample, start, behind, passages))
         return asked
 
     def _make(self, todo: Sequence[_Batch], done: int) -> Iterator[_Begin | Piece]:
@@ -357,6 +379,7 @@ class _Runner:
                     "peak_memory_bytes": peak.bytes,
                     "fact_offsets": list(sample.fact_offsets),
                     "supporting": list(sample.story.supporting),
+                    **_recalled_of(asked),
                 }
             )
         return rows
@@ -371,6 +394,40 @@ class _Runner:
             ids = encode_texts(self.tokenizer, [text])[0] if text else []
             self._encoded[text] = np.array(ids, dtype=np.int32)
         return self._encoded[text]
+
+
+@dataclass(frozen=True)
+class _Recall:
+    """Recalls passages of a sample's document, indexed for itself alone."""
+
+    config: RetrievalConfig
+    embedder: Embedder
+    template: str
+
+    def __call__(self, sample: Sampled) -> tuple[tuple[Recalled, ...], str]:
+        """The passages, and the text that shows them."""
+        passages = read_document(sample, self.embedder, self.config).recall(sample.question)
+        return tuple(passages), render(passages, self.template)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "retrieval": asdict(self.config),
+            "embedder": self.embedder.fingerprint,
+            "recall_template": self.template,
+        }
+
+
+def _recalled_of(asked: Asked) -> dict[str, Any]:
+    """Where the recalled passages stand, and which share of the supporting facts is in them."""
+    if not asked.recalled:
+        return {}
+    story = asked.sample.story
+    told = " ".join(" ".join(passage.text.split()) for passage in asked.recalled)
+    found = [story.facts[index] in told for index in story.supporting]
+    return {
+        "recalled": [[passage.start, passage.end] for passage in asked.recalled],
+        "supporting_recalled": sum(found) / len(found) if found else None,
+    }
 
 
 class _Clock:

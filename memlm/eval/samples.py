@@ -52,6 +52,8 @@ class Sampled(Protocol):
 
     def ids(self) -> Iterator[NDArray[np.int32]]: ...
 
+    def __iter__(self) -> Iterator[str]: ...
+
 
 class Source(ABC):
     """Samples by (task, length, index). notes: where each cell's come from, for the summary."""

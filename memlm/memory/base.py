@@ -38,8 +38,21 @@ class QKV(NamedTuple):
 # integers from 0 say when each position happens: it then sees what stands before it at its own time or
 # earlier, and positions of the same time share a place; `last` says at how many positions, at the end, the
 # output is wanted: what stands before them is then undefined. At "heads" keys and values may be longer than
-# queries; the extra ones stand first and every query sees them.
+# queries; the extra ones stand first and every query sees them. There, inner(x, parts=True) returns
+# `Attended`, for a memory that joins other keys to the softmax.
 Inner = Callable[..., Tensor]
+
+
+class Attended(NamedTuple):
+    """Attention at "heads", open to more keys: output (B, H, T, dh), and what it takes to go on.
+
+    lse (B, H, T): the log-sum-exp of each query's scores. query (B, H, T, dh): its product with a key that
+    carries no position is the score that key would have at the first token's place.
+    """
+
+    output: Tensor
+    lse: Tensor
+    query: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,8 @@ class Memory(nn.Module, ABC):
     neutral: ClassVar[bool] = False
     # True when the state sums up over segments, and so is float32 in a half-precision model.
     accumulates: ClassVar[bool] = True
+    # False when no gradient passes through the state, however deep the backpropagation.
+    differentiable: ClassVar[bool] = True
 
     def __init__(self, config: MemoryConfig, dims: Dims) -> None:
         super().__init__()

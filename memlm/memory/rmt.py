@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site
 from memlm.memory.parts.checks import memory_tokens_for
+from memlm.memory.parts.memory_tokens import around, check_decoder_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +46,7 @@ class RMT(Memory):
 
     @classmethod
     def resolve(cls, config: RMTConfig, dims: Dims) -> RMTConfig:
-        if config.layers is not None:
-            raise ValueError(
-                f"layers={config.layers} has no meaning for rmt, which wraps the whole decoder; "
-                "leave it out"
-            )
-        if dims.embedding_size != dims.hidden_size:
-            raise ValueError(
-                f"rmt feeds hidden states ({dims.hidden_size}) back as embeddings "
-                f"({dims.embedding_size}), which this base keeps at another size; use memory='armt'"
-            )
+        check_decoder_memory("rmt", config, dims)
         return replace(config, num_memory_tokens=memory_tokens_for(config.num_memory_tokens, dims))
 
     @classmethod
@@ -70,13 +62,6 @@ class RMT(Memory):
     def forward(
         self, x: Tensor, state: RMTState, inner: Inner, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, RMTState]:
-        m, tokens = self.num_memory_tokens, x.shape[1]
         memory = state.memory.to(x.dtype)
-        parts = [memory, x, memory] if write else [memory, x]
-        if mask is not None:
-            real = mask.new_ones(mask.shape[0], m)
-            mask = torch.cat([real, mask, real] if write else [real, mask], dim=1)
-        y = inner(torch.cat(parts, dim=1), mask=mask)
-        if not write:
-            return y[:, m:], state
-        return y[:, m : m + tokens], RMTState(y[:, m + tokens :])
+        y, new = around(memory, x, memory if write else None, inner, mask)
+        return y, RMTState(new) if write else state

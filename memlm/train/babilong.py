@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import islice
 
 import numpy as np
@@ -24,8 +24,11 @@ import numpy as np
 from memlm.eval import babi
 from memlm.eval.babi.generators.events import DIALECTS
 from memlm.eval.babi.generators.world import World
-from memlm.eval.babilong import FACT_TEMPLATE, compose, encode_answer, encode_question
-from memlm.eval.haystack import TokenHaystack
+from memlm.eval.babilong import FACT_TEMPLATE, Sample, compose, encode_answer, encode_question
+from memlm.eval.haystack import TokenHaystack, encode_texts
+from memlm.retrieval.base import Embedder
+from memlm.retrieval.embedders import HashingEmbedder
+from memlm.retrieval.retriever import RetrievalConfig, read_document, render
 from memlm.segment import IGNORE
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted
@@ -99,11 +102,15 @@ class BabilongSource:
                 prompt, reply = self.prompt(question), self.answer(answer)
                 parts += [prompt, reply]
                 labels += [np.full(len(prompt), IGNORE), reply]
-            budget = length - sum(map(len, parts))
+            # With recalled passages a question has a segment of its own, behind the document.
+            budget = length if options.retrieval else length - sum(map(len, parts))
             few = options.max_facts is None or len(story.facts) <= options.max_facts
             if budget >= facts and few:
                 sample = compose(story, self.haystack, budget, self.haystack.tokenizer, rng)
                 context = np.concatenate(list(sample.ids()))
+                if options.retrieval:
+                    behind = self._recalling(options, sample, asked, segments - 1)
+                    return Piece(context, None, behind, options.segment_length)
                 ids = np.concatenate([context, *parts])
                 target = np.concatenate([np.full(len(context), IGNORE), *labels])
                 return Piece(ids, shifted(target), segment_length=options.segment_length)
@@ -112,6 +119,31 @@ class BabilongSource:
             f"segments has no room for a story of {task} and its question; use longer segments, or "
             "min_segments above 1"
         )
+
+    def _recalling(
+        self,
+        options: BabilongOptions,
+        sample: Sample,
+        asked: Sequence[tuple[str, str]],
+        segment: int,
+    ) -> tuple[Question, ...]:
+        """Questions behind the document, with what each recalls of it in front, as in evaluation."""
+        config = RetrievalConfig(
+            k=options.retrieval, size=options.retrieval_size, hops=options.retrieval_hops
+        )
+        retriever = read_document(sample, self.embedder, config)
+        found = []
+        for question, answer in asked:
+            text = render(retriever.recall(question), options.recall_template)
+            recalled = encode_texts(self.haystack.tokenizer, [text])[0][: options.retrieval_tokens]
+            prompt, reply = self.prompt(question), self.answer(answer)
+            ids = np.concatenate([np.array(recalled, dtype=np.int32), prompt, reply])
+            found.append(Question(segment, ids, len(reply)))
+        return tuple(found)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        return HashingEmbedder()
 
     def _told(self, task: str, rng: np.random.Generator) -> Iterator[babi.Story]:
         """Stories to try: the questions of one in any order, then those of the next."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from memlm.config import RECALL_TEMPLATE
 from memlm.eval import babi
 from memlm.eval.babi.generators.events import DIALECTS
 
@@ -56,6 +57,21 @@ class BabilongOptions:
     segment_length: int | None = described(
         "tokens a segment of the training documents; null: the model's own", None
     )
+    retrieval: int = described(
+        "story: passages of the document that are recalled in front of every question, so that the "
+        "model learns to read them; 0: none",
+        0,
+    )
+    retrieval_size: int = described("words of a passage", 32)
+    retrieval_hops: int = described("searches a question, each with what the one before found", 1)
+    retrieval_tokens: int = described(
+        "most tokens of what is recalled; what is over is cut off", 192
+    )
+    recall_template: str = described(
+        "how a recalled passage stands in front of the question, with {text} in it; the model "
+        "remembers it",
+        RECALL_TEMPLATE,
+    )
 
     def __post_init__(self) -> None:
         for name in ("tasks", "facts_per_segment", "gap_tokens"):
@@ -69,6 +85,19 @@ class BabilongOptions:
                 f"question_template={self.question_template!r} has no place for the question; "
                 "write {question} in it"
             )
+        if "{text}" not in self.recall_template:
+            raise ValueError(
+                f"recall_template={self.recall_template!r} has no place for the passage; "
+                "write {text} into it"
+            )
+        if self.retrieval and self.layout != "story":
+            raise ValueError(
+                f"retrieval={self.retrieval} needs layout='story'; the others have no whole document "
+                "to recall from"
+            )
+        for name, least in (("retrieval", 0), ("retrieval_size", 1), ("retrieval_hops", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one, such as 'qa1'")
         for task in self.tasks:

@@ -20,6 +20,8 @@ from memlm import MemLMForCausalLM
 from memlm.eval import Report, evaluate, readers
 from memlm.eval.haystack import Haystack
 from memlm.eval.samples import Composed
+from memlm.retrieval import HashingEmbedder
+from memlm.retrieval.retriever import RetrievalConfig, read_document, render
 
 Tokenizer = PreTrainedTokenizerFast
 NEW = 6
@@ -192,7 +194,6 @@ def test_memory_running_out_leaves_the_cell_out_and_the_run_goes_on(
     ("changed", "message"),
     [
         ({"baseline": "all"}, "baseline='all' is unknown"),
-        ({"baseline": "retrieval"}, "retrieval"),
         ({"window": 5}, "window=5 says what"),
         ({"baseline": "none", "window": 1}, "window=1"),
     ],
@@ -217,3 +218,17 @@ def test_answers_end_at_any_of_the_models_end_tokens(
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     _, cut = run(model, tokenizer, prose, tmp_path / "b")
     assert cut[0] == tokenizer.decode(ids[-2:-1]).strip() != said[0]
+
+
+def test_retrieval_sees_the_passages_and_the_question_alone(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model = small(tokenizer)
+    config = RetrievalConfig(k=3, size=20)
+    _, said = run(model, tokenizer, prose, tmp_path, baseline="retrieval", retrieval=config)
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
+    for index, output in enumerate(said):
+        sample = source.get("qa1", 300, index)
+        passages = read_document(sample, HashingEmbedder(), config).recall(sample.question)
+        text = f"{render(passages)} {sample.question}"
+        assert output == continued(model, tokenizer, tokenizer(text).input_ids)

@@ -19,6 +19,7 @@ from memlm import MemLMForCausalLM
 from memlm.eval import Report, evaluate, readers
 from memlm.eval.haystack import Haystack
 from memlm.eval.samples import Composed
+from memlm.retrieval.retriever import RetrievalConfig
 from tests.eval.fake import SolvingModel
 
 TIMINGS = ("seconds", "data_seconds", "peak_memory_bytes")
@@ -495,3 +496,36 @@ def test_a_kept_state_that_does_not_fit_costs_only_time(
     assert seen[0] == 2 * 14
     run(tiny, tokenizer, prose, tmp_path / "whole", **kwargs)
     assert samples_of(tmp_path / "a") == samples_of(tmp_path / "whole")
+
+
+def test_recalled_passages_bring_back_what_was_forgotten(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    kwargs: dict[str, Any] = {"lengths": ["2k"], "samples": 20}
+    forgetful = SolvingModel(tokenizer, span=420)
+    alone = run(forgetful, tokenizer, prose, tmp_path / "alone", **kwargs)
+    recall = RetrievalConfig(k=6, size=24)
+    recalling = run(forgetful, tokenizer, prose, tmp_path / "both", retrieval=recall, **kwargs)
+    assert alone.accuracy["qa1"]["2k"] + 0.2 < recalling.accuracy["qa1"]["2k"]
+    for row in samples_of(tmp_path / "both"):
+        assert len(row["recalled"]) == 6 and row["recalled"] == sorted(row["recalled"])
+        assert 0 <= row["supporting_recalled"] <= 1
+        # Where the newest fact on the person was recalled the answer is right.
+        assert row["supporting_recalled"] < 1 or row["correct"]
+    assert all("recalled" not in row for row in samples_of(tmp_path / "alone"))
+    settings = json.loads((tmp_path / "both" / "run.json").read_text())
+    assert settings["retrieval"]["k"] == 6 and settings["embedder"]
+    with pytest.raises(ValueError, match="retrieval="):
+        run(forgetful, tokenizer, prose, tmp_path / "both", retrieval=3, **kwargs)
+
+
+def test_samples_are_recalled_from_alone(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    # The same sample recalls the same whatever stands beside it in the batch.
+    for name, batch_size in (("a", 1), ("b", 5)):
+        run(
+            SolvingModel(tokenizer), tokenizer, prose, tmp_path / name,
+            lengths=["1k"], samples=5, batch_size=batch_size, retrieval=4,
+        )  # fmt: skip
+    assert samples_of(tmp_path / "a") == samples_of(tmp_path / "b")

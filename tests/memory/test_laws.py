@@ -143,7 +143,8 @@ def test_bptt_depth_cuts_exactly_there(family: str, memory: str) -> None:
         for a, b in zip(cut, by_hand, strict=True):
             torch.testing.assert_close(a, b, **EXACT)
         if memory != "none":
-            assert max((a - b).abs().max() for a, b in zip(cut, full, strict=True)) > 1e-9
+            cost = max((a - b).abs().max() for a, b in zip(cut, full, strict=True))
+            assert cost > 1e-9 if memory_class(memory).differentiable else cost < 1e-10
     deep = gradients(model(ids, labels=ids, bptt_depth=5).loss)
     for a, b in zip(deep, full, strict=True):
         torch.testing.assert_close(a, b, **EXACT)

@@ -21,6 +21,7 @@ from memlm.memory import (
     ARMTConfig,
     CompressiveConfig,
     InfiniConfig,
+    KNNConfig,
     MemoryConfig,
     RMTConfig,
     TitansMACConfig,
@@ -39,6 +40,8 @@ RECIPES: dict[str, MemoryConfig] = {
     # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
     "infini": InfiniConfig(),
+    # No gradient reaches stored keys; a single layer needs more steps than a check may take.
+    "knn": KNNConfig(capacity=32, layers=(0, 1)),
     "rmt": RMTConfig(num_memory_tokens=2),
     "titans-mac": TitansMACConfig(output_std=0.1),
     "titans-mag": TitansMAGConfig(output_std=0.1),

@@ -1,0 +1,234 @@
+"""kNN memory: each query attends to the stored keys nearest to it (Wu et al. 2022; Klett, Ahle 2024).
+
+A layer stores the keys and values of the tokens before the segment, exact, without position and without
+gradient: what is written is detached. Each query of each head searches the whole store for its `top_k`
+nearest keys, and what it reads there is mixed with the attention over the segment, by the weight w:
+
+- "gate" (Memorizing Transformers, arXiv:2203.08913, section 3.2): softmax over the retrieved keys alone,
+  and w = sigmoid(g), learned, one per head. The memory's scores carry no position, as in the paper.
+- "joint" (Extended Mind Transformers, arXiv:2406.02332): one softmax over retrieved and local keys, with
+  the base model's own scores; nothing to train. It is the same mix with w = sigmoid(lse_m - lse_l), the
+  log-sum-exps of the two parts' scores. Retrieved keys all stand at the place of the segment's first
+  token, as in the authors' code for Llama.
+
+The search is exact and costs T N products per head, done so many queries at a time that memory stays
+bounded. A query that finds nothing keeps the base model's attention untouched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlm.memory.base import (
+    QKV,
+    Attended,
+    Dims,
+    Inner,
+    Memory,
+    MemoryConfig,
+    Site,
+    accumulator_dtype,
+)
+from memlm.memory.parts.cache import held, push
+
+SIMILARITIES = ("cosine", "dot")
+COMBINATIONS = ("gate", "joint")
+# Numbers of a search's scores held at once: 64 MiB in float32.
+SCORES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class KNNConfig(MemoryConfig):
+    """Options of the kNN memory.
+
+    capacity: tokens a layer stores, the oldest leaving first. top_k: keys each query retrieves at most.
+    similarity: what is near, "cosine" (as both papers) or "dot". combine: "gate" or "joint".
+    min_similarity: keys less similar are not retrieved; None: no limit. initial_gate: the gate's logit at
+    the start. layers: None picks one at three quarters of the depth with "gate" (the paper's 9th of 12),
+    and all with "joint".
+    """
+
+    capacity: int = 8192
+    top_k: int = 32
+    similarity: str = "cosine"
+    combine: str = "gate"
+    min_similarity: float | None = None
+    initial_gate: float = 0.0
+
+
+class KNNState(NamedTuple):
+    """keys and values (B, G, N, dh), right-aligned; length (B,): how many of the N places are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+
+
+class KNN(Memory):
+    """Attention to the nearest of many stored keys."""
+
+    site: ClassVar[Site] = "heads"
+    Config: ClassVar[type[MemoryConfig]] = KNNConfig
+    neutral: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+
+    def __init__(self, config: KNNConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.capacity = config.capacity
+        self.top_k = min(config.top_k, config.capacity)
+        self.cosine = config.similarity == "cosine"
+        self.joint = config.combine == "joint"
+        self.min_similarity = config.min_similarity
+        self.initial_gate = config.initial_gate
+        self.gate, self.log_scale = (
+            nn.Parameter(torch.empty(dims.num_heads)) if needed else None
+            for needed in (not self.joint, not self.joint and self.cosine)
+        )
+
+    @classmethod
+    def resolve(cls, config: KNNConfig, dims: Dims) -> KNNConfig:
+        for name in ("capacity", "top_k"):
+            if getattr(config, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} is no memory; give at least 1, or memory='none'"
+                )
+        if config.similarity not in SIMILARITIES:
+            raise ValueError(
+                f"similarity={config.similarity!r} is unknown; use {' or '.join(SIMILARITIES)}"
+            )
+        if config.combine not in COMBINATIONS:
+            raise ValueError(
+                f"combine={config.combine!r} is unknown; use {' or '.join(COMBINATIONS)}"
+            )
+        least = config.min_similarity
+        if config.similarity == "cosine" and least is not None and not -1 <= least <= 1:
+            raise ValueError(
+                f"min_similarity={least} is no cosine; use -1 to 1, None for no limit, or "
+                "similarity='dot'"
+            )
+        if config.layers is None and config.combine == "gate":
+            return replace(config, layers=((3 * dims.num_layers + 3) // 4 - 1,))
+        return config
+
+    @classmethod
+    def num_inserted(cls, config: KNNConfig, dims: Dims) -> int:
+        # With the gate, the stage runs on the segment as it is.
+        return config.top_k if config.combine == "joint" else 0
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        if self.gate is not None:
+            nn.init.constant_(self.gate, self.initial_gate)
+        if self.log_scale is not None:
+            # The score q . k / sqrt(dh) of queries and keys whose entries have size 1.
+            nn.init.constant_(self.log_scale, 0.5 * math.log(self.dims.head_dim))
+
+    def init_state(self, batch_size: int) -> KNNState:
+        shape = (batch_size, self.dims.num_kv_heads, self.capacity, self.dims.head_dim)
+        return KNNState(
+            self.zeros(*shape), self.zeros(*shape), self.zeros(batch_size, dtype=torch.long)
+        )
+
+    def forward(
+        self, x: QKV, state: KNNState, inner: Inner, *, mask: Tensor | None, write: bool = True
+    ) -> tuple[Tensor, KNNState]:
+        if self.joint:
+            local, local_lse, query = cast(Attended, inner(x, parts=True))
+            found, lse = self.read(x.q, state, query)
+            weight = torch.sigmoid(lse - local_lse.to(lse.dtype)).unsqueeze(-1)
+        else:
+            assert self.gate is not None
+            local = inner(x)
+            found, lse = self.read(x.q, state)
+            weight = torch.sigmoid(self.gate).reshape(-1, 1, 1).to(found.dtype)
+        mixed = weight * found + (1 - weight) * local.to(found.dtype)
+        y = torch.where(lse.unsqueeze(-1) > _none(lse), mixed.to(local.dtype), local)
+        return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
+
+    def write(self, k: Tensor, v: Tensor, state: KNNState, mask: Tensor | None) -> KNNState:
+        """Store the keys and values (B, G, T, dh) of a segment's real tokens, without their graph."""
+        (keys, values), length = push(
+            (state.keys, state.values), state.length, (k.detach(), v.detach()), mask
+        )
+        return KNNState(keys, values, length)
+
+    def read(
+        self, q: Tensor, state: KNNState, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What each query (B, H, T, dh) finds: a softmax over its retrieved keys, float32 or wider.
+
+        query: the queries that weigh what is found, when they are not those that search. Returns
+        (B, H, T, dh) and the log-sum-exp (B, H, T) of the scores, the least number where nothing is
+        found.
+        """
+        batch, heads, tokens, size = q.shape
+        wide = accumulator_dtype(state.keys.dtype)
+        groups = state.keys.shape[1]
+        with torch.autocast(q.device.type, enabled=False):
+            grouped = (batch, groups, heads // groups * tokens, size)
+            search, weigh = self._queries(q, query, wide)
+            search, weigh = (t.reshape(grouped) for t in (search, weigh))
+            keys = F.normalize(state.keys, dim=-1) if self.cosine else state.keys
+            # The cosine needs one set of keys, and the joint softmax the keys as they are.
+            weighed = state.keys if query is not None else keys
+            # Rows are picked from one list of all entries: many times as fast as gathering.
+            entries = weighed.flatten(0, 2), state.values.flatten(0, 2)
+            first = torch.arange(batch * groups, device=q.device).reshape(batch, groups, 1, 1)
+            empty = keys.new_zeros(batch, 1, keys.shape[2]).masked_fill(
+                ~held(state.length, keys.shape[2]).unsqueeze(1), -torch.inf
+            )
+            empty = empty.expand(-1, groups, -1)
+            rows = max(1, SCORES // max(1, batch * groups * keys.shape[2]))
+            parts = []
+            for s, w in zip(search.split(rows, 2), weigh.split(rows, 2), strict=True):
+                index, real = self._search(s, keys, empty)
+                parts.append(_attend(index + first * keys.shape[2], real, w, *entries))
+            found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        return found.reshape(q.shape), lse.reshape(q.shape[:3])
+
+    def _queries(self, q: Tensor, query: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Queries that search, and queries whose products with keys are the scores to weigh by."""
+        q = q.to(wide)
+        search = F.normalize(q, dim=-1) if self.cosine else q
+        if query is not None:
+            return search, query.to(wide)
+        if self.log_scale is None:
+            return search, q * q.shape[-1] ** -0.5
+        return search, search * self.log_scale.to(wide).exp().reshape(-1, 1, 1)
+
+    @torch.no_grad()
+    def _search(self, q: Tensor, keys: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+        """The `top_k` nearest keys of queries (B, G, R, dh): places (B, G, R, k), and which are real."""
+        batch, groups = q.shape[:2]
+        scores = torch.baddbmm(
+            empty.flatten(0, 1).unsqueeze(1),
+            q.to(keys.dtype).flatten(0, 1),
+            keys.flatten(0, 1).mT,
+        )
+        near, index = scores.topk(self.top_k, dim=-1, sorted=False)
+        least = _none(near) if self.min_similarity is None else self.min_similarity
+        return index.unflatten(0, (batch, groups)), (near >= least).unflatten(0, (batch, groups))
+
+
+def _attend(
+    index: Tensor, real: Tensor, q: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of queries (B, G, R, dh) to entries (B, G, R, k) of keys and values (n, dh)."""
+    k, v = (
+        entries.index_select(0, index.flatten()).unflatten(0, index.shape).to(q.dtype)
+        for entries in (keys, values)
+    )
+    scores = torch.einsum("bgrkd,bgrd->bgrk", k, q).masked_fill(~real, _none(q))
+    found = torch.einsum("bgrkd,bgrk->bgrd", v, scores.softmax(dim=-1))
+    return found, scores.logsumexp(dim=-1).masked_fill(~real.any(dim=-1), _none(q))
+
+
+def _none(like: Tensor) -> float:
+    """Stands for the score of no key: finite, so that no gradient becomes NaN."""
+    return torch.finfo(like.dtype).min

@@ -1,0 +1,253 @@
+"""Retriever: what a stream has read, cut into chunks, indexed as it comes and found again by a question.
+
+Everything a retriever writes is marked as its own, and it finds nothing that another one wrote into the
+same index: what it sees is its own chunks and those of no retriever, a library that was indexed before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memlm.config import RECALL_TEMPLATE
+from memlm.retrieval.base import Embedder
+from memlm.retrieval.chunks import Chunk, Chunker
+from memlm.retrieval.index import ChunkIndex, Hit
+from memlm.retrieval.rows import ABSENT
+from memlm.text import split_sentences
+
+# Chunks embedded at once: one at a time would cost several times as much.
+BATCH = 256
+_OWNER = "memlm_stream"
+_PLACES = re.compile(r"\{(document|start|text)\}")
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A passage that was recalled: its text, the document it is of, and where it stands there.
+
+    start, end: characters of the document; None where the index does not say. score: the index's.
+    """
+
+    text: str
+    document: str | None
+    start: int | None
+    end: int | None
+    id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """How text is cut into chunks, and how many are recalled.
+
+    k: chunks a question recalls. size, overlap: words of a chunk, and how many of them are repeated in
+    the next one; by: "sentences" or "tokens", as in `chunk_text`. hops: how often the index is searched
+    for a question; from the second time on together with the sentences found before that are likest to
+    it, so that a fact may lead to another one. where: a filter on the metadata of what may be recalled.
+    """
+
+    k: int = 4
+    size: int = 64
+    overlap: int = 0
+    by: str = "sentences"
+    hops: int = 1
+    where: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("size", 1), ("overlap", 0), ("hops", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+class Retriever:
+    """Writes text into `index` and recalls the chunks of it that a question asks for.
+
+    A retriever is for one stream. `fork` gives another one that knows what this one has written so far,
+    and nothing of what either writes afterwards.
+    """
+
+    def __init__(self, index: ChunkIndex, config: RetrievalConfig | None = None) -> None:
+        self.index = index
+        self.config = config or RetrievalConfig()
+        self.document: str | None = None
+        self._owners = [_new_owner()]
+        self._written = 0
+        self._chunker = self._fresh()
+        self._due: list[tuple[str, str, dict[str, Any]]] = []
+
+    def write(self, text: str, document: str | None = None) -> None:
+        """Take text in, of the document of that name; a new name ends the document before."""
+        if document is not None and document != self.document:
+            self.end()
+            self.document = document
+        self._take(self._chunker.push(text))
+
+    def end(self) -> None:
+        """End the document: the rest that is no whole chunk becomes one."""
+        self._take(self._chunker.finish())
+        self._chunker = self._fresh()
+
+    def recall(self, question: str, k: int | None = None) -> list[Recalled]:
+        """The chunks that answer `question` best, in the order in which they were written.
+
+        The last text, as long as it is not a whole chunk, is not among them.
+        """
+        self.flush()
+        wanted = self.config.k if k is None else k
+        where = {**(self.config.where or {}), _OWNER: [ABSENT, *self._owners]}
+        found: dict[str, Hit] = {}
+        query = question
+        for hop in range(self.config.hops):
+            # Every hop adds its part, the last one what is left.
+            share = -(-wanted * (hop + 1) // self.config.hops)
+            (hits,) = self.index.search([query], k=wanted, where=where)
+            for hit in hits:
+                if len(found) < share:
+                    found.setdefault(str(hit.id), hit)
+            if hop + 1 < self.config.hops:
+                query = " ".join([question, *self._clues(question, list(found.values()))])
+        ordered = sorted(found.values(), key=_place)
+        return [
+            Recalled(
+                hit.text,
+                hit.metadata.get("document"),
+                hit.metadata.get("start"),
+                hit.metadata.get("end"),
+                str(hit.id),
+                float(hit.score),
+            )
+            for hit in ordered
+        ]
+
+    def _clues(self, question: str, hits: Sequence[Hit]) -> list[str]:
+        """Of each passage the sentence that is likest to the question.
+
+        Whole passages would drown what leads on in what happens to stand around it.
+        """
+        clues = []
+        asked = self.index.embedder.encode_queries([question])[0]
+        for hit in hits:
+            sentences = split_sentences(hit.text)
+            likeness = self.index.embedder.encode(sentences) @ asked
+            if len(sentences) and likeness.max() > 0:
+                clues.append(sentences[int(likeness.argmax())])
+        return clues
+
+    def flush(self) -> None:
+        """Put what is due into the index."""
+        if self._due:
+            ids, texts, metadata = zip(*self._due, strict=True)
+            self.index.add(list(texts), ids=list(ids), metadata=list(metadata))
+            self._due = []
+
+    def fork(self) -> Retriever:
+        """A retriever that knows what this one knows; neither sees what the other writes from now on."""
+        self.flush()
+        other = Retriever(self.index, self.config)
+        other.document, other._written = self.document, self._written
+        other._owners = [*self._owners, _new_owner()]
+        other._chunker = Chunker.restore(self._chunker.state())
+        self._owners = [*self._owners, _new_owner()]
+        return other
+
+    def state(self) -> dict[str, Any]:
+        """What, besides the index, is needed to go on; JSON."""
+        self.flush()
+        return {
+            "document": self.document,
+            "owners": self._owners,
+            "written": self._written,
+            "chunker": self._chunker.state(),
+            "config": {**self.config.__dict__},
+        }
+
+    @classmethod
+    def restore(cls, index: ChunkIndex, state: Mapping[str, Any]) -> Retriever:
+        """Go on from `state`, with the index it was saved with."""
+        retriever = cls(index, RetrievalConfig(**state["config"]))
+        retriever.document, retriever._written = state["document"], state["written"]
+        retriever._owners = list(state["owners"])
+        retriever._chunker = Chunker.restore(state["chunker"])
+        # An index may have been saved later than the state; the stream has not read these.
+        ahead = itertools.takewhile(
+            index.__contains__, map(retriever._id, itertools.count(state["written"]))
+        )
+        if late := list(ahead):
+            index.remove(late)
+        return retriever
+
+    def _id(self, number: int) -> str:
+        return f"{self._owners[-1]}/{number}"
+
+    def _fresh(self) -> Chunker:
+        config = self.config
+        return Chunker(size=config.size, overlap=config.overlap, by=config.by)
+
+    def _take(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            if not chunk.text.strip():
+                continue
+            metadata: dict[str, Any] = {
+                _OWNER: self._owners[-1],
+                "document": self.document,
+                "start": chunk.start,
+                "end": chunk.end,
+                "order": self._written,
+            }
+            self._due.append((self._id(self._written), chunk.text, metadata))
+            self._written += 1
+        if len(self._due) >= BATCH:
+            self.flush()
+
+
+def as_retriever(retrieval: ChunkIndex | Retriever | None) -> Retriever | None:
+    """What a stream was given as its retrieval, as a retriever."""
+    if retrieval is None or isinstance(retrieval, Retriever):
+        return retrieval
+    if isinstance(retrieval, ChunkIndex):
+        return Retriever(retrieval)
+    raise TypeError(
+        f"retrieval is a {type(retrieval).__name__}; give a ChunkIndex, a Retriever or None"
+    )
+
+
+def render(recalled: Iterable[Recalled], template: str = RECALL_TEMPLATE) -> str:
+    """The text that shows recalled passages to a model, in front of the question."""
+    return "".join(_shown(passage, template) for passage in recalled)
+
+
+def _shown(passage: Recalled, template: str) -> str:
+    named = {
+        "document": passage.document or "",
+        "start": "" if passage.start is None else str(passage.start),
+        "text": " ".join(passage.text.split()),
+    }
+    # In one pass: a passage may say "{start}" itself.
+    return _PLACES.sub(lambda match: named[match[1]], template)
+
+
+def read_document(
+    pieces: Iterable[str], embedder: Embedder, config: RetrievalConfig | None = None
+) -> Retriever:
+    """A retriever of one document, in an index of its own."""
+    retriever = Retriever(ChunkIndex(embedder), config)
+    for piece in pieces:
+        retriever.write(piece)
+    retriever.end()
+    return retriever
+
+
+def _new_owner() -> str:
+    return uuid.uuid4().hex[:16]
+
+
+def _place(hit: Hit) -> tuple[int, float]:
+    order = hit.metadata.get("order")
+    # A library's chunks have no order here: the best come last, next to the question.
+    return (1, float(order)) if order is not None else (0, float(hit.score))

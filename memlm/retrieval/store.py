@@ -1,0 +1,291 @@
+"""The directory of a saved index: append-only parts, and a manifest that says which of them count.
+
+    manifest.json          settings, counts and the list of parts, each with size and SHA-256
+    chunks-*.arrow         row, id, text, metadata (JSON) of some rows
+    vectors-*.arrow        row, float32 vector of rows that main-*.faiss does not hold
+    main-*.faiss           the faiss index
+    removed-*.npy          rows removed from the chunks-* files
+
+A save writes new parts under new names and replaces the manifest last, so that a reader, or a save that
+was killed, finds the old index or the new one. Checksums find damage; they do not make a stranger's
+files safe: faiss trusts the files it reads, so load only what you trust. One writer at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from memlm.retrieval.rows import Row
+
+FORMAT = "memlm-chunk-index"
+VERSION = 1
+MANIFEST = "manifest.json"
+BATCH = 65_536  # rows
+_SUFFIX = {"chunks": "arrow", "vectors": "arrow", "main": "faiss", "removed": "npy"}
+_PART = re.compile(
+    r"(chunks|vectors)-[0-9a-f]{16}\.arrow|main-[0-9a-f]{16}\.faiss|removed-[0-9a-f]{16}\.npy"
+)
+_LEFTOVER = re.compile(
+    rf"({_PART.pattern})|\.({_PART.pattern}|{re.escape(MANIFEST)})\.[A-Za-z0-9_]+"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of the directory. first, stop: range its rows lie in; count: how many it holds."""
+
+    kind: str
+    file: str
+    first: int
+    stop: int
+    count: int
+    bytes: int
+    sha256: str
+
+
+def damaged(path: Path, why: object) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} is damaged or not of this index ({why}); "
+        "restore the directory from a copy, or build the index again"
+    )
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 in hex, read from start to end in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none. ValueError when damaged, foreign, or newer."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{str(path)!r} is no manifest of a {FORMAT}; give a directory ChunkIndex.save wrote"
+        )
+    version = manifest.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise ValueError(
+            f"{str(path)!r} has version {version}, this memlm reads up to {VERSION}; upgrade memlm"
+        )
+    if version != VERSION or manifest.get("checksum") != _seal(manifest):
+        raise damaged(path, "its checksum does not match")
+    try:
+        manifest["parts"] = [Part(**part) for part in manifest["parts"]]
+    except (KeyError, TypeError) as error:
+        raise damaged(path, error) from error
+    for part in manifest["parts"]:
+        if not _PART.fullmatch(part.file):
+            raise damaged(path, f"it names a part {part.file!r}")
+    return manifest
+
+
+def check_target(directory: Path) -> dict[str, Any] | None:
+    """What `read_manifest` returns. ValueError when something else than an index is there."""
+    manifest = read_manifest(directory)
+    if manifest is None and os.path.lexists(directory):
+        if not directory.is_dir():
+            raise ValueError(f"{str(directory)!r} is not a directory; give another")
+        for entry in sorted(os.listdir(directory)):
+            # What an interrupted first save left is ours.
+            if not _LEFTOVER.fullmatch(entry):
+                raise ValueError(
+                    f"{str(directory)!r} holds {entry!r} and is no index; it is not overwritten: "
+                    "give a new or empty directory"
+                )
+    return manifest
+
+
+def write_part(
+    directory: Path, kind: str, rows: tuple[int, int], count: int, write: Callable[[Path], Any]
+) -> Part:
+    """Let `write` fill a file under a new name, on disk when this returns."""
+    from memlm.state import write_atomically
+
+    path = directory / f"{kind}-{secrets.token_hex(8)}.{_SUFFIX[kind]}"
+    found: tuple[int, str] = (0, "")
+
+    def fill(temporary: Path) -> None:
+        nonlocal found
+        write(temporary)
+        _sync(temporary)
+        found = (temporary.stat().st_size, _digest(temporary))
+
+    write_atomically(path, fill)
+    return Part(kind, path.name, rows[0], rows[1], count, *found)
+
+
+def commit(
+    directory: Path, settings: dict[str, Any], parts: Iterable[Part], before: str | None
+) -> dict[str, Any]:
+    """Replace the manifest, then delete files no longer named; returns the new manifest.
+
+    before: generation of the manifest replaced, None for none. ValueError when it changed meanwhile.
+    """
+    from memlm.state import write_atomically
+
+    parts = list(parts)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "generation": secrets.token_hex(8),
+        **settings,
+        "parts": [asdict(part) for part in parts],
+    }
+    manifest["checksum"] = _seal(manifest)
+    _sync(directory)
+    there = read_manifest(directory)
+    if (there["generation"] if there else None) != before:
+        raise ValueError(
+            f"{str(directory)!r} was changed by another while saving; load it again, "
+            "or save elsewhere"
+        )
+
+    def fill(temporary: Path) -> None:
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+
+    write_atomically(directory / MANIFEST, fill)
+    _sync(directory)
+    kept = {part.file for part in parts}
+    for entry in os.listdir(directory):
+        if entry not in kept and _LEFTOVER.fullmatch(entry):
+            (directory / entry).unlink(missing_ok=True)
+    return {**manifest, "parts": parts}
+
+
+def intact(directory: Path, parts: Iterable[Part]) -> bool:
+    """Whether every part is there with its size; content is not read."""
+    try:
+        return all((directory / part.file).stat().st_size == part.bytes for part in parts)
+    except OSError:
+        return False
+
+
+def verify(directory: Path, part: Part) -> Path:
+    """The path of a part. ValueError when it is missing, cut, or its checksum differs."""
+    path = directory / part.file
+    if not path.is_file():
+        raise damaged(path, "it is missing")
+    size = path.stat().st_size
+    if size != part.bytes:
+        raise damaged(path, f"{size} bytes instead of {part.bytes}")
+    if _digest(path) != part.sha256:
+        raise damaged(path, "its checksum does not match")
+    return path
+
+
+def merged(parts: list[Part], count: int) -> int:
+    """How many parts stay when `count` rows are added: the rest is written again with them.
+
+    A part is written again only with at least as many rows, so a row is written at most
+    log2(rows) times, and there are at most as many parts.
+    """
+    kept = len(parts)
+    while kept and parts[kept - 1].count <= count:
+        kept -= 1
+        count += parts[kept].count
+    return kept
+
+
+def write_chunks(path: Path, rows: Iterable[tuple[int, Row]]) -> None:
+    import pyarrow as pa
+
+    names = ("id", "text", "metadata")
+    schema = pa.schema([("row", pa.int64()), *((name, pa.large_string()) for name in names)])
+    batches = _batches(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for batch in batches:
+            numbers, entries = zip(*batch, strict=True)
+            columns = [pa.array(numbers, pa.int64())]
+            for values in zip(*entries, strict=True):
+                columns.append(pa.array(values, pa.large_string()))
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _batches(rows: Iterable[tuple[int, Row]]) -> Iterable[list[tuple[int, Row]]]:
+    batch = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def write_vectors(
+    path: Path, dim: int, blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]
+) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("row", pa.int64()), ("vector", pa.list_(pa.float32(), dim))])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for rows, vectors in blocks:
+            flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+            columns = [pa.array(rows), pa.FixedSizeListArray.from_arrays(flat, dim)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def read_arrow(path: Path, mmap: bool) -> list[pa.RecordBatch]:
+    """The batches of a file `verify` found whole; with `mmap` they stay on disk."""
+    import pyarrow as pa
+
+    try:
+        source = pa.memory_map(str(path)) if mmap else pa.OSFile(str(path))
+        reader = pa.ipc.open_file(source)
+        return [reader.get_batch(n) for n in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def vectors_of(batch: pa.RecordBatch, dim: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(n,) rows and (n, dim) vectors of a batch, without a copy."""
+    flat = batch.column("vector").flatten().to_numpy()
+    return batch.column("row").to_numpy(), flat.reshape(-1, dim)
+
+
+def write_removed(path: Path, rows: list[int]) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.asarray(rows, np.int64), allow_pickle=False)
+
+
+def read_removed(path: Path) -> NDArray[np.int64]:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise damaged(path, error) from error
