@@ -233,7 +233,7 @@ def test_bad_input_is_refused_by_name() -> None:
         stream.ask("Where?", max_new_tokens=0)
     with pytest.raises(ValueError, match="tokens, but the model embeds 100"):
         DocumentStream(model_for(vocab_size=100), tok)
-    with pytest.raises(ValueError, match="retrieval="):
+    with pytest.raises(TypeError, match="retrieval is"):
         DocumentStream(model_for(), tok, retrieval=object())
     with pytest.raises(TypeError, match="has no memory"):
         DocumentStream(model_for().base, tok)

@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from memlm.config import RECALL_TEMPLATE
@@ -22,6 +23,9 @@ from memlm.text import split_sentences
 
 # Chunks embedded at once: one at a time would cost several times as much.
 BATCH = 256
+# Sentences a further hop searches for, and how like to the question they are beside the likest one.
+CLUES = 4
+CLUE_SHARE = 0.5
 _OWNER = "memlm_stream"
 _PLACES = re.compile(r"\{(document|start|text)\}")
 
@@ -47,8 +51,8 @@ class RetrievalConfig:
 
     k: chunks a question recalls. size, overlap: words of a chunk, and how many of them are repeated in
     the next one; by: "sentences" or "tokens", as in `chunk_text`. hops: how often the index is searched
-    for a question; from the second time on together with the sentences found before that are likest to
-    it, so that a fact may lead to another one. where: a filter on the metadata of what may be recalled.
+    for a question; from the second time on for the sentences found before that are likest to it, so that a
+    fact may lead to another one. where: a filter on the metadata of what may be recalled.
     """
 
     k: int = 4
@@ -102,16 +106,17 @@ class Retriever:
         wanted = self.config.k if k is None else k
         where = {**(self.config.where or {}), _OWNER: [ABSENT, *self._owners]}
         found: dict[str, Hit] = {}
-        query = question
+        queries = [question]
         for hop in range(self.config.hops):
             # Every hop adds its part, the last one what is left.
             share = -(-wanted * (hop + 1) // self.config.hops)
-            (hits,) = self.index.search([query], k=wanted, where=where)
-            for hit in hits:
+            # The best of every query first, then the second best: none crowds out the others.
+            ranks = zip_longest(*self.index.search(queries, k=wanted, where=where))
+            for hit in (hit for rank in ranks for hit in rank if hit is not None):
                 if len(found) < share:
                     found.setdefault(str(hit.id), hit)
             if hop + 1 < self.config.hops:
-                query = " ".join([question, *self._clues(question, list(found.values()))])
+                queries = self._clues(question, list(found.values())) or queries
         ordered = sorted(found.values(), key=_place)
         return [
             Recalled(
@@ -126,18 +131,19 @@ class Retriever:
         ]
 
     def _clues(self, question: str, hits: Sequence[Hit]) -> list[str]:
-        """Of each passage the sentence that is likest to the question.
+        """The sentences found that are likest to the question, each to be searched for by itself.
 
         Whole passages would drown what leads on in what happens to stand around it.
         """
-        clues = []
-        asked = self.index.embedder.encode_queries([question])[0]
-        for hit in hits:
-            sentences = split_sentences(hit.text)
-            likeness = self.index.embedder.encode(sentences) @ asked
-            if len(sentences) and likeness.max() > 0:
-                clues.append(sentences[int(likeness.argmax())])
-        return clues
+        sentences = list(dict.fromkeys(s for hit in hits for s in split_sentences(hit.text)))
+        if not sentences:
+            return []
+        embedder = self.index.embedder
+        likeness = embedder.encode(sentences) @ embedder.encode_queries([question])[0]
+        best = sorted(range(len(sentences)), key=lambda n: -likeness[n])[:CLUES]
+        return [
+            sentences[n] for n in best if likeness[n] > max(0.0, CLUE_SHARE * likeness[best[0]])
+        ]
 
     def flush(self) -> None:
         """Put what is due into the index."""

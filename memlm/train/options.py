@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from memlm.config import RECALL_TEMPLATE
 from memlm.eval import babi
 from memlm.eval.babi.generators.events import DIALECTS
 
@@ -70,7 +69,7 @@ class BabilongOptions:
     recall_template: str = described(
         "how a recalled passage stands in front of the question, with {text} in it; the model "
         "remembers it",
-        RECALL_TEMPLATE,
+        " {text}",
     )
 
     def __post_init__(self) -> None:
