@@ -311,7 +311,19 @@ def _mark(batch: Sequence[Asked]) -> str:
     )
 
 
-class LastReader(Reader):
+class BaseReader(Reader):
+    """Reads with a model of transformers alone."""
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        self.base = base
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+
+class LastReader(BaseReader):
     """Baseline "none": the base model sees the end of the document alone, and the question.
 
     window: tokens it sees, prompt and question included.
@@ -322,13 +334,8 @@ class LastReader(Reader):
     def __init__(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window: int
     ) -> None:
-        super().__init__(tokenizer)
-        self.base = base
+        super().__init__(base, tokenizer)
         self.window = window
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
 
     def settings(self) -> dict[str, Any]:
         return {"baseline": self.name, "window": self.window}
@@ -371,18 +378,10 @@ class RecalledReader(LastReader):
         return {"baseline": self.name}
 
 
-class WholeReader(Reader):
+class WholeReader(BaseReader):
     """Baseline "full": the base model attends to the whole document, up to its limit or the machine's."""
 
     name: ClassVar[str] = "full"
-
-    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(tokenizer)
-        self.base = base
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
 
     def refuse(self, tokens: int, max_new_tokens: int) -> str | None:
         config = self.base.config.get_text_config()
