@@ -31,6 +31,7 @@ from memlm.retrieval.rows import (
     check_metadata,
     check_texts,
     check_where,
+    id_of,
 )
 from memlm.retrieval.vectors import Floats, Ints, Mask, Vectors
 
@@ -46,7 +47,7 @@ class Hit:
     """
 
     text: str
-    id: str
+    id: str | int
     score: float
     metadata: dict[str, Any]
     dense: float | None = None
@@ -162,10 +163,10 @@ class ChunkIndex:
         texts: Sequence[str],
         ids: Sequence[str | int] | None = None,
         metadata: Sequence[Mapping[str, Value]] | None = None,
-    ) -> list[str]:
+    ) -> list[str | int]:
         """Add texts; returns their ids. All are added, or none.
 
-        ids: unique text or ints (7 and "7" are the same id), made when None. metadata: one flat mapping a
+        ids: unique text or ints (7 and "7" are two ids), made when None. metadata: one flat mapping a
         text with values of str, int, float, bool or None. The vectors of one call are in memory at once
         (4 * dim bytes a text): add a large corpus in calls of some ten thousand.
         """
@@ -182,7 +183,7 @@ class ChunkIndex:
             self._refuse_known(given or [])
             names = given if given is not None else self._make_ids(len(texts))
             self._insert(list(zip(names, texts, notes, strict=True)), vectors)
-        return names
+        return [id_of(name) for name in names]
 
     def update(
         self,
@@ -295,7 +296,7 @@ class ChunkIndex:
         self, row: int, score: float, dense: float | None = None, lexical: float | None = None
     ) -> Hit:
         ident, text, notes = self._rows[row]
-        return Hit(text, ident, score, json.loads(notes) if notes else {}, dense, lexical)
+        return Hit(text, id_of(ident), score, json.loads(notes) if notes else {}, dense, lexical)
 
     def _index_words(self, lexical: Lexical) -> None:
         """Enter the rows added since the last search by word."""
@@ -321,19 +322,23 @@ class ChunkIndex:
     def _refuse_known(self, names: list[str]) -> None:
         for name in names:
             if name in self._rows.row_of:
-                raise ValueError(f"ids has {name!r}, which is in the index; use update, or another")
+                raise ValueError(
+                    f"ids has {id_of(name)!r}, which is in the index; use update, or another"
+                )
 
     def _find(self, names: list[str]) -> list[int]:
         missing = [name for name in names if name not in self._rows.row_of]
         if missing:
-            raise ValueError(f"ids has {missing[0]!r}, which is not in the index; add it first")
+            raise ValueError(
+                f"ids has {id_of(missing[0])!r}, which is not in the index; add it first"
+            )
         return [self._rows.row_of[name] for name in names]
 
     def _make_ids(self, count: int) -> list[str]:
         names: list[str] = []
         number = self._rows.next_row
         while len(names) < count:
-            name = f"chunk-{number}"
+            name = check_id(f"chunk-{number}", "id")
             number += 1
             if name not in self._rows.row_of:
                 names.append(name)

@@ -65,7 +65,7 @@ def _check_text(text: Any, name: str) -> None:
 
 
 def check_id(value: Any, name: str) -> str:
-    """An id as text: an int is its decimal digits, so 7 and "7" are the same id."""
+    """An id as JSON text, by which it is stored: 7 and "7" are two ids."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return str(int(value))
     if not isinstance(value, str):
@@ -73,11 +73,16 @@ def check_id(value: Any, name: str) -> str:
     _check_text(value, name)
     if not value:
         raise ValueError(f"{name}='' is empty; give text, or ids=None to have ids made")
-    return str(value)
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def id_of(key: str) -> str | int:
+    """The id as it was given."""
+    return json.loads(key)
 
 
 def check_ids(ids: Sequence[str | int], name: str = "ids") -> list[str]:
-    """Ids as text, in order. ValueError when one is given twice."""
+    """Ids as JSON texts, in order. ValueError when one is given twice."""
     if isinstance(ids, (str, bytes)):
         raise ValueError(f"{name}={ids!r} is one id; give a list of ids")
     checked = [check_id(value, f"{name}[{n}]") for n, value in enumerate(_listed(ids, name))]
@@ -85,7 +90,7 @@ def check_ids(ids: Sequence[str | int], name: str = "ids") -> list[str]:
     for position, value in enumerate(checked):
         if value in first:
             raise ValueError(
-                f"{name}[{position}]={value!r} was given before at {first[value]}; "
+                f"{name}[{position}]={id_of(value)!r} was given before at {first[value]}; "
                 "ids must be unique"
             )
         first[value] = position

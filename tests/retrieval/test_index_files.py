@@ -436,7 +436,7 @@ for _ in range(times):
     index = ChunkIndex.load(folder, WordVectors())
     now = len(index) - 3
     assert last <= now <= last + 1, (last, now)
-    wanted = {str(n) for n in range(now + 1)} | {f"a{now}", f"b{now}"}
+    wanted = {*range(now + 1)} | {f"a{now}", f"b{now}"}
     hits = index.search(["step 1"], 10 * len(index), hybrid=False)[0]
     assert {hit.id for hit in hits} == wanted
 print(last)
