@@ -125,10 +125,7 @@ def table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(arguments).items()
-    }
+    return {key: value for key, value in vars(arguments).items() if key != "out"}
 
 
 if __name__ == "__main__":

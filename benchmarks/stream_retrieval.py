@@ -56,7 +56,9 @@ def main() -> None:
         searching.append(time.process_time() - began)
     shares = [1 - p / r for p, r in zip(plain, recalling, strict=True)]
     result = {
-        "settings": {k: str(v) for k, v in vars(arguments).items()},
+        "settings": {
+            k: Path(v).name if k == "model" else v for k, v in vars(arguments).items() if k != "out"
+        },
         "tokens": tokens,
         "chunks": len(index),
         "index_bytes": index.bytes,
