@@ -156,7 +156,7 @@ def evaluate(
         for (task, length), count in counts.items()
         if format_length(length) not in skipped.get(task, {})
     }
-    cells = _cells(log, wanted)
+    cells = _cells(log, wanted, skipped)
     report = Report(
         cells,
         settings | {"seed": seed, "batch_size": batch_size},
@@ -505,11 +505,17 @@ def _bar(todo: Sequence[_Batch], progress: bool) -> tqdm:
     )
 
 
-def _cells(log: RunLog, wanted: dict[tuple[str, str], int]) -> list[Cell]:
-    """What this call asked for, and behind it what the folder holds of earlier calls."""
+def _cells(
+    log: RunLog, wanted: dict[tuple[str, str], int], skipped: dict[str, dict[str, str]]
+) -> list[Cell]:
+    """What this call asked for, and behind it what the folder holds of earlier calls.
+
+    A cell that was given up half-way is no result.
+    """
     found: dict[tuple[str, str], list[Row]] = {cell: [] for cell in wanted}
     for (task, length, index), row in log.rows.items():
-        if index < wanted.get((task, length), index + 1):
+        given_up = length in skipped.get(task, {})
+        if not given_up and index < wanted.get((task, length), index + 1):
             found.setdefault((task, length), []).append(row)
     return [_cell(task, length, rows) for (task, length), rows in found.items()]
 

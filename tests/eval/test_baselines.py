@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -184,6 +186,19 @@ def test_memory_running_out_leaves_the_cell_out_and_the_run_goes_on(
 
     monkeypatch.setattr(type(model), "generate", greedy)
     report, _ = run(model, tokenizer, prose, lengths=[500, 100])
+    calls = []
+
+    def late(self: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no more")
+        return generate(self, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "generate", late)
+        half, _ = run(model, tokenizer, prose, lengths=[100])
+    # Three samples were answered before; a part of a cell is no result.
+    assert half.cells == [] and "memory ran out" in half.skipped["qa1"]["100"]
     assert (
         report.accuracy["qa1"].keys() == {"100"}
         and "memory ran out" in report.skipped["qa1"]["500"]
@@ -232,3 +247,30 @@ def test_retrieval_sees_the_passages_and_the_question_alone(
         passages = read_document(sample, HashingEmbedder(), config).recall(sample.question)
         text = f"{render(passages)} {sample.question}"
         assert output == continued(model, tokenizer, tokenizer(text).input_ids)
+
+
+def test_the_start_token_stands_before_another_models_document_and_not_before_ours(
+    tokenizer: Tokenizer, prose: Haystack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = copy.deepcopy(tokenizer)
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", starting.eos_token_id)]
+    )
+    model, seen = small(tokenizer), []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, **kw: seen.append(kw) or generate(self, **kw)
+    )
+    run(model, starting, prose, samples=1)
+    assert int(seen[0]["input_ids"][0, 0]) == starting.eos_token_id
+    plain = prompts_of(tokenizer, prose)[0]
+    assert seen[0]["input_ids"][0, 1:].tolist() == plain
+    ours = MemLMForCausalLM.from_base(model, memory="none", segment_length=64)
+    seen.clear()
+    monkeypatch.setattr(
+        type(ours),
+        "generate",
+        lambda self, **kw: seen.append(kw) or torch.zeros(1, 9999, dtype=torch.long),
+    )
+    run(ours, starting, prose, samples=1, lengths=["0k"])
+    assert int(seen[0]["input_ids"][0, 0]) != starting.eos_token_id

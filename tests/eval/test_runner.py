@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from memlm import MemLMForCausalLM
-from memlm.eval import Report, evaluate, readers
+from memlm.eval import Report, evaluate, readers, runner
 from memlm.eval.haystack import Haystack
 from memlm.eval.samples import Composed
 from memlm.retrieval.retriever import RetrievalConfig
@@ -529,3 +529,34 @@ def test_samples_are_recalled_from_alone(
             lengths=["1k"], samples=5, batch_size=batch_size, retrieval=4,
         )  # fmt: skip
     assert samples_of(tmp_path / "a") == samples_of(tmp_path / "b")
+
+
+def test_little_is_made_ahead_of_the_model(
+    tokenizer: Tokenizer, prose: Haystack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "AHEAD", 500)
+    made, leads = [0], []
+    pieces = readers.MemoryReader.pieces
+
+    def counting(self: Any, *args: Any) -> Any:
+        for piece in pieces(self, *args):
+            made[0] += piece.ids.size
+            yield piece
+
+    class Slow(SolvingModel):
+        read_tokens = 0
+
+        def read(self, segments: Any, memory_state: Any = None) -> Any:
+            def watched() -> Any:
+                for segment in segments:
+                    time.sleep(0.01)
+                    leads.append(made[0] - self.read_tokens)
+                    self.read_tokens += segment.ids.numel()
+                    yield segment
+
+            return super().read(watched(), memory_state)
+
+    monkeypatch.setattr(readers.MemoryReader, "pieces", counting)
+    run(Slow(tokenizer, 50), tokenizer, prose, lengths=["2k"], samples=2, batch_size=2)
+    # In store, in the maker's hand, in the model's, and the prompts.
+    assert 300 <= max(leads) <= 500 + 3 * 100

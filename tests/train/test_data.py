@@ -399,3 +399,54 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "noise.bin").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ValueError, match=r"noise\.bin' is not UTF-8"):
         TextFiles(tmp_path)[0]
+
+
+# Recalled passages.
+
+
+def test_what_a_question_recalls_stands_in_front_of_it_without_targets(
+    haystack: TokenHaystack,
+) -> None:
+    options = {"retrieval": 3, "retrieval_size": 12, "recall_template": " See: {text}"}
+    source = source_of(haystack, questions=2, **options)
+    tokenizer, found = haystack.tokenizer, 0
+    for number in range(8):
+        (piece,) = source.document(number, Stage(min_segments=3, max_segments=3))
+        # The document fills its segments; the questions stand behind it, in one of their own.
+        assert len(piece.ids) == 3 * LENGTH and piece.targets is None
+        document = facts_in(tokenizer.decode(piece.ids))
+        for question in piece.questions:
+            assert question.segment == 2
+            reply = tokenizer.decode(question.ids[-question.answer :]).split(tokenizer.eos_token)[0]
+            shown = tokenizer.decode(question.ids[: -question.answer])
+            recalled, asked = shown[: shown.index("Where")], shown[shown.index("Where") :]
+            assert recalled.count("See:") == 3
+            last = next(fact for fact in reversed(document) if asked.split()[2][:-1] in fact)
+            assert babi.solve(document, asked.strip()) == reply.strip()
+            found += last in recalled
+    assert found >= 12
+
+
+def test_recalled_tokens_are_limited(haystack: TokenHaystack) -> None:
+    stage = Stage(min_segments=3, max_segments=3)
+    wide, narrow = (
+        next(source_of(haystack, retrieval=4, retrieval_tokens=most).document(0, stage))
+        for most in (192, 7)
+    )
+    for one, other in zip(wide.questions, narrow.questions, strict=True):
+        assert len(other.ids) < len(one.ids) and np.array_equal(other.ids[:7], one.ids[:7])
+        assert np.array_equal(other.ids[7:], one.ids[-len(other.ids[7:]) :])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retrieval": 2, "layout": "flowing"}, "needs layout='story'"),
+        ({"retrieval": -1}, "retrieval=-1"),
+        ({"retrieval_size": 0}, "retrieval_size=0"),
+        ({"recall_template": "no place"}, "no place for the passage"),
+    ],
+)
+def test_impossible_recall_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BabilongOptions(**options)
