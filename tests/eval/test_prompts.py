@@ -135,3 +135,10 @@ def test_the_model_is_given_the_whole_prompt_around_every_document(
         document, _, question = text[len(before) : len(text) - len(end)].rpartition("Where")
         assert question.startswith(" is the ") and document.startswith(" ")
         assert document.endswith(start)
+
+
+def test_chat_models_are_asked_not_to_think_aloud(tokenizer: Tokenizer) -> None:
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = CHAT + "{% if enable_thinking is not false %}<think>{% endif %}"
+    _, after = Prompts.of("chat", thinking).around("qa1", "Where?", thinking)
+    assert after.endswith("<|assistant|>")

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from memlm.modeling import MemLMForCausalLM
 from memlm.train import Recipe, train
 from memlm.train.recipe import override
-from memlm.train.run import LogFile
+from memlm.train.run import LogFile, make_model
+from tests.tokenizers import tokenizer
 from tests.train.tiny import weights
 
 PAGE = " ".join(
@@ -249,3 +250,11 @@ def test_evaluations_score_held_out_text(tmp_path: Path) -> None:
     assert [line["step"] for line in scored] == [3, 6]
     stages = {line["step"]: line["stage"] for line in lines(tmp_path / "out") if "loss" in line}
     assert stages[6] == int(any(line["eval_accuracy"] > 0 for line in scored[:1]))
+
+
+def test_a_model_that_learns_to_read_passages_remembers_how_it_was_asked() -> None:
+    recipe = Recipe.load("tiny-none-recall", ["data.recall_template=' See: {text}'"])
+    config = make_model(recipe, tokenizer("byte-bpe")).config
+    assert config.recall_template == " See: {text}" and config.question_segment == "own"
+    alone = Recipe.load("tiny-none-recall", ["data.retrieval=0"])
+    assert make_model(alone, tokenizer("byte-bpe")).config.question_segment == "open"
