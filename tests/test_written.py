@@ -1,0 +1,76 @@
+"""What earlier versions wrote is read with equal results, from the version that made it on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memlm import DocumentStream, MemLMForCausalLM, MemoryState
+from memlm.retrieval import HashingEmbedder
+from tests.cases import SEGMENT, tokens
+from tests.written import make
+
+WRITTEN = Path(make.__file__).parent
+MODELS = sorted(path.parent for path in WRITTEN.glob("*/*/state.safetensors"))
+STREAMS = sorted(path.parent for path in WRITTEN.glob("*/*/expected.json"))
+models = pytest.mark.parametrize("folder", MODELS, ids=lambda f: f"{f.parent.name}-{f.name}")
+streams = pytest.mark.parametrize("folder", STREAMS, ids=lambda f: f"{f.parent.name}-{f.name}")
+
+
+def test_something_was_written() -> None:
+    assert len(MODELS) >= 12 and STREAMS
+
+
+@models
+@torch.no_grad()
+def test_a_model_and_its_state_give_the_logits_they_gave(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    expected = load_file(folder / "expected.safetensors")["logits"]
+    close = {"rtol": 0, "atol": 2e-2 if expected.dtype == torch.bfloat16 else 1e-5}
+    state = MemoryState.load(folder / "state.safetensors")
+    again = model(tokens(*make.SECOND, seed=3), memory_state=state).logits
+    torch.testing.assert_close(again, expected, **close)
+    # The state is one the model makes itself, and it matters.
+    made = model(tokens(*make.FIRST)).memory_state
+    torch.testing.assert_close(made.tensors, state.tensors, **close)
+    if folder.name != "none":
+        alone = model(tokens(*make.SECOND, seed=3)).logits
+        assert not torch.allclose(alone, expected, **close)
+
+
+@models
+@torch.no_grad()
+def test_a_memory_alone_fits_on_a_base_of_its_own(folder: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    model = MemLMForCausalLM.from_base(
+        make.base(whole.base.dtype), memory=whole.config.memory, segment_length=SEGMENT
+    ).eval()
+    model.load_memory(folder / "memory")
+    model.base.load_state_dict(whole.base.state_dict())
+    ids = tokens(*make.SECOND, seed=3)
+    state = MemoryState.load(folder / "state.safetensors")
+    torch.testing.assert_close(
+        model(ids, memory_state=state).logits.float(),
+        whole(ids, memory_state=state).logits.float(),
+        rtol=0,
+        atol=2e-2 if whole.base.dtype == torch.bfloat16 else 1e-6,
+    )
+
+
+@streams
+def test_a_stream_goes_on_where_it_was_left(folder: Path) -> None:
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    embedder = HashingEmbedder(dim=expected["dim"])
+    stream = DocumentStream.load(folder / "stream", model, tokenizer, embedder)
+    assert stream.tokens_seen == expected["tokens_seen"]
+    assert stream.score(make.CONTINUATION) == pytest.approx(expected["score"], abs=1e-5)
+    answer = stream.ask(make.QUESTION, max_new_tokens=6)
+    assert answer == expected["answer"]
+    assert [source.text for source in answer.sources] == expected["sources"]

@@ -1,0 +1,1 @@
+"""What each version wrote, and the script that writes it."""
