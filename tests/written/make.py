@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from memlm import DocumentStream, MemLMForCausalLM, __version__
-from memlm.memory import InfiniConfig
 from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.state import write_json
 from memlm.train.tokenizer import train_tokenizer
