@@ -1,0 +1,306 @@
+"""Gated delta rules: a linear memory beside a layer's attention (Yang et al. 2024, *Gated Delta Networks*).
+
+Every token is read and written, chunk by chunk, by the recurrence of `parts.delta_rule`; `rule` says which of
+its family: linear attention, GLA, DeltaNet, Gated DeltaNet, KDA or Kaczmarz linear attention. The block is that
+of the paper: short convolutions, SiLU, normed queries and keys, a normed and gated output. It stands as a
+branch beside the attention, with an output projection of zeros, so that a base model is left as it was.
+
+Not in the papers: the hard write gate. It multiplies all that a token does, its decay too, and reaches zero
+exactly, so that what is not worth remembering leaves the state as it was, to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.gates import check_gate, open_gate
+from memlm.memory.parts.titans import _loaded, _put, _real_first, _take
+
+EPSILON = 1e-6
+
+
+class Rule(NamedTuple):
+    """What a rule of the family has. decay: "none", "head" or "channel". erases: whether a write first takes
+    away what its key held. unit_keys: keys are normed; if not, the step is divided by the key's square."""
+
+    decay: str
+    erases: bool
+    unit_keys: bool = True
+
+
+RULES = {
+    "linear": Rule("none", erases=False),
+    "gla": Rule("channel", erases=False),
+    "delta": Rule("none", erases=True),
+    "gated-delta": Rule("head", erases=True),
+    "kda": Rule("channel", erases=True),
+    "kaczmarz": Rule("head", erases=True, unit_keys=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaConfig(MemoryConfig):
+    """Options of the gated delta rules.
+
+    rule: "linear", "gla", "delta" (DeltaNet), "gated-delta", "kda" or "kaczmarz". num_heads: heads of the
+    memory, None for the base's; head_dim: size of queries and keys, None for hidden size / heads; value_dim:
+    size of values, None for head_dim. householder_steps: writes per token (DeltaProduct), each with keys, values
+    and gates of its own, the token's decay before the first. negative_eigenvalues: gates reach 2, so that a write
+    may turn what it erases round. conv_size: width of the short convolutions, 0 for none. chunk_length: tokens
+    computed at once, None for 64; only rounding depends on it.
+    write_gate: "sigmoid", the papers', or "hard", which reaches zero exactly and shuts off the decay as well.
+    write_threshold: a gate below it counts as zero, everything the token does with it; float("inf") silences
+    the memory. initial_gate: the write gate's logit at the start. write_cost: added to the training loss, times
+    the mean gate (not in the papers). output_std: scale of the output projection at the start; 0 leaves the
+    stage as it was.
+    """
+
+    rule: str = "gated-delta"
+    num_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    householder_steps: int = 1
+    negative_eigenvalues: bool = False
+    conv_size: int = 4
+    chunk_length: int | None = None
+    write_gate: str = "sigmoid"
+    write_threshold: float = 0.0
+    initial_gate: float = 0.0
+    write_cost: float = 0.0
+    output_std: float = 0.0
+
+    def resolved(self, dims: Dims) -> Self:
+        """Fill what is open from `dims`; ValueError for what cannot be."""
+        if self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r} is unknown; use one of {', '.join(RULES)}")
+        check_gate(self.write_gate, self.write_threshold)
+        heads = dims.num_heads if self.num_heads is None else self.num_heads
+        if heads < 1 or (self.head_dim is None and dims.hidden_size % heads):
+            raise ValueError(
+                f"num_heads={heads} does not divide hidden_size={dims.hidden_size}; use a divisor of it, "
+                "or give head_dim as well"
+            )
+        size = dims.hidden_size // heads if self.head_dim is None else self.head_dim
+        filled = {
+            "num_heads": heads,
+            "head_dim": size,
+            "value_dim": size if self.value_dim is None else self.value_dim,
+            "chunk_length": 64 if self.chunk_length is None else self.chunk_length,
+        }
+        least = {**dict.fromkeys(filled, 1), "householder_steps": 1, "conv_size": 0}
+        least |= {"write_cost": 0, "output_std": 0}
+        for name, lowest in least.items():
+            value = filled.get(name, getattr(self, name))
+            if value < lowest:
+                raise ValueError(f"{name}={value} must be at least {lowest}")
+        return replace(self, **filled)
+
+
+class GatedDeltaState(NamedTuple):
+    """memory (B, H, dk, dv), float32 or wider. tails: the last conv_size - 1 inputs of the three convolutions,
+    (B, conv_size - 1, n) each. written (B,): the mean gate over the last segment's tokens."""
+
+    memory: Tensor
+    tails: tuple[Tensor, ...]
+    written: Tensor
+
+
+class GatedDelta(Memory):
+    """Gated delta rules beside a layer's attention."""
+
+    site: ClassVar[Site] = "attention"
+    Config: ClassVar[type[MemoryConfig]] = GatedDeltaConfig
+    neutral: ClassVar[bool] = True
+    config: GatedDeltaConfig
+
+    def __init__(self, config: GatedDeltaConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        assert config.num_heads and config.head_dim and config.value_dim and config.chunk_length
+        self.rule = RULES[config.rule]
+        self.heads, self.keys, self.values = config.num_heads, config.head_dim, config.value_dim
+        self.steps, self.chunk = config.householder_steps, config.chunk_length
+        hidden, steps = dims.hidden_size, self.heads * config.householder_steps
+        widths = (self.heads * self.keys, steps * self.keys, steps * self.values)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(hidden, width, bias=False) for width in widths
+        )
+        self.b_proj = nn.Linear(hidden, steps)
+        self.kernels = nn.ParameterList(
+            torch.empty(width, 1, config.conv_size) for width in widths if config.conv_size
+        )
+        if self.rule.decay != "none":
+            decays = self.heads * (self.keys if self.rule.decay == "channel" else 1)
+            self.a_proj = nn.Linear(hidden, decays, bias=False)
+            self.A_log = nn.Parameter(torch.empty(self.heads))
+            self.dt_bias = nn.Parameter(torch.empty(decays))
+        self.g_proj = nn.Linear(hidden, self.heads * self.values, bias=False)
+        self.o_norm = nn.Parameter(torch.empty(self.values))
+        self.o_proj = nn.Linear(self.heads * self.values, hidden, bias=False)
+
+    @classmethod
+    def resolve(cls, config: GatedDeltaConfig, dims: Dims) -> GatedDeltaConfig:
+        return config.resolved(dims)
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        config = self.config
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.normal_(self.b_proj.weight, std=self.b_proj.in_features**-0.5)
+        nn.init.constant_(self.b_proj.bias, config.initial_gate)
+        for kernel in self.kernels:
+            nn.init.zeros_(kernel)
+            if not _loaded(kernel):
+                with torch.no_grad():
+                    kernel[..., -1] = 1.0
+        if self.rule.decay != "none":
+            nn.init.normal_(self.a_proj.weight, std=0.1 * self.a_proj.in_features**-0.5)
+            if not _loaded(self.A_log):
+                with torch.no_grad():
+                    self.A_log.uniform_(1.0, 16.0).log_()
+            if not _loaded(self.dt_bias):
+                with torch.no_grad():
+                    # softplus(dt_bias) is log-uniform from 1e-3 to 1e-1, as in Mamba.
+                    step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1))
+                    self.dt_bias.copy_(step.exp().expm1().log())
+        nn.init.ones_(self.o_norm)
+        if config.output_std:
+            nn.init.normal_(self.o_proj.weight, std=config.output_std)
+        else:
+            nn.init.zeros_(self.o_proj.weight)
+
+    def init_state(self, batch_size: int) -> GatedDeltaState:
+        dtype = accumulator_dtype(self.o_norm.dtype)
+        tail = max(0, self.config.conv_size - 1)
+        return GatedDeltaState(
+            self.zeros(batch_size, self.heads, self.keys, self.values, dtype=dtype),
+            tuple(self.zeros(batch_size, tail, len(kernel), dtype=dtype) for kernel in self.kernels),
+            self.zeros(batch_size, dtype=dtype),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: GatedDeltaState,
+        inner: Inner,
+        *,
+        mask: Tensor | None,
+        write: bool = True,
+    ) -> tuple[Tensor, GatedDeltaState]:
+        answer, new = self.branch(x, state, mask)
+        return inner(x) + answer, (new if write else state)
+
+    def branch(
+        self, x: Tensor, state: GatedDeltaState, mask: Tensor | None
+    ) -> tuple[Tensor, GatedDeltaState]:
+        """What the memory answers to `x` (B, T, D), and the state behind it."""
+        order, real = _real_first(x, mask)
+        x = _take(x, order)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        (q, k, v), tails = zip(
+            *(self._project(x, linear, i, state, real) for i, linear in enumerate(projections)),
+            strict=True,
+        )
+        logits = self.b_proj(x), self.a_proj(x) if self.rule.decay != "none" else None
+        with torch.autocast(x.device.type, enabled=False):
+            tokens, gate = self._tokens(q, k, v, *logits, state.memory.dtype, real)
+            found, memory = delta_rule(tokens, state.memory, self.chunk)
+            found = found[:, :, self.steps - 1 :: self.steps]
+            found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
+            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
+        y = self.o_proj(found * F.silu(self.g_proj(x)))
+        count = x.shape[1] if real is None else real.sum(dim=1).clamp(min=1)
+        written = gate.mean(dim=1).sum(dim=1) / (count * self.steps)
+        return _put(y, order), GatedDeltaState(memory, tails if self.kernels else (), written)
+
+    def auxiliary_loss(self, before: Any, after: GatedDeltaState) -> Tensor | None:
+        """(B,) `write_cost` times the mean gate; None when writing is free."""
+        return self.config.write_cost * after.written if self.config.write_cost else None
+
+    def _project(
+        self, x: Tensor, linear: nn.Linear, stream: int, state: GatedDeltaState, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, T, n) through projection, short convolution and SiLU; the new tail."""
+        z = linear(x)
+        tail = z
+        if self.kernels:
+            joined = torch.cat([state.tails[stream].to(z.dtype), z], dim=1)
+            kernel = cast(Tensor, self.kernels[stream]).to(z.dtype)
+            z = F.conv1d(joined.mT, kernel, groups=joined.shape[2]).mT
+            size, count = self.config.conv_size - 1, x.shape[1]
+            if real is None:
+                tail = joined[:, count:]
+            else:
+                index = real.sum(dim=1, keepdim=True) + torch.arange(size, device=x.device)
+                tail = joined.gather(1, index.unsqueeze(-1).expand(-1, -1, joined.shape[2]))
+            tail = tail.to(state.tails[stream].dtype)
+        return F.silu(z), tail
+
+    def _tokens(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate_logit: Tensor,
+        decay_logit: Tensor | None,
+        dtype: torch.dtype,
+        real: Tensor | None,
+    ) -> tuple[Tokens, Tensor]:
+        """What the tokens ask and do, in `dtype`, and how far they write, (B, H, T n)."""
+        heads, steps = self.heads, self.steps
+
+        def split(x: Tensor) -> Tensor:
+            return rearrange(x.to(dtype), "b t (n h d) -> b h (t n) d", n=steps, h=heads)
+
+        q = rearrange(q.to(dtype), "b t (h d) -> b h t d", h=heads)
+        q = F.normalize(q, dim=-1) * self.keys**-0.5
+        k, v = split(k), split(v)
+        gate = open_gate(split(gate_logit).squeeze(-1), *self._gate)
+        if real is not None:
+            gate = gate * real.repeat_interleave(steps, dim=1).unsqueeze(1)
+        if self.rule.unit_keys:
+            k = F.normalize(k, dim=-1)
+        reach = 2 if self.config.negative_eigenvalues else 1
+        step = (reach * gate).unsqueeze(-1)
+        if not self.rule.unit_keys:
+            step = step / (k.square().sum(dim=-1, keepdim=True) + EPSILON)
+        log_decay = None
+        if decay_logit is not None:
+            log_decay = self._log_decay(decay_logit.to(dtype), gate, real)
+        if steps > 1:
+            # Everything happens at micro-steps; a token asks after its last, and decays before its first.
+            q = self._at(q, steps - 1)
+            log_decay = None if log_decay is None else self._at(log_decay, 0)
+        return Tokens(q, k, step * v, step * k if self.rule.erases else None, log_decay), gate
+
+    def _log_decay(self, logit: Tensor, gate: Tensor, real: Tensor | None) -> Tensor:
+        """(B, H, T) or (B, H, T, dk): none where nothing is written, if the gate says so."""
+        speed = F.softplus(logit + self.dt_bias.to(logit.dtype))
+        speed = rearrange(speed, "b t (h d) -> b h t d", h=self.heads)
+        log_decay = -self.A_log.to(logit.dtype).exp()[:, None, None] * speed
+        most = gate.unflatten(2, (-1, self.steps)).amax(dim=3).unsqueeze(-1)
+        if self.config.write_gate == "hard":
+            log_decay = log_decay * most
+        elif self.config.write_threshold:
+            log_decay = torch.where(most == 0, 0.0, log_decay)
+        elif real is not None:
+            log_decay = log_decay * real[:, None, :, None]
+        return log_decay if self.rule.decay == "channel" else log_decay.squeeze(-1)
+
+    def _at(self, x: Tensor, place: int) -> Tensor:
+        """(B, H, T, ...) -> (B, H, T n, ...): at one of each token's micro-steps, zero at the others."""
+        spread = x.new_zeros(*x.shape[:3], self.steps, *x.shape[3:])
+        spread[:, :, :, place] = x
+        return spread.flatten(2, 3)
+
+    @property
+    def _gate(self) -> tuple[str, float]:
+        return self.config.write_gate, self.config.write_threshold

@@ -1,0 +1,216 @@
+"""The gated delta rules against their recurrence, one row, head and token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memlm.memory import GatedDeltaConfig
+from memlm.memory.base import Dims
+from memlm.memory.gated_delta import RULES, GatedDelta
+from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.gates import STRETCH, open_gate
+from tests.cases import randomise
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+D, T, ROWS = 6, 7, 2
+rules = pytest.mark.parametrize("rule", RULES)
+
+
+def cell(**options) -> GatedDelta:
+    dims = Dims(D, D, 1, 2, 2, 3, T)
+    memory = GatedDelta(GatedDelta.resolve(GatedDeltaConfig(**options), dims), dims).double()
+    memory.reset_parameters(1.0)
+    randomise(memory)
+    return memory
+
+
+def texts(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Segments (B, T, D) with masks that have holes; the second row ends before the last."""
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for index in range(count):
+        mask = torch.rand(ROWS, T, generator=g) < 0.7
+        mask[1] &= index + 1 < count
+        found.append((torch.randn(ROWS, T, D, generator=g, dtype=torch.float64), mask))
+    return found
+
+
+class Row:
+    """One row of the block, by the papers' equations: lists of numbers, and no chunks."""
+
+    def __init__(self, memory: GatedDelta) -> None:
+        self.m, self.c = memory, memory.config
+        self.state = torch.zeros(memory.heads, memory.keys, memory.values, dtype=torch.float64)
+        self.past: list[list[torch.Tensor]] = [[] for _ in memory.kernels]
+        self.gates: list[torch.Tensor] = []
+
+    def project(self, x: torch.Tensor, linear, stream: int) -> torch.Tensor:
+        z = linear(x)
+        if self.c.conv_size:
+            self.past[stream].append(z)
+            kernel = self.m.kernels[stream][:, 0]
+            recent = self.past[stream][::-1][: self.c.conv_size]
+            z = sum(kernel[:, -1 - i] * old for i, old in enumerate(recent))
+        return F.silu(z)
+
+    def token(self, x: torch.Tensor) -> torch.Tensor:
+        m, rule, steps = self.m, RULES[self.c.rule], self.c.householder_steps
+        q = self.project(x, m.q_proj, 0).view(m.heads, m.keys)
+        k = self.project(x, m.k_proj, 1).view(steps, m.heads, m.keys)
+        v = self.project(x, m.v_proj, 2).view(steps, m.heads, m.values)
+        gate = 1 / (1 + torch.exp(-m.b_proj(x).view(steps, m.heads)))
+        if self.c.write_gate == "hard":
+            gate = (gate * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
+        gate = gate * (gate >= self.c.write_threshold)
+        self.gates.append(gate)
+        out = torch.zeros(m.heads, m.values, dtype=torch.float64)
+        for head in range(m.heads):
+            if rule.decay != "none":
+                speed = F.softplus(m.a_proj(x) + m.dt_bias).view(m.heads, -1)[head]
+                log = -m.A_log[head].exp() * speed
+                most = gate[:, head].max()
+                if self.c.write_gate == "hard":
+                    log = log * most
+                elif self.c.write_threshold:
+                    log = log * (most > 0)
+                self.state[head] = log.exp().view(-1, 1) * self.state[head]
+            for step in range(steps):
+                key, value = k[step, head], v[step, head]
+                rate = gate[step, head] * (2 if self.c.negative_eigenvalues else 1)
+                if rule.unit_keys:
+                    key = key / key.norm()
+                else:
+                    rate = rate / (key @ key + 1e-6)
+                known = key @ self.state[head] if rule.erases else 0.0
+                self.state[head] = self.state[head] + rate * torch.outer(key, value - known)
+            found = (q[head] / q[head].norm()) @ self.state[head] / m.keys**0.5
+            out[head] = found / (found.square().mean() + 1e-6).sqrt() * m.o_norm
+        return m.o_proj(out.flatten() * F.silu(m.g_proj(x)))
+
+
+def check(**options) -> None:
+    memory, state = cell(**options), None
+    state = memory.init_state(ROWS)
+    rows = [Row(memory) for _ in range(ROWS)]
+    with torch.no_grad():
+        for x, mask in texts(3):
+            y, new = memory(x, state, lambda x: x, mask=mask)
+            for index, row in enumerate(rows):
+                for t in mask[index].nonzero().flatten().tolist():
+                    expected = x[index, t] + row.token(x[index, t])
+                    torch.testing.assert_close(y[index, t], expected, **EXACT)
+            # Rows whose document has ended are the house's business.
+            state = new
+            for index, row in enumerate(rows):
+                torch.testing.assert_close(state.memory[index], row.state, **EXACT)
+                for tail, past in zip(state.tails, row.past, strict=True):
+                    kept = past[-len(tail[index]) :]
+                    torch.testing.assert_close(tail[index][-len(kept) :], torch.stack(kept), **EXACT)
+
+
+@rules
+@pytest.mark.parametrize("gate", ["sigmoid", "hard"])
+def test_equals_the_recurrence_token_by_token(rule: str, gate: str) -> None:
+    check(rule=rule, write_gate=gate, chunk_length=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"conv_size": 0},
+        {"householder_steps": 2},
+        {"householder_steps": 3, "rule": "delta", "negative_eigenvalues": True, "conv_size": 2},
+        {"householder_steps": 2, "rule": "kda", "write_gate": "hard"},
+        {"num_heads": 3, "head_dim": 4, "value_dim": 5},
+        {"write_threshold": 0.5},
+        {"write_threshold": 0.5, "write_gate": "hard", "rule": "gla"},
+    ],
+    ids=str,
+)
+def test_options_equal_the_recurrence(options: dict) -> None:
+    check(chunk_length=4, **options)
+
+
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+@pytest.mark.parametrize("erases", [False, True])
+def test_chunks_change_nothing_and_have_autograds_gradients(decay: str | None, erases: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    shape, dk, dv = (2, 3, 37), 5, 4
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    parts = {
+        "query": random(*shape, dk),
+        "write": random(*shape, dk),
+        "target": random(*shape, dv),
+        "erase": 0.3 * random(*shape, dk) if erases else None,
+        "log_decay": None
+        if decay is None
+        else -random(*shape, *((dk,) if decay == "channel" else ())).abs(),
+    }
+    parts = {k: None if v is None else v.requires_grad_() for k, v in parts.items()}
+    start = random(2, 3, dk, dv).requires_grad_()
+
+    def plainly() -> tuple[torch.Tensor, torch.Tensor]:
+        state, found = start, []
+        for t in range(shape[2]):
+            at = {k: None if v is None else v[:, :, t] for k, v in parts.items()}
+            if decay:
+                log = at["log_decay"].reshape(2, 3, -1, 1)
+                state = log.exp() * state
+            delta = at["target"]
+            if erases:
+                delta = delta - torch.einsum("bhk,bhkv->bhv", at["erase"], state)
+            state = state + at["write"].unsqueeze(-1) * delta.unsqueeze(-2)
+            found.append(torch.einsum("bhk,bhkv->bhv", at["query"], state))
+        return torch.stack(found, 2), state
+
+    wanted = [v for v in parts.values() if v is not None] + [start]
+    expected = plainly()
+    weight = random(*expected[0].shape)
+    slow = torch.autograd.grad((expected[0] * weight).sum() + expected[1].sum(), wanted)
+    for chunk in (1, 8, 64):
+        found = delta_rule(Tokens(**parts), start, chunk)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        fast = torch.autograd.grad((found[0] * weight).sum() + found[1].sum(), wanted)
+        torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-8)
+
+
+def test_a_hard_gate_reaches_both_ends_exactly() -> None:
+    logits = torch.tensor([-9.0, -2.5, 0.0, 2.5, 9.0])
+    assert open_gate(logits, "hard").tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert (open_gate(logits, "sigmoid") > 0).all()
+    assert open_gate(logits, "sigmoid", 0.1).tolist()[:2] == [0.0, 0.0]
+    assert open_gate(logits, "hard", float("inf")).tolist() == [0.0] * 5
+
+
+@rules
+def test_strong_decay_stays_finite_in_single_precision(rule: str) -> None:
+    memory = cell(rule=rule).float()
+    with torch.no_grad():
+        if hasattr(memory, "dt_bias"):
+            memory.dt_bias.fill_(30.0)
+    x = (10 * torch.randn(1, 200, D)).requires_grad_()
+    y, state = memory(x, memory.init_state(1), lambda x: x, mask=None)
+    (y.sum() + state.memory.sum()).backward()
+    assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rule": "delte"}, "rule='delte' is unknown; use one of linear"),
+        ({"write_gate": "soft"}, "write_gate='soft' is unknown"),
+        ({"write_threshold": -0.1}, "write_threshold=-0.1"),
+        ({"num_heads": 5}, "num_heads=5 does not divide hidden_size=6"),
+        ({"householder_steps": 0}, "householder_steps=0 must be at least 1"),
+        ({"conv_size": -1}, "conv_size=-1"),
+        ({"write_cost": -1.0}, "write_cost"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        cell(**options)
