@@ -9,6 +9,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from memlm.memory import (
     ARMTConfig,
     CompressiveConfig,
+    GatedDeltaConfig,
+    GatedDeltaHeadsConfig,
     InfiniConfig,
     KNNConfig,
     MemoryConfig,
@@ -25,6 +27,8 @@ from memlm.modeling import MemLMForCausalLM
 CASES: dict[str, MemoryConfig] = {
     "armt": ARMTConfig(num_memory_tokens=3, d_mem=8),
     "compressive": CompressiveConfig(memory_length=4, compressed_length=11, compression_rate=2),
+    "gated-delta": GatedDeltaConfig(chunk_length=4, conv_size=3, num_heads=2),
+    "gated-delta-heads": GatedDeltaHeadsConfig(chunk_length=4),
     "infini": InfiniConfig(),
     "knn": KNNConfig(capacity=20, top_k=5, layers=(0, 1)),
     "rmt": RMTConfig(num_memory_tokens=3),

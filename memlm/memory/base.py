@@ -104,6 +104,9 @@ class Memory(nn.Module, ABC):
     neutral: ClassVar[bool] = False
     # True when the state sums up over segments, and so is float32 in a half-precision model.
     accumulates: ClassVar[bool] = True
+    # Leaves of the state that say something of the last segment alone; all others stay as they are, to the
+    # bit, while every write gate is zero (memories whose config has a `write_threshold`).
+    transient: ClassVar[frozenset[str]] = frozenset()
     # False when no gradient passes through the state, however deep the backpropagation.
     differentiable: ClassVar[bool] = True
 

@@ -120,6 +120,7 @@ class GatedDelta(Memory):
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaConfig
     neutral: ClassVar[bool] = True
+    transient: ClassVar[frozenset[str]] = frozenset({"tails", "written"})
     config: GatedDeltaConfig
 
     def __init__(self, config: GatedDeltaConfig, dims: Dims) -> None:
@@ -213,7 +214,7 @@ class GatedDelta(Memory):
         with torch.autocast(x.device.type, enabled=False):
             tokens, gate = self._tokens(q, k, v, *logits, state.memory.dtype, real)
             found, memory = delta_rule(tokens, state.memory, self.chunk)
-            found = found[:, :, self.steps - 1 :: self.steps]
+            found = found[:, :, 0, self.steps - 1 :: self.steps]
             found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
             found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
         y = self.o_proj(found * F.silu(self.g_proj(x)))
@@ -279,7 +280,8 @@ class GatedDelta(Memory):
             # Everything happens at micro-steps; a token asks after its last, and decays before its first.
             q = self._at(q, steps - 1)
             log_decay = None if log_decay is None else self._at(log_decay, 0)
-        return Tokens(q, k, step * v, step * k if self.rule.erases else None, log_decay), gate
+        erase = step * k if self.rule.erases else None
+        return Tokens(q.unsqueeze(2), k, step * v, erase, log_decay), gate
 
     def _log_decay(self, logit: Tensor, gate: Tensor, real: Tensor | None) -> Tensor:
         """(B, H, T) or (B, H, T, dk): none where nothing is written, if the gate says so."""

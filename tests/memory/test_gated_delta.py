@@ -143,7 +143,7 @@ def test_chunks_change_nothing_and_have_autograds_gradients(decay: str | None, e
         return torch.randn(*size, generator=g, dtype=torch.float64)
 
     parts = {
-        "query": random(*shape, dk),
+        "query": random(2, 3, 2, 37, dk),
         "write": random(*shape, dk),
         "target": random(*shape, dv),
         "erase": 0.3 * random(*shape, dk) if erases else None,
@@ -157,7 +157,7 @@ def test_chunks_change_nothing_and_have_autograds_gradients(decay: str | None, e
     def plainly() -> tuple[torch.Tensor, torch.Tensor]:
         state, found = start, []
         for t in range(shape[2]):
-            at = {k: None if v is None else v[:, :, t] for k, v in parts.items()}
+            at = {k: None if v is None else v[:, :, t] for k, v in list(parts.items())[1:]}
             if decay:
                 log = at["log_decay"].reshape(2, 3, -1, 1)
                 state = log.exp() * state
@@ -165,8 +165,8 @@ def test_chunks_change_nothing_and_have_autograds_gradients(decay: str | None, e
             if erases:
                 delta = delta - torch.einsum("bhk,bhkv->bhv", at["erase"], state)
             state = state + at["write"].unsqueeze(-1) * delta.unsqueeze(-2)
-            found.append(torch.einsum("bhk,bhkv->bhv", at["query"], state))
-        return torch.stack(found, 2), state
+            found.append(torch.einsum("bhrk,bhkv->bhrv", parts["query"][:, :, :, t], state))
+        return torch.stack(found, 3), state
 
     wanted = [v for v in parts.values() if v is not None] + [start]
     expected = plainly()

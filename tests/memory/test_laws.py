@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -12,6 +14,10 @@ from tests.cases import CASES, LAW_FAMILIES, SEGMENT, base_model, memory_model, 
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 MEMORIES = [name for name in available_memories() if name != "none"]
+# Those whose write gates can be shut.
+SILENT = [
+    name for name in MEMORIES if "write_threshold" in {f.name for f in fields(memory_class(name).Config)}
+]
 
 families = pytest.mark.parametrize("family", LAW_FAMILIES)
 memories = pytest.mark.parametrize("memory", MEMORIES)
@@ -296,6 +302,31 @@ def test_bfloat16_stays_close(family: str, memory: str) -> None:
     for name, tensor in half.memory_state.tensors.items():
         if memory != "none" and memory_class(memory).accumulates:
             assert tensor.dtype == single.memory_state[name].dtype, name
+
+
+@pytest.mark.parametrize("memory", SILENT)
+@torch.no_grad()
+def test_silence_leaves_the_state_as_it_was(memory: str) -> None:
+    model, ids = memory_model("llama", memory), tokens(2, 3 * SEGMENT)
+    silent = memory_model("llama", replace(CASES[memory], write_threshold=float("inf")))
+    silent.load_state_dict(model.state_dict())
+    silent.config.segment_length = 2
+    lasting = [
+        name
+        for name in model.init_state(1).tensors
+        if not set(name.split(".")) & memory_class(memory).transient
+    ]
+    assert lasting
+    before = model(ids).memory_state
+    read = tokens(2, 2 * 1000, seed=4)
+    after = silent(read, memory_state=before, logits_to_keep=None).memory_state
+    for name in lasting:
+        assert torch.equal(after[name], before[name]), name
+    # What is not silent writes, and what is transient depends on the last segment alone.
+    loud = model(read[:, :SEGMENT], memory_state=before).memory_state
+    assert all(not torch.equal(loud[name], before[name]) for name in lasting)
+    last = silent(read[:, -2 * SEGMENT :], memory_state=before, logits_to_keep=None).memory_state
+    assert same_state(last, after)
 
 
 @memories

@@ -35,8 +35,9 @@ CHANNEL_CHUNK = 16
 class Tokens(NamedTuple):
     """What the tokens of a piece of text do to the state, and ask of it.
 
-    query, write (B, H, T, dk), target (B, H, T, dv). erase (B, H, T, dk); None: nothing is erased.
-    log_decay (B, H, T), or (B, H, T, dk) by channel, at most 0; None: nothing decays.
+    query (B, H, R, T, dk): R questions of each token. write (B, H, T, dk), target (B, H, T, dv). erase
+    (B, H, T, dk); None: nothing is erased. log_decay (B, H, T), or (B, H, T, dk) by channel, at most 0;
+    None: nothing decays.
     """
 
     query: Tensor
@@ -47,15 +48,15 @@ class Tokens(NamedTuple):
 
 
 def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, T, dv) and the state (B, H, dk, dv) behind the last token.
+    """Outputs (B, H, R, T, dv) and the state (B, H, dk, dv) behind the last token.
 
     chunk: tokens computed at once; it changes nothing but rounding.
     """
-    length = tokens.query.shape[2]
+    length = tokens.write.shape[2]
     by_channel = tokens.log_decay is not None and tokens.log_decay.ndim == 4
     size = min(chunk, CHANNEL_CHUNK if by_channel else chunk, length)
-    q, w, u, e, log_decay = (_chunked(part, size) for part in tokens)
-    assert q is not None and w is not None and u is not None
+    w, u, e, log_decay = (_chunked(part, size) for part in tokens[1:])
+    assert w is not None and u is not None
 
     keep = None if log_decay is None else log_decay.cumsum(dim=3)  # g
     total = None if keep is None else keep[:, :, :, -1:]  # g_C
@@ -67,7 +68,7 @@ def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tenso
         solved, erased = found.split([u.shape[-1], e.shape[-1]], dim=-1)
     left = w if keep is None else _scaled(w, total - keep)
     started, deltas = [], []
-    for index in range(q.shape[2]):
+    for index in range(w.shape[2]):
         started.append(state)
         delta = solved[:, :, index]
         if erased is not None:
@@ -76,9 +77,14 @@ def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tenso
         if total is not None:
             state = _scaled(state, total[:, :, index], keys_first=True)
         state = state + left[:, :, index].mT @ delta
-    seen = _products(q, w, keep).tril()
-    out = _scaled(q, keep) @ torch.stack(started, dim=2) + seen @ torch.stack(deltas, dim=2)
-    return rearrange(out, "b h n c d -> b h (n c) d")[:, :, :length], state
+    known, learned = torch.stack(started, dim=2), torch.stack(deltas, dim=2)
+    answers = []
+    for query in tokens.query.unbind(dim=2):
+        q = _chunked(query, size)
+        assert q is not None
+        found = _scaled(q, keep) @ known + _products(q, w, keep).tril() @ learned
+        answers.append(rearrange(found, "b h n c d -> b h (n c) d")[:, :, :length])
+    return torch.stack(answers, dim=2), state
 
 
 def _chunked(x: Tensor | None, size: int) -> Tensor | None:

@@ -1,0 +1,148 @@
+"""Gated delta rules on a layer's own queries, keys and values: a linear memory at its softmax.
+
+The rules of `gated-delta` (Yang et al. 2024, *Gated Delta Networks*) without a projection of their own: each
+key-value head has a state, its queries ask it, and what it answers is added to the softmax's output by a gate
+per head that starts at zero. Gates are linear in the key. So a memory of this kind has hardly any parameters,
+and a base model is left as it was at the start. Converting a model's attention like this is Liger's recipe
+(Lan et al. 2025), whose gates are pooled keys.
+
+Queries and keys come without positions, and are normed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.gates import check_gate, open_gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaHeadsConfig(MemoryConfig):
+    """Options of the gated delta rule at the softmax.
+
+    erases: whether a write first takes away what its key held (the delta rule). decays: whether what is held
+    fades, by a gate per head and token. chunk_length: tokens computed at once, None for 64; only rounding
+    depends on it. write_gate, write_threshold, write_cost, initial_gate: as for `GatedDeltaConfig`.
+    initial_decay: share of the state that a token lets fade at the start. initial_mix: how much of what is
+    answered is added at the start; 0 leaves the base as it was.
+    """
+
+    erases: bool = True
+    decays: bool = True
+    chunk_length: int | None = None
+    write_gate: str = "sigmoid"
+    write_threshold: float = 0.0
+    write_cost: float = 0.0
+    initial_gate: float = 0.0
+    initial_decay: float = 0.001
+    initial_mix: float = 0.0
+
+
+class GatedDeltaHeadsState(NamedTuple):
+    """memory (B, G, dh, dh), float32 or wider; written (B,): the mean gate of the last segment's tokens."""
+
+    memory: Tensor
+    written: Tensor
+
+
+class GatedDeltaHeads(Memory):
+    """Gated delta rules at the softmax."""
+
+    site: ClassVar[Site] = "heads"
+    Config: ClassVar[type[MemoryConfig]] = GatedDeltaHeadsConfig
+    neutral: ClassVar[bool] = True
+    transient: ClassVar[frozenset[str]] = frozenset({"written"})
+    config: GatedDeltaHeadsConfig
+
+    def __init__(self, config: GatedDeltaHeadsConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        groups, size = dims.num_kv_heads, dims.head_dim
+        # Per key-value head: the write gate, and what fades, from the key.
+        self.gates = nn.Parameter(torch.empty(2 if config.decays else 1, groups, size))
+        self.biases = nn.Parameter(torch.empty(2 if config.decays else 1, groups))
+        self.mix = nn.Parameter(torch.empty(dims.num_heads))
+
+    @classmethod
+    def resolve(cls, config: GatedDeltaHeadsConfig, dims: Dims) -> GatedDeltaHeadsConfig:
+        check_gate(config.write_gate, config.write_threshold)
+        chunk = 64 if config.chunk_length is None else config.chunk_length
+        if chunk < 1:
+            raise ValueError(f"chunk_length={chunk} must be at least 1")
+        if not 0 < config.initial_decay < 1:
+            raise ValueError(f"initial_decay={config.initial_decay} must lie between 0 and 1")
+        if config.write_cost < 0:
+            raise ValueError(f"write_cost={config.write_cost} would pay for writing; use 0 or more")
+        return replace(config, chunk_length=chunk)
+
+    def reset_parameters(self, embedding_std: float) -> None:
+        nn.init.normal_(self.gates, std=0.1 * self.dims.head_dim**-0.5)
+        decay = torch.logit(torch.tensor(self.config.initial_decay))
+        starts = torch.tensor([self.config.initial_gate, float(decay)])[: len(self.biases)]
+        nn.init.constant_(self.mix, self.config.initial_mix)
+        # transformers marks what it has loaded, and only its own functions look at the mark.
+        if not getattr(self.biases, "_is_hf_initialized", False):
+            with torch.no_grad():
+                self.biases.copy_(starts[:, None].expand_as(self.biases))
+
+    def init_state(self, batch_size: int) -> GatedDeltaHeadsState:
+        groups, size = self.dims.num_kv_heads, self.dims.head_dim
+        dtype = accumulator_dtype(self.mix.dtype)
+        return GatedDeltaHeadsState(
+            self.zeros(batch_size, groups, size, size, dtype=dtype),
+            self.zeros(batch_size, dtype=dtype),
+        )
+
+    def forward(
+        self,
+        x: QKV,
+        state: GatedDeltaHeadsState,
+        inner: Inner,
+        *,
+        mask: Tensor | None,
+        write: bool = True,
+    ) -> tuple[Tensor, GatedDeltaHeadsState]:
+        local = inner(x)
+        with torch.autocast(x.k.device.type, enabled=False):
+            found, new = self.recall(x, state, mask)
+            y = local + (self.mix.to(found.dtype)[:, None, None] * found).to(local.dtype)
+        return y, (new if write else state)
+
+    def recall(
+        self, x: QKV, state: GatedDeltaHeadsState, mask: Tensor | None
+    ) -> tuple[Tensor, GatedDeltaHeadsState]:
+        """What the memory answers to the queries (B, H, T, dh), and the state behind the keys and values."""
+        wide = state.memory.dtype
+        k = x.k.to(wide)
+        logits = torch.einsum("bgtd,ngd->nbgt", k, self.gates.to(wide))
+        logits = logits + self.biases.to(wide)[:, None, :, None]
+        gate = open_gate(logits[0], self.config.write_gate, self.config.write_threshold)
+        if mask is not None:
+            gate = gate * mask.unsqueeze(1)
+        log_decay = None
+        if self.config.decays:
+            log_decay = F.logsigmoid(-logits[1])
+            if self.config.write_gate == "hard":
+                log_decay = log_decay * gate
+            elif self.config.write_threshold or mask is not None:
+                log_decay = torch.where(gate == 0, 0.0, log_decay)
+        k = F.normalize(k, dim=-1)
+        q = F.normalize(x.q.to(wide), dim=-1).unflatten(1, (self.dims.num_kv_heads, -1))
+        step = gate.unsqueeze(-1)
+        erase = step * k if self.config.erases else None
+        tokens = Tokens(q, k, step * x.v.to(wide), erase, log_decay)
+        assert self.config.chunk_length is not None
+        found, memory = delta_rule(tokens, state.memory, self.config.chunk_length)
+        count = gate.shape[2] if mask is None else mask.sum(dim=1).clamp(min=1)
+        written = gate.mean(dim=1).sum(dim=1) / count
+        return found.flatten(1, 2), GatedDeltaHeadsState(memory, written)
+
+    def auxiliary_loss(self, before: Any, after: GatedDeltaHeadsState) -> Tensor | None:
+        """(B,) `write_cost` times the mean gate; None when writing is free."""
+        return self.config.write_cost * after.written if self.config.write_cost else None
