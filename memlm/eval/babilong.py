@@ -1,8 +1,10 @@
 """BABILong (arXiv:2406.10149): bAbI facts scattered through running text, at any length.
 
-Differs from the published composer: lengths are exact powers of two of the model's own tokens (4k is
-4,096, 1M is 2**20) and count the context alone, the last cut sentence's rest is not carried over to
-the next sample, and nothing is held in memory but the list of stretches of text a sample is made of.
+Composition "exact": lengths are powers of two of the model's own tokens (4k is 4,096, 1M is 2**20), all
+of them facts and noise. Composition "published" keeps the rules of the published code
+(github.com/booydar/babilong, data/create_tasks.py and babilong_utils.py); see `Composition`. Either way a
+sample depends on its own seed alone, so what one sample leaves of its noise is not carried over to the
+next, and nothing is held in memory but the list of stretches of text a sample is made of.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
     from memlm.eval.published import Record, RecordSample, iterate, load, write
 
 __all__ = [
+    "COMPOSITIONS",
+    "Composition",
     "Record",
     "RecordSample",
     "Sample",
     "compose",
+    "composition_of",
     "encode_answer",
     "encode_question",
     "facts_fit",
@@ -78,6 +83,107 @@ def format_length(tokens: str | int) -> str:
     if count % 2**20 == 0:
         return f"{count // 2**20}M"
     return f"{count // 2**10}k" if count % 2**10 == 0 else str(count)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How a story and noise fill a length.
+
+    reserve: tokens of a length left free for a prompt, none of length 0. share: how many facts and
+    questions a token of the rest allows; 1 is no cap. decimal: k and M count thousands and millions.
+    overflow: facts longer than the rest are told all the same, without noise; else they do not fit.
+    stretch: noise stands in stretches cut from random places of their documents, of so many characters
+    for each token of noise, the sentences at both cuts left out; None: stretches begin with a random
+    sentence and run to the ends of their documents.
+    """
+
+    reserve: int = 0
+    share: float = 1.0
+    decimal: bool = False
+    overflow: bool = False
+    stretch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reserve < 0:
+            raise ValueError(f"reserve={self.reserve} must be at least 0 and below the length")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share={self.share} must be above 0 and at most 1")
+        if self.stretch is not None and self.stretch < 1:
+            raise ValueError(f"stretch={self.stretch} must be at least 1 character, or None")
+
+    @property
+    def name(self) -> str | None:
+        """The name of these rules; None when they have none."""
+        return next((name for name, rules in COMPOSITIONS.items() if rules == self), None)
+
+    def room(self, length: int) -> int:
+        """Tokens for facts and noise in a document of `length`; 0 for the facts alone."""
+        if length == 0:
+            return 0
+        whole = length
+        for binary, thousands in ((2**20, 10**6), (2**10, 10**3)) if self.decimal else ():
+            if length % binary == 0:
+                whole = length // binary * thousands
+                break
+        if self.reserve >= whole:
+            raise ValueError(
+                f"reserve={self.reserve} must be at least 0 and below length "
+                f"{format_length(length)}; use a longer length, or 0k for facts alone"
+            )
+        return whole - self.reserve
+
+    def settings(self) -> str | dict[str, Any]:
+        """The name, or the rules where they have none."""
+        return self.name or asdict(self)
+
+
+COMPOSITIONS: dict[str, Composition] = {
+    "exact": Composition(),
+    "published": Composition(reserve=300, share=1 / 8, decimal=True, overflow=True, stretch=10),
+}
+
+
+def composition_of(
+    composition: str | Composition = "exact",
+    *,
+    reserve: int = 0,
+    share: float = 1.0,
+    position: tuple[float, float] = (0.0, 1.0),
+    distance: int | None = None,
+) -> Composition:
+    """The rules of this name, or "exact" with another reserve and share.
+
+    ValueError on an unknown name, and on what the published samples leave no choice about.
+    """
+    if isinstance(composition, Composition):
+        rules = composition
+    elif composition in COMPOSITIONS:
+        rules = COMPOSITIONS[composition]
+    else:
+        raise ValueError(
+            f"composition={composition!r} is unknown; use one of {', '.join(COMPOSITIONS)}"
+        )
+    own: dict[str, Any] = {
+        name: value
+        for name, value, default in (("reserve", reserve, 0), ("share", share, 1.0))
+        if value != default
+    }
+    if own and rules != COMPOSITIONS["exact"]:
+        given = ", ".join(f"{name}={value}" for name, value in own.items())
+        raise ValueError(
+            f"{given} given beside composition={rules.settings()!r}, which says what it reserves and "
+            "allows by itself; leave one of them out"
+        )
+    start, end = position
+    if not 0.0 <= start <= end <= 1.0:
+        raise ValueError(f"position={position!r} must be two rising fractions between 0 and 1")
+    if rules.name == "published" and (distance is not None or (start, end) != (0.0, 1.0)):
+        placed = f"position={position!r}" if distance is None else f"distance={distance}"
+        raise ValueError(
+            f"{placed} places facts where the published samples do not; leave it out, or "
+            "composition='published'"
+        )
+    return replace(rules, **own)
 
 
 def encode_question(
@@ -193,6 +299,7 @@ def compose(
     position: tuple[float, float] = (0.0, 1.0),
     distance: int | None = None,
     reserve: int = 0,
+    composition: str | Composition = "exact",
 ) -> Sample:
     """Scatter the story's facts through `length` tokens of noise, to be read lazily.
 
@@ -204,31 +311,26 @@ def compose(
     position: keeps the facts within two fractions of the document's sentences. distance: tokens from
     the start of the earliest supporting fact to the document's end, as near as a gap comes; the facts
     before it fall into the gaps before, those after into the gaps after. reserve: tokens of `length`
-    left free for a prompt (300 in the published samples), none when length is 0.
+    left free for a prompt, none when length is 0. composition: a name of `COMPOSITIONS`, or rules of
+    one's own. ValueError on facts longer than the rest, where the rules do not let them overflow.
     """
     rng = np.random.default_rng(rng)
-    tokens = parse_length(length)
-    if reserve < 0 or (tokens and reserve >= tokens):
-        raise ValueError(
-            f"reserve={reserve} must be at least 0 and below length {format_length(tokens)}"
-        )
-    whole = tokens
-    tokens = max(tokens - reserve, 0)
+    whole = parse_length(length)
+    rules = composition_of(composition, reserve=reserve, position=position, distance=distance)
     start, end = position
-    if not 0.0 <= start <= end <= 1.0:
-        raise ValueError(f"position={position!r} must be two rising fractions between 0 and 1")
+    tokens = rules.room(whole)
     noise = _as_tokens(haystack, tokenizer, tokens)
     fact_ids = tuple(noise.encode(FACT_TEMPLATE.format(fact=fact)) for fact in story.facts)
     sizes = np.array([len(ids) for ids in fact_ids], dtype=np.int64)
     used = int(sizes.sum())
-    if tokens and used > tokens:
-        left = f" less reserve={reserve}" if reserve else ""
+    if tokens and used > tokens and not rules.overflow:
+        left = f" less reserve={rules.reserve}" if rules.reserve else ""
         raise ValueError(
             f"the {len(story.facts)} facts of a story take {used} tokens, more than length "
             f"{format_length(whole)}{left}; use a longer length or a shorter story"
         )
-    budget = tokens - used if tokens else 0
-    firsts, counts = _cut_runs(noise, budget, rng)
+    budget = max(tokens - used, 0)
+    firsts, counts = _cut_runs(noise, budget, rng, rules.stretch)
     total = int(counts.sum())
     low, high = int(total * start), int(total * end)
     if distance is None:
@@ -286,13 +388,13 @@ def _open_all(source: str) -> Haystack:
 
 
 def _cut_runs(
-    noise: TokenHaystack, budget: int, rng: np.random.Generator
+    noise: TokenHaystack, budget: int, rng: np.random.Generator, stretch: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw stretches holding exactly `budget` tokens: first sentences and sentence counts, (runs,).
 
     The last sentence of the last stretch may be longer than what is left of the budget.
     """
-    firsts, ends = noise.runs(budget, rng)
+    firsts, ends = noise.runs(budget, rng, None if stretch is None else stretch * budget)
     if budget == 0:
         return firsts, ends
     held = np.cumsum(noise.offsets[ends] - noise.offsets[firsts])
@@ -353,20 +455,21 @@ def facts_fit(
     *,
     reserve: int = 0,
     distance: int | None = None,
+    composition: str | Composition = "exact",
 ) -> bool:
     """Whether `compose` can place a story's facts in `length` tokens; length 0 holds any.
 
     share: how many facts and questions a token of length allows, as the published composer's cap of
-    rows: 1/8 there, with reserve=300. reserve, distance: as for `compose`.
+    rows: 1/8 there, with reserve=300. reserve, distance, composition: as for `compose`.
     """
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"share={share} must be above 0 and at most 1")
+    rules = composition_of(composition, reserve=reserve, share=share, distance=distance)
     sizes = np.array([len(noise.encode(FACT_TEMPLATE.format(fact=f))) for f in story.facts])
-    tokens = length - reserve if length else int(sizes.sum())
-    if sizes.sum() > tokens:
+    tokens = rules.room(length) if length else int(sizes.sum())
+    if sizes.sum() > tokens and not rules.overflow:
         return False
     # One-token facts aside, a share of 1 is no cap at all.
-    if length and share < 1.0 and len(story.facts) + 1 > int(tokens * share + 1e-9):
+    capped = length and rules.share < 1.0
+    if capped and len(story.facts) + 1 > int(tokens * rules.share + 1e-9):
         return False
     if distance is None:
         return True

@@ -253,10 +253,22 @@ class TokenHaystack:
         spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return text[: spans["offset_mapping"][tokens - 1][1]]
 
-    def runs(self, budget: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Draw stretches of whole documents' ends until they hold `budget` tokens.
+    @functools.cached_property
+    def characters(self) -> NDArray[np.int64]:
+        """(sentences + 1,) where sentences start in their joined text, each ended by one blank."""
+        sizes = np.fromiter((len(text) + 1 for text in self.texts), np.int64, len(self.texts))
+        return np.concatenate([[0], np.cumsum(sizes)])
+
+    def runs(
+        self, budget: int, rng: np.random.Generator, window: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Draw stretches of sentences until they hold `budget` tokens.
 
         Returns the first sentence of each stretch and the sentence after its last, both (runs,).
+        window: stretches are the whole sentences within so many characters from a random one of a
+        random document on, without the sentences that either end cuts or the document ends with, as
+        the published sampler takes them; None: from a random sentence of a random document to its
+        end. A haystack used in order has no stretches to draw, and no window.
         """
         firsts: list[NDArray[Any]] = []
         ends: list[NDArray[Any]] = []
@@ -272,7 +284,12 @@ class TokenHaystack:
                 document = rng.integers(0, len(self.first_sentence) - 1, count)
                 start = rng.random(count)
             begin, end = self.first_sentence[document], self.first_sentence[document + 1]
-            first = begin + (start * (end - begin)).astype(np.int64)
+            if window is None or self.in_order:
+                first = begin + (start * (end - begin)).astype(np.int64)
+            else:
+                first, end = self._within(begin, end, start, window)
+                # Where no sentence is as short as that, the published sampler would draw for ever.
+                window = window if len(first) else 2 * window
             firsts.append(first)
             ends.append(end)
             held += int((self.offsets[end] - self.offsets[first]).sum())
@@ -280,6 +297,20 @@ class TokenHaystack:
             empty = np.zeros(0, dtype=np.int64)
             return empty, empty
         return np.concatenate(firsts), np.concatenate(ends)
+
+    def _within(
+        self, begin: NDArray[Any], end: NDArray[Any], start: NDArray[Any], window: int
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Sentences wholly inside a window of characters that opens at the share `start` of each
+        document, (draws,) to (runs,): draws without such a sentence are left out."""
+        opens, closes = self.characters[begin], self.characters[end] - 1
+        at = opens + (start * (closes - opens)).astype(np.int64)
+        # A blank in front is the next sentence's, a blank at the end the last one's.
+        first = np.searchsorted(self.characters, at + 1, side="right")
+        stop = np.minimum(at + window, closes) - 1
+        last = np.searchsorted(self.characters, stop, side="right") - 1
+        some = last > first
+        return first[some], last[some]
 
 
 def tokenise(

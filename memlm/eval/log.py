@@ -15,6 +15,8 @@ from typing import IO, Any, Self
 
 SAMPLES = "samples.jsonl"
 RUN = "run.json"
+# What a run had that does not say it, being of an older version; of anything else, nothing.
+ABSENT: dict[str, Any] = {"position": [0.0, 1.0], "composition": "exact"}
 
 Row = dict[str, Any]
 
@@ -73,6 +75,15 @@ class RunLog:
         return tuple(row[key] for key in self.keys)
 
 
+def recorded(out: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The settings of the run in a folder; none where there is no run, or none that can be read."""
+    try:
+        found = json.loads((Path(out or "") / RUN).read_text(encoding="utf-8")) if out else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
     """Refuse a folder with samples of another run; note the settings in a fresh one."""
     from memlm.state import write_json
@@ -88,14 +99,17 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in settings if before.get(key) != settings[key]]
-    except (ValueError, AttributeError) as error:
+        wanted = json.loads(json.dumps(settings))
+        had, has = ({**ABSENT, **made} for made in (before, wanted))
+        # What one of them alone has counts, too: a run with passages is not gone on with without.
+        different = [key for key in {**has, **had} if had.get(key) != has.get(key)]
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is not readable JSON; use another folder") from error
     if different:
         key = different[0]
         raise ValueError(
-            f"out={str(folder)!r} holds a run with {key}={before.get(key)!r}, this one has "
-            f"{settings[key]!r}; use another folder or the same settings"
+            f"out={str(folder)!r} holds a run with {key}={had.get(key)!r}, this one has "
+            f"{has.get(key)!r}; use another folder or the same settings"
         )
 
 

@@ -27,16 +27,32 @@ from memlm.eval.report import (
     percent,
     percent_range,
 )
+from memlm.retrieval.embedders import HashingEmbedder
 
 HEAT, LINES, DEPTH, COST = "accuracy.png", "lengths.png", "depth.png", "cost.png"
 MARKDOWN, PAGE = "report.md", "report.html"
 # Of a task in a run: as many wrong answers as show a pattern without burying the page.
 WRONG_SHOWN = 3
-# Settings that `memlm eval` takes as options of the same name.
-OPTIONS = (
-    "data", "haystack", "stories", "baseline", "window", "prompt", "position", "distance", "seed",
-    "batch_size", "max_new_tokens",
+# Settings that follow from the others, from the model or from its tokenizer. All the rest are options of
+# `memlm eval` by their own names, so that a new one is in a command that repeats a run unless it is here.
+DERIVED = (
+    "model", "haystack_digest", "stories_digest", "prompt_digest", "recall_template", "command",
 )  # fmt: skip
+# Settings that are options by other names; a file of prompts decides their style.
+RENAMED = {
+    "retrieval.k": "retrieval",
+    "retrieval.size": "chunk_size",
+    "retrieval.hops": "hops",
+    "prompt_file": "prompt",
+}
+# What `evaluate` can be told and the command cannot, with what the command does.
+IN_PYTHON = {
+    "split": "eval",
+    "embedder": HashingEmbedder().fingerprint,
+    "retrieval.overlap": 0,
+    "retrieval.by": "sentences",
+    "retrieval.where": None,
+}
 # Fewer distinct questions than this do not say how often the commonest answer is right.
 GUESS_QUESTIONS = 30
 TEXT_SHOWN = 300
@@ -130,14 +146,41 @@ class _Run:
             tasks = [t for t in self.report.tasks if any(self.report.cell(t, x) for x in some)]
             words = ["memlm", "eval", "MODEL", "--tasks", *tasks, "--lengths", *some]
             words += ["--samples", str(samples)]
-            for key in OPTIONS:
-                value = settings.get(key)
-                # A model's own memory is no baseline to name.
-                if value not in (None, "") and (key, value) != ("baseline", "memory"):
-                    values = value if isinstance(value, list) else [value]
-                    words += ["--" + key.replace("_", "-"), *map(_text, values)]
-            commands.append(shlex.join([*words, "--out", self.name]))
+            options, beyond = _options(settings)
+            for key, value in options.items():
+                values = value if isinstance(value, list | tuple) else [value]
+                words += ["--" + key.replace("_", "-"), *map(_text, values)]
+            command = shlex.join([*words, "--out", self.name])
+            if beyond:
+                said = ", ".join(f"{key}={value!r}" for key, value in beyond.items())
+                command += f"  # and from Python, as the command cannot say it: {said}"
+            commands.append(command)
         return commands
+
+
+def _options(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's settings as options of `memlm eval`, and those it has no option for."""
+    options: dict[str, Any] = {}
+    beyond: dict[str, Any] = {}
+    for key, value in sorted(_flat(settings).items()):
+        if key in IN_PYTHON or ("." in key and key not in RENAMED):
+            if value != IN_PYTHON.get(key):
+                beyond[key] = value
+        # A model's own memory is no baseline to name.
+        elif value not in (None, "") and (key, value) != ("baseline", "memory"):
+            options[RENAMED.get(key, key)] = value
+    return options, beyond
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not derived, settings within a setting by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{part}": inner for part, inner in value.items()}
+        elif key not in DERIVED:
+            flat[key] = value
+    return flat
 
 
 class _Story:

@@ -144,7 +144,7 @@ class Prompts:
     style: "answer" (the document, then `question_template`), "instruction", or "chat" (an instruction in
     the tokenizer's chat format). words: task -> instruction, examples, post_prompt, in place of our own.
     bare: nothing stands before the document, not even the tokenizer's start token; chat formats bring
-    their own.
+    their own. file: where the words come from, None for our own.
     """
 
     style: str
@@ -152,6 +152,7 @@ class Prompts:
     template: str = TEMPLATE
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     bare: bool = False
+    file: str | None = None
 
     @classmethod
     def of(
@@ -180,7 +181,8 @@ class Prompts:
                 "that exists; name one of these"
             )
         template, words = _read_words(path)
-        return cls("chat" if chats else "instruction", question_template, template, words)
+        style = "chat" if chats else "instruction"
+        return cls(style, question_template, template, words, file=os.fspath(path))
 
     @property
     def digest(self) -> str:

@@ -35,6 +35,12 @@ def fingerprint(model: Any) -> str:
     return f"{type(model).__name__}{segments}/{known.hexdigest()}"
 
 
+def dtype_of(model: Any) -> str:
+    """The type of the model's first weights that are floating-point, as `--dtype` takes it."""
+    found = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(found).removeprefix("torch.")
+
+
 def versions(model: Any) -> dict[str, str]:
     import torch
     import transformers

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from memlm.eval.babi.story import TASKS, Story, check_task
 from memlm.eval.babilong import (
     QUESTION_TEMPLATE,
+    Composition,
     Sample,
     compose,
+    composition_of,
     encode_question,
     facts_fit,
     format_length,
@@ -345,6 +347,7 @@ def write(
     distance: int | None = None,
     reserve: int = 0,
     share: float = 1.0,
+    composition: str | Composition = "exact",
     overwrite: bool = False,
 ) -> list[Path]:
     """Write samples in the published layout with a data set card, and return the files of samples.
@@ -352,18 +355,22 @@ def write(
     format: "json" for `out`/data/TASK/LENGTH.json, "parquet" for
     `out`/LENGTH/TASK-00000-of-00001.parquet. `tokenizer` is what `length` counts in: a tokenizer, a
     hub id or folder, or "words" for words and punctuation marks. `stories` is "generated" or a folder
-    of bAbI files, repeated when they are fewer. position, distance, reserve: as for `compose`; share:
-    as for `facts_fit`. A file is written a row at a time and is there when it is whole; a later call
-    with the same settings leaves it alone, with others it refuses, unless `overwrite`.
+    of bAbI files, repeated when they are fewer. position, distance, reserve, composition: as for
+    `compose`; share: as for `facts_fit`. A file is written a row at a time and is there when it is
+    whole; a later call with the same settings leaves it alone, with others it refuses, unless
+    `overwrite`.
     """
     from memlm.state import write_atomically, write_json
 
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     lengths = [lengths] if isinstance(lengths, str | int) else list(lengths)
     counts = [parse_length(length) for length in lengths]
-    placed = {"position": tuple(position), "distance": distance, "reserve": reserve}
+    rules = composition_of(
+        composition, reserve=reserve, share=share, position=position, distance=distance
+    )
+    placed = {"position": tuple(position), "distance": distance, "composition": rules}
     out = Path(out)
-    _check_write(out, tasks, counts, samples, haystack, stories, seed, format, placed, share)
+    _check_write(out, tasks, counts, samples, haystack, stories, seed, format, rules)
     made = load_tokenizer(tokenizer)
     noise = tokenized_haystack(haystack, "eval", made)
     settings = {
@@ -373,9 +380,11 @@ def write(
         "haystack_digest": noise.digest,
         "stories": _name(stories),
         "tokenizer": _name(tokenizer if isinstance(tokenizer, str) else made.name_or_path),
-        **placed,
         "position": list(position),
-        "share": share,
+        "distance": distance,
+        "composition": composition if isinstance(composition, str) else rules.settings(),
+        "reserve": rules.reserve,
+        "share": rules.share,
     }
     plan: list[tuple[Path, str, int, dict[str, Any]]] = []
     for task in tasks:
@@ -393,7 +402,7 @@ def write(
         entries = _read_settings(out)
         entries[path.relative_to(out).as_posix()] = {"settings": marked, "versions": _versions()}
         write_json(out / SETTINGS, {"files": dict(sorted(entries.items()))})
-        rows = _compose_rows(task, count, samples, noise, stories, seed, placed, share)
+        rows = _compose_rows(task, count, samples, noise, stories, seed, placed)
         fill = functools.partial(_write_json if format == "json" else _write_parquet, rows)
         write_atomically(path, fill)
     card = _card(out)
@@ -410,8 +419,7 @@ def _check_write(
     stories: str | os.PathLike[str],
     seed: int,
     format: str,
-    placed: dict[str, Any],
-    share: float,
+    rules: Composition,
 ) -> None:
     """Refuse what cannot work before any work is done."""
     from memlm.eval import babi
@@ -429,18 +437,8 @@ def _check_write(
         raise ValueError(f"seed={seed} must not be negative")
     if format not in get_args(Format):
         raise ValueError(f"format={format!r} is unknown; use one of {get_args(Format)}")
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"share={share} must be above 0 and at most 1")
-    start, end = placed["position"]
-    if not 0.0 <= start <= end <= 1.0:
-        raise ValueError(
-            f"position={placed['position']!r} must be two rising fractions between 0 and 1"
-        )
-    shortest = min((count for count in counts if count), default=None)
-    if placed["reserve"] < 0 or (shortest is not None and placed["reserve"] >= shortest):
-        raise ValueError(
-            f"reserve={placed['reserve']} must be at least 0 and below every length that is not 0"
-        )
+    for count in counts:
+        rules.room(count)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r} is a file; name a folder")
     others = _samples_in(out, "parquet" if format == "json" else "json")
@@ -463,7 +461,8 @@ def _check_written(out: Path, path: Path, settings: dict[str, Any]) -> None:
     name = path.relative_to(out).as_posix()
     entry = _read_settings(out).get(name)
     # Without an entry, what it was made of is unknown; it is left alone all the same.
-    known = settings if entry is None else entry["settings"]
+    # Files of version 0.1 say nothing of a composition: there was one.
+    known = settings if entry is None else {"composition": "exact", **entry["settings"]}
     for key, value in json.loads(json.dumps(settings)).items():
         if known.get(key) != value:
             raise ValueError(
@@ -490,7 +489,6 @@ def _compose_rows(
     stories: str | os.PathLike[str],
     seed: int,
     placed: dict[str, Any],
-    share: float,
 ) -> Iterator[Record]:
     from memlm.eval import babi
 
@@ -500,22 +498,15 @@ def _compose_rows(
     else:
         told = cycle(babi.load_task(stories, task))
     made = rejected = 0
+    rules: Composition = placed["composition"]
     for story in told:
-        fits = facts_fit(
-            story,
-            noise,
-            length,
-            share,
-            reserve=placed["reserve"],
-            distance=placed["distance"],
-        )
-        if not fits:
+        if not facts_fit(story, noise, length, distance=placed["distance"], composition=rules):
             rejected += 1
             if rejected == MAX_REJECTED:
                 raise ValueError(
                     f"none of {MAX_REJECTED} stories of {task} fits in length "
-                    f"{format_length(length)} with reserve={placed['reserve']}, "
-                    f"distance={placed['distance']} and share={share}; use a longer length"
+                    f"{format_length(length)} with reserve={rules.reserve}, "
+                    f"distance={placed['distance']} and share={rules.share}; use a longer length"
                 )
             continue
         rejected = 0
@@ -619,7 +610,8 @@ def _card(out: Path) -> str:
         "# BABILong samples",
         "",
         "bAbI facts scattered through running text (BABILong, arXiv:2406.10149). A configuration is",
-        "a length in tokens (4k is 4,096), a split a task; columns are input, question and target.",
+        "a length in tokens (4k is 4,096; where the composition is published, 4,000 less 300), a split",
+        "a task; columns are input, question and target.",
         "",
         "```python",
         'datasets.load_dataset(FOLDER_OR_ID, "4k", split="qa1")',

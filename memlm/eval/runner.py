@@ -22,14 +22,20 @@ from numpy.typing import NDArray
 
 from memlm.config import RECALL_TEMPLATE
 from memlm.eval import babi
-from memlm.eval.babilong import QUESTION_TEMPLATE, format_length, parse_length
+from memlm.eval.babilong import (
+    QUESTION_TEMPLATE,
+    Composition,
+    composition_of,
+    format_length,
+    parse_length,
+)
 from memlm.eval.baselines import is_memory_model, make_reader
 from memlm.eval.feed import Feed
 from memlm.eval.haystack import Haystack, Split, check_source, encode_texts
 from memlm.eval.haystack_cache import tokenized_haystack
-from memlm.eval.log import SAMPLES, Row, RunLog
+from memlm.eval.log import SAMPLES, Row, RunLog, recorded
 from memlm.eval.prompts import Prompts
-from memlm.eval.provenance import fingerprint, versions, without_training
+from memlm.eval.provenance import dtype_of, fingerprint, versions, without_training
 from memlm.eval.readers import Asked, Kept, Piece, Reader, TooLong
 from memlm.eval.report import Cell, Report
 from memlm.eval.samples import Composed, Published, Sampled, Source
@@ -53,6 +59,8 @@ AHEAD = 2**20
 MEMO = 10_000
 # Passages of the baseline "retrieval", unless told otherwise.
 RECALLED = 5
+# Tokens of an answer, as in the published evaluation.
+MAX_NEW_TOKENS = 20
 
 
 def evaluate(
@@ -71,11 +79,12 @@ def evaluate(
     prompt: str | os.PathLike[str] | None = None,
     position: tuple[float, float] = (0.0, 1.0),
     distance: int | None = None,
+    composition: str | Composition = "exact",
     retrieval: int | RetrievalConfig | None = None,
     embedder: Embedder | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    max_new_tokens: int = 8,
+    max_new_tokens: int | None = None,
     split: Split = "eval",
     progress: bool = True,
 ) -> Report:
@@ -88,9 +97,11 @@ def evaluate(
     "full", "window") with the base model; window: tokens that "none" and "window" see. prompt: "answer",
     "instruction", "chat" or a YAML file; None picks "answer" for models of memlm, else "chat" where the
     tokenizer has a chat template and "instruction" where it has none. position, distance: where facts
-    stand, as in `babilong.compose`. retrieval: passages of the document recalled in front of the question,
-    by an index of its own for every sample; the baseline "retrieval" shows the model nothing else (5 where
-    it is not said). embedder: of that index, a HashingEmbedder by default.
+    stand, as in `babilong.compose`. composition: "exact", or "published" for lengths, facts and noise by
+    the published code's rules (`babilong.Composition`). retrieval: passages of the document recalled in
+    front of the question, by an index of its own for every sample; the baseline "retrieval" shows the
+    model nothing else (5 where it is not said). embedder: of that index, a HashingEmbedder by default.
+    max_new_tokens: of an answer; None: what the run in `out` has, else 20.
 
     With `out`, each batch is appended to `samples.jsonl`, a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for), and `summary.json` and `accuracy.png`
@@ -99,11 +110,23 @@ def evaluate(
     is done.
     """
     plan = _check(tokenizer, tasks, lengths, haystack, stories, data, out, seed)
+    if max_new_tokens is None:
+        max_new_tokens = int(recorded(out).get("max_new_tokens", MAX_NEW_TOKENS))
     for name, value in (
         ("samples", samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)
     ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    rules = composition_of(composition, position=position, distance=distance)
+    _check_placed(
+        plan, rules, data, haystack=haystack, stories=os.fspath(stories), position=tuple(position),
+        distance=distance, composition=rules.settings(), split=split, seed=seed,
+    )  # fmt: skip
+    if embedder is not None and retrieval is None and baseline != "retrieval":
+        raise ValueError(
+            "embedder finds passages to recall, but retrieval is None; give retrieval, the number of "
+            "passages, or leave embedder out"
+        )
     prompts = _prompts(model, tokenizer, prompt)
     if retrieval is None and baseline == "retrieval":
         retrieval = RetrievalConfig(k=RECALLED)
@@ -122,12 +145,10 @@ def evaluate(
             noise = haystack.tokenized(tokenizer)
         else:
             noise = tokenized_haystack(haystack, split, tokenizer)
-        placed: dict[str, Any] = {}
-        if tuple(position) != (0.0, 1.0):
-            placed["position"] = list(position)
-        if distance is not None:
-            placed["distance"] = distance
-        source = Composed(stories, noise, tokenizer, seed, **placed)
+        source = Composed(
+            stories, noise, tokenizer, seed,
+            position=position, distance=distance, composition=rules,
+        )  # fmt: skip
     counts = {cell: source.prepare(*cell, samples) for cell in plan}
     settings = {
         **source.settings(),
@@ -139,6 +160,10 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "model": fingerprint(model),
     }
+    # What decides nothing, or is in the settings by its digest, but is needed to repeat the run.
+    about: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype_of(model)}
+    if prompts.file is not None:
+        about["prompt_file"] = prompts.file
     runner = _Runner(reader, source, prompts, tokenizer, max_new_tokens, recall)
     with ExitStack() as stack:
         log = stack.enter_context(RunLog(out, settings))
@@ -159,7 +184,7 @@ def evaluate(
     cells = _cells(log, wanted, skipped)
     report = Report(
         cells,
-        settings | {"seed": seed, "batch_size": batch_size},
+        settings | about,
         versions(model),
         source.notes,
         skipped=skipped,
@@ -198,6 +223,46 @@ def _check(
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
     return list(itertools.product(dict.fromkeys(tasks), tokens))
+
+
+# What says how samples are composed, and what it is by default.
+_COMPOSING = {
+    "haystack": "builtin",
+    "stories": "generated",
+    "position": (0.0, 1.0),
+    "distance": None,
+    "composition": "exact",
+    "split": "eval",
+    "seed": 0,
+}
+
+
+def _check_placed(
+    plan: Sequence[tuple[str, int]],
+    rules: Composition,
+    data: str | os.PathLike[str] | None,
+    **composing: Any,
+) -> None:
+    """Refuse what would say how samples are composed where none are, or not by these rules."""
+    if data is not None:
+        for name, value in composing.items():
+            if value != _COMPOSING[name]:
+                raise ValueError(
+                    f"{name}={value!r} says how samples are composed, but data={os.fspath(data)!r} "
+                    "brings them ready-made; leave one of the two out"
+                )
+        return
+    if isinstance(composing["haystack"], Haystack) and composing["split"] != _COMPOSING["split"]:
+        raise ValueError(
+            f"split={composing['split']!r} chooses a part of a source, but haystack is a Haystack, "
+            "whose part is chosen already; leave split out, or name the source"
+        )
+    for task, length in plan:
+        if rules.name == "published" and task not in babi.TASKS:
+            raise ValueError(
+                f"composition='published' is of bAbI's tasks, and {task!r} is none; evaluate it apart"
+            )
+        rules.room(length)
 
 
 def _config(model: Any, name: str, default: Any) -> Any:

@@ -89,15 +89,20 @@ class Composed(Source):
         noise: TokenHaystack,
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
-        **options: Any,
+        *,
+        position: tuple[float, float] = (0.0, 1.0),
+        distance: int | None = None,
+        composition: str | babilong.Composition = "exact",
     ) -> None:
-        """options: how `babilong.compose` places the facts."""
+        """position, distance, composition: as for `babilong.compose`."""
         super().__init__()
+        self.rules = babilong.composition_of(composition, position=position, distance=distance)
         self.folder = None if os.fspath(stories) == "generated" else Path(stories)
         self.tokenizer = tokenizer
         self.noise = noise
         self.seed = seed
-        self.options = options
+        self.position = (float(position[0]), float(position[1]))
+        self.distance = distance
         self._loaded: dict[str, list[Story]] = {}
         self._fitting: dict[tuple[str, int], list[Story]] = {}
         self._fillers: dict[str, TokenHaystack] = {}
@@ -109,7 +114,9 @@ class Composed(Source):
             "haystack_digest": self.noise.digest,
             "stories": "generated" if self.folder is None else str(self.folder),
             "stories_digest": self._digest(),
-            **self.options,
+            "position": list(self.position),
+            "distance": self.distance,
+            "composition": self.rules.settings(),
         }
 
     def _digest(self) -> str:
@@ -140,7 +147,16 @@ class Composed(Source):
         story = self.story(task, length, index)
         rng = np.random.default_rng([self.seed, zlib.crc32(task.encode()), length, index])
         noise = self._noise(find_task(task))
-        return babilong.compose(story, noise, length, self.tokenizer, rng, **self.options)
+        return babilong.compose(
+            story,
+            noise,
+            length,
+            self.tokenizer,
+            rng,
+            position=self.position,
+            distance=self.distance,
+            composition=self.rules,
+        )
 
     def story(self, task: str, length: int, index: int) -> Story:
         """Return the story of sample `index`: the same at every length where its facts fit."""
@@ -190,8 +206,9 @@ class Composed(Source):
         return fitting
 
     def _fits(self, story: Story, length: int) -> bool:
-        distance = self.options.get("distance")
-        return length == 0 or babilong.facts_fit(story, self.noise, length, distance=distance)
+        return length == 0 or babilong.facts_fit(
+            story, self.noise, length, distance=self.distance, composition=self.rules
+        )
 
 
 class Published(Source):

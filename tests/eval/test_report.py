@@ -344,6 +344,22 @@ def test_commands_repeat_a_run_by_its_settings(tmp_path: Path) -> None:
     assert "memlm eval" not in (tmp_path / "report.html").read_text()
 
 
+def test_commands_say_what_only_python_can_be_told(tmp_path: Path) -> None:
+    recall = {"k": 3, "size": 24, "overlap": 6, "by": "sentences", "hops": 2, "where": None}
+    settings = {
+        "composition": {"reserve": 9, "share": 1.0}, "split": "train", "retrieval": recall,
+        "embedder": "mine", "recall_template": " {text}", "prompt": "chat", "of_tomorrow": 5,
+        "prompt_file": "words.yaml",
+    }  # fmt: skip
+    write_report({"a": Report([cell("qa1", "0k", 1, 50)], settings)}, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "--of-tomorrow 5 --prompt words.yaml --hops 2 --retrieval 3 --chunk-size 24" in text
+    assert (
+        "--out a  # and from Python, as the command cannot say it: composition.reserve=9, "
+        "composition.share=1.0, embedder='mine', retrieval.overlap=6, split='train'\n"
+    ) in text
+
+
 def test_the_first_sentence_names_the_best_run_and_where() -> None:
     from memlm.eval.page import _Run, _Story
 

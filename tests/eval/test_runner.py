@@ -19,6 +19,7 @@ from memlm import MemLMForCausalLM
 from memlm.eval import Report, evaluate, readers, runner
 from memlm.eval.haystack import Haystack
 from memlm.eval.samples import Composed
+from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig
 from tests.eval.fake import SolvingModel
 
@@ -231,9 +232,11 @@ def test_a_killed_process_is_resumed(
     ("changed", "named"),
     [
         ({"seed": 1}, "seed=0, this one has 1"),
-        ({"max_new_tokens": 3}, "max_new_tokens=8"),
+        ({"max_new_tokens": 3}, "max_new_tokens=20, this one has 3"),
         ({"haystack": "builtin"}, "haystack="),
-        ({"split": "train"}, "split="),
+        ({"distance": 100, "lengths": ["1k"]}, "distance=None, this one has 100"),
+        ({"position": (0.0, 0.5)}, r"position=\[0.0, 1.0\], this one has \[0.0, 0.5\]"),
+        ({"composition": "published", "lengths": ["1k"]}, "composition='exact'"),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(
@@ -273,6 +276,9 @@ def test_a_folder_of_another_model_is_refused(
         ({"seed": -1}, "seed=-1"),
         ({"tasks": ["passkeys"]}, "unknown task 'passkeys'"),
         ({"prompt": "chat"}, "chat template"),
+        ({"embedder": HashingEmbedder()}, "embedder finds passages to recall"),
+        ({"split": "train"}, "haystack is a Haystack"),
+        ({"data": "some/where", "haystack": "builtin", "stories": "a"}, "stories='a' says how"),
         ({"baseline": "everything"}, "baseline='everything'"),
         ({"stories": "no/such/folder"}, "'no/such/folder' does not exist"),
         ({"haystack": "no/such/file"}, "haystack 'no/such/file'"),
@@ -412,7 +418,7 @@ def test_streaming_a_document_equals_generating_after_all_of_it(
             [ids, torch.tensor(sample.question_ids(tiny.config.question_template))]
         ).long()[None]
         said = tiny.generate(
-            input_ids=prompt, max_new_tokens=8, do_sample=False,
+            input_ids=prompt, max_new_tokens=20, do_sample=False,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         text = tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True).strip()
@@ -517,6 +523,9 @@ def test_recalled_passages_bring_back_what_was_forgotten(
     assert settings["retrieval"]["k"] == 6 and settings["embedder"]
     with pytest.raises(ValueError, match="retrieval="):
         run(forgetful, tokenizer, prose, tmp_path / "both", retrieval=3, **kwargs)
+    # Nor is a run with passages gone on with without any.
+    with pytest.raises(ValueError, match="retrieval=.*this one has None"):
+        run(forgetful, tokenizer, prose, tmp_path / "both", **kwargs)
 
 
 def test_samples_are_recalled_from_alone(
