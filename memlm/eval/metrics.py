@@ -1,8 +1,9 @@
 """Scores of answers: BABILong's published metric, the same with its faults mended, exact match.
 
 The published metric (github.com/booydar/babilong, metrics.py) finds labels as substrings. So "one" is
-found in "none" and a qa7 target "none" is never right; "know" and "now" count as "no"; "e,n" is cut
-into letters; and its cut at "Question" never cuts, as the text is in lower case by then.
+found in "none" and a qa7 target "none" is never right; "know" and "now" count as "no"; its labels of
+qa19 lack the four paths that turn back ("n,s"), so that these count as nothing said; and its cut at
+"Question" never cuts, as the text is in lower case by then.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ LABELS: dict[str, frozenset[str]] = {
 }
 
 
+# As published, where that differs: the twelve paths of two steps that a story may ask for.
+_PUBLISHED_LABELS = {"qa19": LABELS["qa19"] - {"n,s", "s,n", "e,w", "w,e"}}
+
+
 def babilong_score(
     output: str, target: str, question: str, task: str, *, strict_compat: bool = False
 ) -> bool:
@@ -41,7 +46,7 @@ def babilong_score(
     """
     labels = LABELS[check_task(task)]
     if strict_compat:
-        return _published(output, target, question, labels)
+        return _published(output, target, question, _PUBLISHED_LABELS.get(task, labels))
     said = re.split(r"\.|<context>|<example>|question", output.lower())[0]
     said = re.sub(r",\s+", ",", said)  # "n, e" is the label "n,e"
     wanted = target.lower().strip()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import islice
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from memlm.eval import babi
 from memlm.eval.babi.generators.events import DIALECTS
 from memlm.eval.babi.generators.world import World
-from memlm.eval.babilong import FACT_TEMPLATE, Sample, compose, encode_answer, encode_question
+from memlm.eval.babilong import ANSWER_TEMPLATE, FACT_TEMPLATE, Sample, compose, encode_answer
 from memlm.eval.haystack import TokenHaystack, encode_texts
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.embedders import HashingEmbedder
@@ -54,10 +54,8 @@ class BabilongSource:
         self.segment_length = segment_length
         self.options = options or BabilongOptions()
         self.seed = seed
-        tokenizer = haystack.tokenizer
-        template = self.options.question_template
-        self.prompt = cache(partial(encode_question, tokenizer, template=template))
-        self.answer = cache(partial(encode_answer, tokenizer))
+        # Encoded now: a tokenizer without an end token is refused before any document is made.
+        self._end = encode_answer(haystack.tokenizer, "")[-1:]
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:
         """Whether documents end with their first piece in all of `stages`."""
@@ -85,6 +83,17 @@ class BabilongSource:
     def encode(self, fact: str) -> np.ndarray:
         """A fact as it stands in a document, behind one space."""
         return self.haystack.encode(FACT_TEMPLATE.format(fact=fact))
+
+    # Remembered by the haystack, not by caches of our own: this object is sent to spawned data workers.
+
+    def prompt(self, question: str) -> np.ndarray:
+        """What `encode_question` gives."""
+        return self.haystack.encode(self.options.question_template.replace("{question}", question))
+
+    def answer(self, answer: str) -> np.ndarray:
+        """What `encode_answer` gives."""
+        ids = self.haystack.encode(ANSWER_TEMPLATE.format(answer=answer))
+        return np.concatenate([ids, self._end])
 
     # Layout "story".
 

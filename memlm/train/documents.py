@@ -48,6 +48,10 @@ class DocumentSource:
         self._stream: Iterator[tuple[str, str]] | None = None
         self._read = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A data worker that is spawned is sent the texts, and reads them from their start by itself.
+        return {**self.__dict__, "_stream": None, "_read": 0}
+
     def single_piece(self, stages: Sequence[Stage]) -> bool:
         """Documents are read on until they end."""
         return False

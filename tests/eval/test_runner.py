@@ -524,7 +524,7 @@ def test_recalled_passages_bring_back_what_was_forgotten(
     with pytest.raises(ValueError, match="retrieval="):
         run(forgetful, tokenizer, prose, tmp_path / "both", retrieval=3, **kwargs)
     # Nor is a run with passages gone on with without any.
-    with pytest.raises(ValueError, match="retrieval=.*this one has None"):
+    with pytest.raises(ValueError, match=r"retrieval=.*this one has None"):
         run(forgetful, tokenizer, prose, tmp_path / "both", **kwargs)
 
 

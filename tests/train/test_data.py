@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from memlm.eval import babi
+from memlm.eval import babi, babilong
 from memlm.eval.haystack import Document, TokenHaystack
 from memlm.segment import IGNORE
 from memlm.train import (
@@ -131,6 +132,53 @@ def test_a_stage_reaches_workers_that_are_running() -> None:
         lengths.append(batch["input_ids"].shape[1] // 6)
         made.curriculum.record(step, 1, 1)
     assert lengths == [1] * 5 + [4] * 4
+
+
+@pytest.mark.parametrize("layout", ["story", "aligned", "flowing"])
+def test_sources_that_were_used_pickle(layout: Any, haystack: TokenHaystack) -> None:
+    options = BabilongOptions(layout=layout, retrieval=int(layout == "story"))
+    rows = Rows([{"text": "Mary went to the office."}, {"text": "John left."}])
+    tok = tokenizer("byte-bpe")
+    for source in (
+        BabilongSource(haystack, LENGTH, options),
+        DocumentSource(rows, tok, LENGTH),
+        DocumentSource([("a", "Mary went to the office.")], tok, LENGTH),
+        PieceSource([text_piece(9)]),
+        Windows(BabilongSource(haystack, LENGTH, options), 2, LENGTH),
+    ):
+        made = deal(stream(source, Stage(min_segments=6, max_segments=6)))
+        expected = next(iter(made))
+        again = pickle.loads(pickle.dumps(made))
+        assert same(next(iter(again)), expected)
+
+
+def test_questions_and_answers_are_those_of_an_evaluation(haystack: TokenHaystack) -> None:
+    template = "\nQuestion:{question}"
+    source = BabilongSource(haystack, LENGTH, BabilongOptions(question_template=template))
+    tok = haystack.tokenizer
+    for text in ("Where is Mary?", "Is John here?"):
+        wanted = babilong.encode_question(tok, text, template).tolist()
+        assert source.prompt(text).tolist() == wanted
+        assert source.answer(text).tolist() == babilong.encode_answer(tok, text).tolist()
+
+
+@pytest.mark.slow
+def test_workers_may_be_spawned(haystack: TokenHaystack) -> None:
+    stages = [Stage(min_segments=6, max_segments=6)]
+    source = BabilongSource(haystack, LENGTH)
+    alone = list(islice(deal(stream(source, *stages)), 3))
+    loader = DataLoader(
+        deal(stream(source, *stages)),
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context="spawn",
+        timeout=120,
+    )
+    batches = iter(loader)
+    try:
+        assert all(same(next(batches), batch) for batch in alone)
+    finally:
+        batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def test_several_workers_cannot_read_on() -> None:
