@@ -32,7 +32,8 @@ def make_reader(
     """Say how `model` reads: into its memory where it has one, else with all its attention.
 
     baseline: a name of `BASELINES`, to read with the base model in that way instead. window: tokens that
-    "none" and "window" see; None is a segment, or what the base's positions allow up to 4,096.
+    "none" and "window" see; None is a segment, or what the base's positions allow up to 4,096. A reader
+    may change the model until it is closed.
     """
     if baseline is not None and baseline not in BASELINES:
         raise ValueError(
@@ -95,6 +96,9 @@ class WindowReader(MemoryReader):
         model = MemLMForCausalLM.from_base(base, memory=memory, segment_length=segment)
         super().__init__(model.eval(), tokenizer)
         self.window = window
+
+    def close(self) -> None:
+        self.model.unload()
 
     def settings(self) -> dict[str, Any]:
         return {"baseline": self.name, "window": self.window}

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -238,34 +238,39 @@ def perplexity(
         check_source(haystack)
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
-    wrapped = _wrap(model, segment_length)
-    size = int(wrapped.config.segment_length)
-    edges = _edges(bins, size, tokens)
-    if not isinstance(haystack, Haystack):
-        haystack = Haystack.open(haystack, split)
-    texts = choose_texts(haystack, tokenizer, tokens, documents, seed, split)
-    highest = max(int(text.ids.max()) for text in texts)
-    known = cast("Tensor", wrapped.get_input_embeddings().weight).shape[0]
-    if highest >= known:
+    if isinstance(haystack, Haystack) and split != "eval":
         raise ValueError(
-            f"tokenizer makes token {highest}, but the model knows {known}; "
-            "give the model's own tokenizer"
+            f"split={split!r} chooses a part of a source, but haystack is a Haystack, whose part is chosen "
+            "already; leave split out, or name the source"
         )
-    settings = {
-        "kind": "perplexity",
-        "model": fingerprint(wrapped),
-        "segment_length": size,
-        "haystack": haystack.source,
-        "split": split,
-        "length": format_length(tokens),
-        "seed": seed,
-        "bins": edges.tolist(),
-    }
-    log = RunLog(out, settings, ("document", "digest"), DOCUMENTS)
-    _check_log(log, texts, out)
     with ExitStack() as stack:
+        stack.enter_context(without_training(model))
+        wrapped = stack.enter_context(_in_segments(model, segment_length))
+        size = int(wrapped.config.segment_length)
+        edges = _edges(bins, size, tokens)
+        if not isinstance(haystack, Haystack):
+            haystack = Haystack.open(haystack, split)
+        texts = choose_texts(haystack, tokenizer, tokens, documents, seed, split)
+        highest = max(int(text.ids.max()) for text in texts)
+        known = cast("Tensor", wrapped.get_input_embeddings().weight).shape[0]
+        if highest >= known:
+            raise ValueError(
+                f"tokenizer makes token {highest}, but the model knows {known}; "
+                "give the model's own tokenizer"
+            )
+        settings = {
+            "kind": "perplexity",
+            "model": fingerprint(wrapped),
+            "segment_length": size,
+            "haystack": haystack.source,
+            "split": split,
+            "length": format_length(tokens),
+            "seed": seed,
+            "bins": edges.tolist(),
+        }
+        log = RunLog(out, settings, ("document", "digest"), DOCUMENTS)
+        _check_log(log, texts, out)
         stack.enter_context(log)
-        stack.enter_context(without_training(wrapped))
         batches = [
             range(start, min(start + batch_size, len(texts)))
             for start in range(0, len(texts), batch_size)
@@ -280,7 +285,7 @@ def perplexity(
             log.append([r for r in rows if not log.has(r["document"], r["digest"])])
     rows = [log.rows[text.index, text.digest] for text in texts]
     report = replace(
-        summarise(rows, edges, size, _notes(texts, documents), settings), versions=versions(wrapped)
+        summarise(rows, edges, size, _notes(texts, documents), settings), versions=versions(model)
     )
     if out is None:
         return report
@@ -414,8 +419,9 @@ def _measure(
     ]
 
 
-def _wrap(model: PreTrainedModel, segment_length: int | None) -> MemLMForCausalLM:
-    """Return a model that reads in segments; another's reads in independent windows."""
+@contextmanager
+def _in_segments(model: PreTrainedModel, segment_length: int | None) -> Iterator[MemLMForCausalLM]:
+    """The model as one that reads in segments, another's in independent windows while it is lent."""
     from memlm.modeling import MemLMForCausalLM
 
     if isinstance(model, MemLMForCausalLM):
@@ -424,13 +430,18 @@ def _wrap(model: PreTrainedModel, segment_length: int | None) -> MemLMForCausalL
             raise ValueError(
                 f"segment_length={segment_length} is not the model's own {own}; leave it out"
             )
-        return model
+        yield model
+        return
     if segment_length is None:
         raise ValueError(
             f"segment_length=None, but model={type(model).__name__} has no segments of its own; "
             "give segment_length=N to read it in independent windows of N tokens"
         )
-    return MemLMForCausalLM.from_base(model, memory="none", segment_length=segment_length)
+    wrapped = MemLMForCausalLM.from_base(model, memory="none", segment_length=segment_length)
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
 
 
 def _edges(bins: Sequence[int] | None, segment: int, tokens: int) -> NDArray[np.int64]:

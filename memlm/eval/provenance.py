@@ -13,13 +13,14 @@ import numpy as np
 
 @contextmanager
 def without_training(model: Any) -> Iterator[None]:
-    """Switch dropout off, and back to what it was."""
-    training = bool(model.training)
+    """Switch dropout off, and every module back to what it was."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def fingerprint(model: Any) -> str:

@@ -140,6 +140,10 @@ class Reader(ABC):
         """What was kept when the reading of this very batch was broken off."""
         return None
 
+    def close(self) -> None:
+        """Hand the model back as it was given."""
+        return None
+
     @abstractmethod
     def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
         """Make a batch's arrays, the first `done` left out. Runs in a thread: no model, no torch."""

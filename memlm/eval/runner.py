@@ -137,38 +137,40 @@ def evaluate(
         template = _config(model, "recall_template", RECALL_TEMPLATE)
         recall = _Recall(retrieval, embedder or HashingEmbedder(), template)
     own = prompts.style == "answer" and _config(model, "question_segment", "open") == "own"
-    reader = make_reader(model, tokenizer, baseline, window, own, out)
-    if data is not None:
-        source: Source = Published(data, tokenizer)
-    else:
-        if isinstance(haystack, Haystack):
-            noise = haystack.tokenized(tokenizer)
-        else:
-            noise = tokenized_haystack(haystack, split, tokenizer)
-        source = Composed(
-            stories, noise, tokenizer, seed,
-            position=position, distance=distance, composition=rules,
-        )  # fmt: skip
-    counts = {cell: source.prepare(*cell, samples) for cell in plan}
-    settings = {
-        **source.settings(),
-        **reader.settings(),
-        **({} if recall is None else recall.settings()),
-        "split": split,
-        "prompt": prompts.style,
-        "prompt_digest": prompts.digest,
-        "max_new_tokens": max_new_tokens,
-        "model": fingerprint(model),
-    }
-    # What decides nothing, or is in the settings by its digest, but is needed to repeat the run.
-    about: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype_of(model)}
-    if prompts.file is not None:
-        about["prompt_file"] = prompts.file
-    runner = _Runner(reader, source, prompts, tokenizer, max_new_tokens, recall)
     with ExitStack() as stack:
+        # The model is lent: as it was again, whatever happens meanwhile.
+        stack.enter_context(without_training(model))
+        reader = make_reader(model, tokenizer, baseline, window, own, out)
+        stack.callback(reader.close)
+        if data is not None:
+            source: Source = Published(data, tokenizer)
+        else:
+            if isinstance(haystack, Haystack):
+                noise = haystack.tokenized(tokenizer)
+            else:
+                noise = tokenized_haystack(haystack, split, tokenizer)
+            source = Composed(
+                stories, noise, tokenizer, seed,
+                position=position, distance=distance, composition=rules,
+            )  # fmt: skip
+        counts = {cell: source.prepare(*cell, samples) for cell in plan}
+        settings = {
+            **source.settings(),
+            **reader.settings(),
+            **({} if recall is None else recall.settings()),
+            "split": split,
+            "prompt": prompts.style,
+            "prompt_digest": prompts.digest,
+            "max_new_tokens": max_new_tokens,
+            "model": fingerprint(model),
+        }
+        # What decides nothing, or is in the settings by its digest, but is needed to repeat the run.
+        about: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype_of(model)}
+        if prompts.file is not None:
+            about["prompt_file"] = prompts.file
+        runner = _Runner(reader, source, prompts, tokenizer, max_new_tokens, recall)
         log = stack.enter_context(RunLog(out, settings))
         _check_log(log, source, counts)
-        stack.enter_context(without_training(model))
         todo = [
             batch
             for (task, length), count in counts.items()

@@ -24,6 +24,7 @@ from memlm.eval.haystack import Haystack
 from memlm.eval.samples import Composed
 from memlm.retrieval import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, read_document, render
+from tests.eval.lent import as_it_is
 
 Tokenizer = PreTrainedTokenizerFast
 NEW = 6
@@ -54,6 +55,23 @@ def run(
         return report, []
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     return report, [row["output"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["plain", "with memory"])
+def test_a_window_leaves_the_model_as_it_was(
+    kind: str, tokenizer: Tokenizer, prose: Haystack
+) -> None:
+    model: Any = small(tokenizer)
+    if kind == "with memory":
+        model = MemLMForCausalLM.from_base(model, memory=["armt", "infini"], segment_length=32)
+    model.train()
+    before = as_it_is(model)
+    for _ in range(2):
+        run(model, tokenizer, prose, baseline="window", window=24, samples=2)
+        assert as_it_is(model) == before
+    with pytest.raises(ValueError, match="no story of qa3"):
+        run(model, tokenizer, prose, baseline="window", window=24, tasks=["qa3"], lengths=[20])
+    assert as_it_is(model) == before
 
 
 def prompts_of(tokenizer: Tokenizer, prose: Haystack, length: int = 300) -> list[list[int]]:

@@ -27,6 +27,7 @@ from memlm.eval.perplexity import (
 )
 from memlm.modeling import MemLMForCausalLM
 from tests.cases import CASES, FAMILIES, SEGMENT, base_model, memory_model, tokens
+from tests.eval.lent import as_it_is
 
 Tokenizer = PreTrainedTokenizerFast
 VOCAB = 700
@@ -320,6 +321,17 @@ def test_another_model_reads_in_independent_windows(tokenizer: Tokenizer, prose:
     report = run(base, tokenizer, prose, segment_length=50)
     assert report.overall.loss.mean == pytest.approx(np.mean(expected), abs=1e-10)
     assert report.overall.gain is None and "gain" not in report.to_markdown().split("\n")[0]
+
+
+def test_another_model_is_left_as_it_was(tokenizer: Tokenizer, prose: Haystack) -> None:
+    base = base_model("llama", vocab_size=VOCAB).train()
+    base.model.norm.eval()
+    before = as_it_is(base)
+    with pytest.raises(ValueError, match="rising positions"):
+        run(base, tokenizer, prose, segment_length=50, bins=[5, 2])
+    assert as_it_is(base) == before
+    run(base, tokenizer, prose, segment_length=50, documents=1)
+    assert as_it_is(base) == before
 
 
 def test_a_model_of_ours_keeps_its_segment_length(
