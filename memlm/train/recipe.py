@@ -169,6 +169,34 @@ class Recipe:
         own = {f.name: getattr(self.data, f.name) for f in fields(BabilongOptions)}
         return build(BabilongOptions, {**own, **stage.data}, where)
 
+    def unread(self) -> list[str]:
+        """What is set to no effect, as "key: why"; what is as it is by default is not set."""
+        data, stages = self.data, self.curriculum.stages
+        changed = [f.name for f in fields(data) if getattr(data, f.name) != f.default]
+        composing = {"haystack", *(f.name for f in fields(BabilongOptions))}
+        if data.source == "documents":
+            of_stages = [
+                f"curriculum.stages.{i}.data" for i, stage in enumerate(stages) if stage.data
+            ]
+            keys = [f"data.{name}" for name in changed if name in composing] + of_stages
+            found = [f"{key}: is for data.source='babilong'" for key in keys]
+        else:
+            documents = [name for name in changed if name in ("path", "skip_empty")]
+            found = [f"data.{name}: is for data.source='documents'" for name in documents]
+            made = [self.options_of(stage, "") for stage in stages]
+            found += [
+                f"data.{name}: no stage's layout and retrieval read it"
+                for name in changed
+                if name in composing and not any(options.reads(name) for options in made)
+            ]
+            found += [
+                f"curriculum.stages.{i}.data.{name}: its layout and retrieval do not read it"
+                for i, (stage, options) in enumerate(zip(stages, made, strict=True))
+                for name in stage.data
+                if not options.reads(name)
+            ]
+        return found
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
         """Read a recipe, or a shipped one by its name; `overrides` are "section.key=value".
