@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -236,16 +236,17 @@ def perplexity(
             raise ValueError(f"{name}={value} must be at least {least}")
     if not isinstance(haystack, Haystack):
         check_source(haystack)
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
-    if isinstance(haystack, Haystack) and split != "eval":
+    elif split != "eval":
         raise ValueError(
             f"split={split!r} chooses a part of a source, but haystack is a Haystack, whose part is chosen "
             "already; leave split out, or name the source"
         )
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
     with ExitStack() as stack:
-        stack.enter_context(without_training(model))
-        wrapped = stack.enter_context(_in_segments(model, segment_length))
+        wrapped = _wrap(model, segment_length)
+        if wrapped is not model:
+            stack.callback(wrapped.unload)
         size = int(wrapped.config.segment_length)
         edges = _edges(bins, size, tokens)
         if not isinstance(haystack, Haystack):
@@ -271,6 +272,7 @@ def perplexity(
         log = RunLog(out, settings, ("document", "digest"), DOCUMENTS)
         _check_log(log, texts, out)
         stack.enter_context(log)
+        stack.enter_context(without_training(wrapped))
         batches = [
             range(start, min(start + batch_size, len(texts)))
             for start in range(0, len(texts), batch_size)
@@ -283,10 +285,11 @@ def perplexity(
             # The whole batch again, as before: other neighbours could round otherwise.
             rows = _measure(wrapped, [texts[i] for i in batch], edges, bar.update)
             log.append([r for r in rows if not log.has(r["document"], r["digest"])])
-    rows = [log.rows[text.index, text.digest] for text in texts]
-    report = replace(
-        summarise(rows, edges, size, _notes(texts, documents), settings), versions=versions(model)
-    )
+        rows = [log.rows[text.index, text.digest] for text in texts]
+        report = replace(
+            summarise(rows, edges, size, _notes(texts, documents), settings),
+            versions=versions(wrapped),
+        )
     if out is None:
         return report
     files = (Path(out) / DOCUMENTS, *report.save(out))
@@ -419,9 +422,8 @@ def _measure(
     ]
 
 
-@contextmanager
-def _in_segments(model: PreTrainedModel, segment_length: int | None) -> Iterator[MemLMForCausalLM]:
-    """The model as one that reads in segments, another's in independent windows while it is lent."""
+def _wrap(model: PreTrainedModel, segment_length: int | None) -> MemLMForCausalLM:
+    """Return a model that reads in segments; another's reads in independent windows."""
     from memlm.modeling import MemLMForCausalLM
 
     if isinstance(model, MemLMForCausalLM):
@@ -430,18 +432,13 @@ def _in_segments(model: PreTrainedModel, segment_length: int | None) -> Iterator
             raise ValueError(
                 f"segment_length={segment_length} is not the model's own {own}; leave it out"
             )
-        yield model
-        return
+        return model
     if segment_length is None:
         raise ValueError(
             f"segment_length=None, but model={type(model).__name__} has no segments of its own; "
             "give segment_length=N to read it in independent windows of N tokens"
         )
-    wrapped = MemLMForCausalLM.from_base(model, memory="none", segment_length=segment_length)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
+    return MemLMForCausalLM.from_base(model, memory="none", segment_length=segment_length)
 
 
 def _edges(bins: Sequence[int] | None, segment: int, tokens: int) -> NDArray[np.int64]:

@@ -351,6 +351,7 @@ def test_a_model_of_ours_keeps_its_segment_length(
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"haystack": "no/such/folder"}, "haystack 'no/such/folder' is neither"),
+        ({"split": "train"}, "split='train' chooses a part of a source"),
     ],
 )
 def test_what_cannot_work_is_refused(
