@@ -25,11 +25,12 @@ from memlm.eval import babi
 from memlm.eval.babi.generators.events import DIALECTS
 from memlm.eval.babi.generators.world import World
 from memlm.eval.babilong import FACT_TEMPLATE, Sample, compose, encode_answer, encode_question
-from memlm.eval.haystack import TokenHaystack, encode_texts
+from memlm.eval.haystack import TokenHaystack
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.embedders import HashingEmbedder
-from memlm.retrieval.retriever import RetrievalConfig, read_document, render
+from memlm.retrieval.retriever import RetrievalConfig, read_document, render_parts
 from memlm.segment import IGNORE
+from memlm.tokens import encode_parts
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted
 from memlm.train.options import BabilongOptions
@@ -134,8 +135,8 @@ class BabilongSource:
         retriever = read_document(sample, self.embedder, config)
         found = []
         for question, answer in asked:
-            text = render(retriever.recall(question), options.recall_template)
-            recalled = encode_texts(self.haystack.tokenizer, [text])[0][: options.retrieval_tokens]
+            shown = render_parts(retriever.recall(question), options.recall_template)
+            recalled = encode_parts(self.haystack.tokenizer, shown)[: options.retrieval_tokens]
             prompt, reply = self.prompt(question), self.answer(answer)
             ids = np.concatenate([np.array(recalled, dtype=np.int32), prompt, reply])
             found.append(Question(segment, ids, len(reply)))
