@@ -120,7 +120,7 @@ class DocumentStream:
                 if not isinstance(piece, str):
                     raise TypeError(f"text holds a {type(piece).__name__}; give strings")
                 # A long piece by parts: what is left of a string is copied each time a block leaves it.
-                for at in range(0, len(piece), BLOCK):
+                for at in range(0, max(len(piece), 1), BLOCK):
                     self._take(piece[at : at + BLOCK], document)
 
     @torch.no_grad()
@@ -287,20 +287,19 @@ class DocumentStream:
                 self.retriever.write(text, document)
             self._text += text
             while taken := next_block(self._tokens, self._context, self._text, BLOCK):
-                ids = self._leading() + taken[0]
+                # First the model: where it fails, the text is still there.
+                self._read(self._leading() + taken[0])
                 _, self._context, self._text = taken
-                self._read(ids)
 
     def _read(self, ids: list[int]) -> None:
         """Take tokens, and commit every segment that another token follows."""
-        self._open += ids
+        ids, state = self._open + ids, self._state
         length = self.model.segment_length
-        full = (len(self._open) - 1) // length * length
-        if full > 0:
-            whole = self._tensor(self._open[:full])
-            self._state = self.model.read(cut(whole, None, None, length), self._state)
-        self._open = self._open[max(full, 0) :]
-        self._committed += max(full, 0)
+        full = max(0, (len(ids) - 1) // length * length)
+        if full:
+            state = self.model.read(cut(self._tensor(ids[:full]), None, None, length), state)
+        self._state, self._open = state, ids[full:]
+        self._committed += full
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.long, device=self.model.backbone.device)
