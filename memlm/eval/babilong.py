@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.eval.babi.story import Story
-from memlm.eval.haystack import Haystack, TokenHaystack, encode_texts, from_sentences
+from memlm.eval.haystack import Haystack, TokenHaystack, from_sentences
+from memlm.tokens import encode_parts, encode_texts, fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,8 +191,7 @@ def encode_question(
     tokenizer: PreTrainedTokenizerBase, question: str, template: str = QUESTION_TEMPLATE
 ) -> NDArray[np.int32]:
     """Return the ids that follow the context and ask the question, (Q,)."""
-    text = template.replace("{question}", question)
-    return np.array(encode_texts(tokenizer, [text])[0], dtype=np.int32)
+    return np.array(encode_parts(tokenizer, fill(template, question=question)), dtype=np.int32)
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> NDArray[np.int32]:
@@ -267,8 +267,8 @@ class Sample:
         return "".join(self)
 
     def question_ids(self, template: str = QUESTION_TEMPLATE) -> NDArray[np.int32]:
-        """Return what `encode_question` does, remembered by the haystack."""
-        return self._haystack.encode(template.replace("{question}", self.question))
+        """Return what `encode_question` does."""
+        return encode_question(self._haystack.tokenizer, self.question, template)
 
     def _stretches(self) -> Iterator[tuple[int, int, list[int]]]:
         """Yield (first sentence, sentence after the last, facts that follow) in order."""

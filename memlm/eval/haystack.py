@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.text import split_sentences
+from memlm.tokens import encode_texts, encode_with_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -245,13 +246,13 @@ class TokenHaystack:
         text = f" {self.texts[sentence]}"
         if tokens == 0:
             return ""
-        if not self.tokenizer.is_fast:
+        spans = encode_with_spans(self.tokenizer, [text])[1][0]
+        if spans is None:
             start = self.offsets[sentence]
             cut = self.ids[start : start + tokens].tolist()
             # Some decoders drop the leading space.
             return f" {self.tokenizer.decode(cut).removeprefix(' ')}"
-        spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return text[: spans["offset_mapping"][tokens - 1][1]]
+        return text[: spans[tokens - 1][1]]
 
     @functools.cached_property
     def characters(self) -> NDArray[np.int64]:
@@ -350,13 +351,6 @@ def tokenise(
             f"haystack {source!r} has no sentence of {min_tokens} tokens; "
             "give a source with longer sentences"
         )
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Tokenise each text by itself, without special tokens."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
 
 
 def from_sentences(

@@ -36,12 +36,12 @@ from memlm.eval.haystack import (
     TokenHaystack,
     check_source,
     check_split,
-    encode_texts,
     files_of,
     parse_hub,
     read_documents,
     tokenise,
 )
+from memlm.tokens import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +137,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
         "versions": [tokenizers.__version__, transformers.__version__],
     }
     try:
-        known["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
+        # Control tokens written out are text; entries of before took them for control tokens.
+        known["split_special_tokens"] = True
         if tokenizer.is_fast:
             backend = json.loads(tokenizer.backend_tokenizer.to_str())
             # Left over from the last call, and set anew by every call.

@@ -27,6 +27,7 @@ from memlm.eval.babilong import format_length, parse_length
 from memlm.eval.haystack import Haystack, Split, check_source
 from memlm.eval.log import Row, RunLog
 from memlm.eval.provenance import fingerprint, versions, without_training
+from memlm.tokens import encode_with_spans
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -552,15 +553,8 @@ def _tokenised(
         texts = [f" {sentence}" for sentence in itertools.islice(pending, _SENTENCES)]
         if not texts:
             break
-        fast = bool(tokenizer.is_fast)
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
-            return_offsets_mapping=fast,
-        )  # fmt: skip
-        for number, text in enumerate(texts):
-            found = encoded["input_ids"][number]
+        for text, found, spans in zip(texts, *encode_with_spans(tokenizer, texts), strict=True):
             ids += found
-            spans = encoded["offset_mapping"][number] if fast else None
             sizes += _bytes_of(text, len(found), spans)
     return np.array(ids[:limit], dtype=np.int32), np.array(sizes[:limit], dtype=np.int64)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from memlm.eval import babi
 from memlm.eval.babilong import QUESTION_TEMPLATE
+from memlm.tokens import Part, fill, joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,10 +201,21 @@ class Prompts:
         self, task: str, question: str, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[str, str]:
         """Return the text before the document and the text behind it."""
+        before, after = self.parts(task, question, tokenizer)
+        return before, joined(after)
+
+    def parts(
+        self, task: str, question: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[str, list[Part]]:
+        """`around`, the text behind in parts: control tokens are meant in the template alone."""
         if self.style == "answer":
-            return "", self.question_template.replace("{question}", question)
+            return "", fill(self.question_template, question=question)
         before, after = self._framed(task, tokenizer)
-        return before, after.replace(_QUESTION, question)
+        pieces = after.split(_QUESTION)
+        filled: list[Part] = [(pieces[0], True)]
+        for piece in pieces[1:]:
+            filled += [(question, False), (piece, True)]
+        return before, filled
 
     def _framed(self, task: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         instruction, post_prompt = WORDS.get(task, _OTHERS)

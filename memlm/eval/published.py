@@ -34,8 +34,9 @@ from memlm.eval.babilong import (
     format_length,
     parse_length,
 )
-from memlm.eval.haystack import TokenHaystack, check_source, encode_texts
+from memlm.eval.haystack import TokenHaystack, check_source
 from memlm.eval.haystack_cache import tokenized_haystack
+from memlm.tokens import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from memlm.eval.babilong import (
 )
 from memlm.eval.baselines import is_memory_model, make_reader
 from memlm.eval.feed import Feed
-from memlm.eval.haystack import Haystack, Split, check_source, encode_texts
+from memlm.eval.haystack import Haystack, Split, check_source
 from memlm.eval.haystack_cache import tokenized_haystack
 from memlm.eval.log import SAMPLES, Row, RunLog, recorded
 from memlm.eval.prompts import Prompts
@@ -41,8 +41,8 @@ from memlm.eval.report import Cell, Report
 from memlm.eval.samples import Composed, Published, Sampled, Source
 from memlm.eval.tasks import find_task
 from memlm.retrieval.embedders import HashingEmbedder
-from memlm.retrieval.retriever import Recalled, RetrievalConfig, read_document, render
-from memlm.text import leading_tokens
+from memlm.retrieval.retriever import Recalled, RetrievalConfig, read_document, render_parts
+from memlm.tokens import Part, encode_parts, leading_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -341,7 +341,7 @@ class _Runner:
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
-        self._encoded: dict[str, NDArray[np.int32]] = {}
+        self._encoded: dict[tuple[Part, ...], NDArray[np.int32]] = {}
         bare = prompts.bare or prompts.style == "chat"
         self._leading = np.array([] if bare else leading_tokens(tokenizer), dtype=np.int32)
 
@@ -385,14 +385,14 @@ class _Runner:
         asked = []
         for index in batch.indices:
             sample = self.source.get(batch.task, batch.length, index)
-            before, after = self.prompts.around(batch.task, sample.question, self.tokenizer)
+            before, after = self.prompts.parts(batch.task, sample.question, self.tokenizer)
             behind = self._encode(after)
             passages: tuple[Recalled, ...] = ()
             if self.recall is not None:
-                passages, text = self.recall(sample)
-                recalled = np.array(encode_texts(self.tokenizer, [text])[0], dtype=np.int32)
+                passages, shown = self.recall(sample)
+                recalled = np.array(encode_parts(self.tokenizer, shown), dtype=np.int32)
                 behind = np.concatenate([recalled, behind])
-            start = np.concatenate([self._leading, self._encode(before)])
+            start = np.concatenate([self._leading, self._encode([(before, True)])])
             asked.append(Asked(sample, start, behind, passages))
         return asked
 
@@ -454,13 +454,13 @@ class _Runner:
     def _answer_tokens(self, task: str) -> int:
         return max(self.max_new_tokens, find_task(task).answer_tokens)
 
-    def _encode(self, text: str) -> NDArray[np.int32]:
-        if text not in self._encoded:
+    def _encode(self, parts: Iterable[Part]) -> NDArray[np.int32]:
+        key = tuple(parts)
+        if key not in self._encoded:
             if len(self._encoded) > MEMO:
                 self._encoded.clear()
-            ids = encode_texts(self.tokenizer, [text])[0] if text else []
-            self._encoded[text] = np.array(ids, dtype=np.int32)
-        return self._encoded[text]
+            self._encoded[key] = np.array(encode_parts(self.tokenizer, key), dtype=np.int32)
+        return self._encoded[key]
 
 
 @dataclass(frozen=True)
@@ -471,10 +471,10 @@ class _Recall:
     embedder: Embedder
     template: str
 
-    def __call__(self, sample: Sampled) -> tuple[tuple[Recalled, ...], str]:
-        """The passages, and the text that shows them."""
+    def __call__(self, sample: Sampled) -> tuple[tuple[Recalled, ...], list[Part]]:
+        """The passages, and the parts of the text that shows them."""
         passages = read_document(sample, self.embedder, self.config).recall(sample.question)
-        return tuple(passages), render(passages, self.template)
+        return tuple(passages), render_parts(passages, self.template)
 
     def settings(self) -> dict[str, Any]:
         return {

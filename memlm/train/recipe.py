@@ -81,7 +81,13 @@ class DataSection(BabilongOptions):
     path: str | None = described(
         "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]", None
     )
-    skip_empty: bool = described("documents: pass over empty rows instead of refusing them", False)
+    skip_empty: bool = described(
+        "documents: pass over empty rows and files instead of refusing them", False
+    )
+    split_special_tokens: bool = described(
+        "documents: control tokens written out in a text are text; false makes them control tokens",
+        True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -363,11 +363,12 @@ def make_source(
     seed = recipe.seed if seed is None else seed
     if recipe.data.source == "documents":
         return DocumentSource(
-            open_texts(recipe.data.path or ""),
+            open_texts(recipe.data.path or "", recipe.data.skip_empty),
             tokenizer,
             segment_length,
             seed=seed,
             skip_empty=recipe.data.skip_empty,
+            split_special_tokens=recipe.data.split_special_tokens,
         )
     return BabilongSource(haystack, segment_length, recipe.options(), seed=seed)
 

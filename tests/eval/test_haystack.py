@@ -238,11 +238,15 @@ def test_a_book_is_tokenised_in_parts(tokenizer: PreTrainedTokenizerFast) -> Non
     sizes = []
 
     class Watching:
-        is_fast = True
-
         def __call__(self, texts: list[str], **named: Any) -> Any:
             sizes.append(len(texts))
             return tokenizer(texts, **named)
+
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
 
     made = TokenHaystack([Document("book", sentences)], Watching(), "book")  # type: ignore[arg-type]
     assert max(sizes) <= 1000 and sum(sizes) == 2500

@@ -28,7 +28,7 @@ from memlm.train import (
     TrainingStream,
 )
 from memlm.train.data import Windows, shifted
-from memlm.train.documents import Rows, TextFiles
+from memlm.train.documents import Rows, TextFiles, open_texts
 from tests.tokenizers import tokenizer
 from tests.train.tiny import Endless, answer_piece, ids, stream, text_piece
 
@@ -439,6 +439,44 @@ def test_empty_documents_are_refused_or_passed_over(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"empty\.txt' is empty"):
         TextFiles(tmp_path)
+
+
+@pytest.mark.parametrize("of", ["list", "folder", "folder listed as it is"])
+def test_empty_documents_are_passed_over_in_every_kind_of_source(tmp_path: Path, of: str) -> None:
+    told = {"a": "Mary.", "b": "", "c": " \n ", "d": "John.", "e": "\n"}
+    for name, text in told.items():
+        (tmp_path / name).write_text(text)
+    texts: Any = list(told.items())
+    if of == "folder":
+        texts = open_texts(str(tmp_path), skip_empty=True)
+    elif of != "list":
+        (tmp_path / "b").unlink()
+        (tmp_path / "b").write_text(" ")
+        texts = TextFiles(tmp_path)
+    source = source_of_texts(texts, skip_empty=True)
+    for epoch in range(3):
+        read = [
+            source.tokenizer.decode(
+                next(iter(source.document(2 * epoch + n, Stage(max_segments=1)))).ids
+            )
+            for n in range(2)
+        ]
+        assert sorted(text[:5] for text in read) == ["John.", "Mary."]
+    with pytest.raises(ValueError, match="no document with text"):
+        source_of_texts([("b", " ")], skip_empty=True)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "b").touch()
+    with pytest.raises(ValueError, match="no document with text"):
+        open_texts(str(tmp_path / "none"), skip_empty=True)
+
+
+def test_control_tokens_in_training_texts_are_text_unless_asked_otherwise() -> None:
+    end = tokenizer("byte-bpe").eos_token_id
+    for split, ends in ((True, 1), (False, 3)):
+        source = source_of_texts([("a", "One <eos> two <eos>.")], split_special_tokens=split)
+        ids = np.concatenate([p.ids for p in source.document(0, Stage(max_segments=99))])
+        assert (ids == end).sum() == ends and ids[-1] == end
+    assert source.tokenizer.decode(ids).count("<eos>") == 3
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
