@@ -17,6 +17,7 @@ from memlm.modeling import MemLMForCausalLM
 from memlm.segment import IGNORE
 from memlm.state import MemoryState
 from memlm.train import Collator, Piece, PieceSource, Question, Stage
+from memlm.train.data import shifted
 from memlm.train.trainer import MemLMTrainer, answers, count_targets
 from tests.cases import SEGMENT, memory_model
 from tests.train.tiny import (
@@ -467,14 +468,84 @@ def test_what_memories_ask_for_does_not_grow_with_the_document(tmp_path: Path) -
     assert 0.3 < logged[1] / logged[0] < 1.5
 
 
-def test_steps_that_overflow_are_left_out(tmp_path: Path) -> None:
+def overflowing(memory: Any) -> MemLMForCausalLM:
+    """A model that cannot read token 60: in float32, which norms are taken in, it is infinite."""
+    model = memory_model("llama", memory)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[60] = 1e200
+    return model
+
+
+def bad_piece(length: int, seed: int) -> Piece:
+    tokens = ids(length, seed).clip(max=59)
+    tokens[3 * length // 4] = 60
+    return Piece(tokens, shifted(tokens))
+
+
+@pytest.mark.parametrize("memory", ["armt", "none"])
+def test_one_bad_document_is_left_out(tmp_path: Path, memory: str) -> None:
+    good = ids(15, 1).clip(max=59)
+    pieces = [Piece(good, shifted(good)), bad_piece(20, 2)]
+    model = overflowing(memory)
+    before = weights(model)
+    values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "bptt_depth": 2}
+    made = trainer(model, tmp_path, stream(PieceSource(pieces), Stage(max_segments=1)), **values)
+    made.train()
+    assert made.state.global_step == 1
+    assert made.skipped == made.state.log_history[0]["skipped"] == 1
+
+    # By hand: the good document alone, as its share of all targets. The bad one overflows in its
+    # second window; what its first has taught stays.
+    other = overflowing(memory).train()
+    batch = Collator()([pieces[0]])
+    for part in parts(15, 2):
+        state = None if part.start == 0 else out.memory_state.detach()
+        out = other(
+            batch["input_ids"][:, part],
+            shift_labels=batch["shift_labels"][:, part],
+            memory_state=state,
+            num_items_in_batch=14 + 19,
+        )
+        out.loss.backward()
+    bad = Collator()([pieces[1]])
+    at = parts(20, 2)[0]
+    out = other(bad["input_ids"][:, at], shift_labels=bad["shift_labels"][:, at], num_items_in_batch=33)
+    out.loss.backward()
+    for name, parameter in other.named_parameters():
+        before[name] -= 0.1 * parameter.grad
+    assert_same(weights(model), before)
+
+
+def test_a_bad_document_ends_a_run_that_asks_for_it(tmp_path: Path) -> None:
+    made = trainer(overflowing("armt"), tmp_path, [{"input_ids": bad_piece(20, 2).ids}])
+    made.args.skip_nonfinite = False
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        made.train()
+
+
+def test_weights_that_overflowed_end_a_run(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(armt.parameters())[5] = torch.nan
+    data = [{"input_ids": np.full(12, 5)}]
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        trainer(armt, tmp_path, data).train()
+
+
+def test_an_evaluation_says_that_a_document_overflowed(tmp_path: Path) -> None:
+    data = [{"input_ids": bad_piece(20, 2).ids}]
+    made = MemLMTrainer(overflowing("armt"), arguments(tmp_path), eval_dataset=data)
+    assert np.isnan(made.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_steps_that_overflow_are_left_out(tmp_path: Path, limit: float) -> None:
     model = memory_model("llama", "armt")
     made = trainer(
         model,
         tmp_path,
         stream(Endless(pieces=3), Stage(max_segments=1)),
         max_steps=2,
-        max_grad_norm=1.0,
+        max_grad_norm=limit,
     )
     before = weights(model)
     run = made._run
@@ -486,7 +557,7 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path) -> None:
 
     made._run = spoil  # type: ignore[method-assign]
     made.train()
-    assert made.state.global_step == 2
+    assert made.state.global_step == made.skipped == 2
     assert_same(weights(model), before)
 
 
