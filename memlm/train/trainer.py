@@ -8,6 +8,7 @@ own.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count as count_up
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from accelerate.utils import DistributedType
@@ -86,6 +88,12 @@ class MemLMTrainingArguments(TrainingArguments):
                     f"gradient_accumulation_steps={self.gradient_accumulation_steps} puts off the "
                     "step that window_step='window' asks for; use 1"
                 )
+        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+        if self.deepspeed is not None or launched:
+            raise ValueError(
+                "deepspeed steps its optimiser at every backward, and a document has one per window of "
+                "bptt_depth segments; use DDP or FSDP, and leave deepspeed out"
+            )
         # The batches hold more than the columns of a data set the Trainer would keep.
         self.remove_unused_columns = False
         # Every window gives every parameter a gradient, and a memory model has no buffers that
@@ -142,6 +150,16 @@ class Plan:
     first: int
     learned: frozenset[int]
     scale: float
+
+    @property
+    def calls(self) -> list[tuple[int, bool, bool, bool]]:
+        """The calls the model gets: by segment, its window, learned from or not, targets, questions."""
+        found = []
+        for index, segment in enumerate(self.segments):
+            window = window_of(index, self.depth, self.first)
+            asked = segment.questions is not None
+            found.append((window, window in self.learned, segment.has_labels, asked))
+        return found
 
     @property
     def last(self) -> int:
@@ -370,6 +388,7 @@ class MemLMTrainer(Trainer):
         What memories ask for besides is added for windows that are learned from.
         """
         plan = self._plan(batch, train=train)
+        self._check_in_step(plan)
         length = batch.get("segment_length") or self._model.segment_length
         rows, continued = batch["input_ids"].shape[0], batch.get("continued")
         tally = Tally(tokens=sum(tokens_in(segment) for segment in plan.segments))
@@ -422,16 +441,37 @@ class MemLMTrainer(Trainer):
             self._carried[self._slot] = self._sound(state.detach())
         return total, tally
 
+    def _check_in_step(self, plan: Plan) -> None:
+        """Refuse what FSDP, which gathers weights at every call, would wait for without end."""
+        if not self._sharded:
+            return
+        mark = torch.tensor([crc32(repr(plan.calls).encode())], device=self.args.device)
+        marks = self.accelerator.gather(mark)
+        if bool((marks != marks[0]).any()):
+            raise ValueError(
+                f"the processes' documents at step {self.state.global_step} differ in how many segments "
+                "they have or behind which of them are targets and questions, and under FSDP every "
+                "process must run the same calls; give all documents the same (min_segments = "
+                "max_segments, one ask_every), or use DDP"
+            )
+
+    @property
+    def _sharded(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
     def _rows_of(self, plan: Plan) -> Tensor | int:
         return plan.learned_rows if self._learned_rows is None else self._learned_rows
 
     def _skip(self, error: FloatingPointError) -> None:
         """Count a batch that is left out from here on. Raises where that would not help."""
-        sound = all(bool(p.isfinite().all()) for p in self._model.parameters())
-        if not self.args.skip_nonfinite or not sound:
+        # Weights that overflowed spoil every batch. Under FSDP the others are in the midst of the call.
+        if not self.args.skip_nonfinite or self._sharded or not self._weights_are_finite():
             raise error
         self._step_report.skipped += 1
         logger.warning(f"A batch of step {self.state.global_step} is left out: {error}")
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self._model.parameters())
 
     def _reduce_nothing(self, model: nn.Module, ids: Tensor) -> None:
         """Take part in the gradients' reduction with zeros: other processes wait for it."""
@@ -562,12 +602,8 @@ class MemLMTrainer(Trainer):
     def _context(self, model: nn.Module, learn: bool, last: bool) -> AbstractContextManager[Any]:
         if not learn:
             return torch.no_grad()
-        # FSDP keeps whole gradients while it is not synchronising, and DeepSpeed counts backwards.
-        plain = self.accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-        )
-        return nullcontext() if last or plain else self.accelerator.no_sync(model)
+        # FSDP keeps whole gradients while it is not synchronising.
+        return nullcontext() if last or self._sharded else self.accelerator.no_sync(model)
 
     @contextmanager
     def _predictions(self, listen: bool) -> Iterator[list[Tensor] | None]:

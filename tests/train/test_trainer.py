@@ -509,7 +509,9 @@ def test_one_bad_document_is_left_out(tmp_path: Path, memory: str) -> None:
         out.loss.backward()
     bad = Collator()([pieces[1]])
     at = parts(20, 2)[0]
-    out = other(bad["input_ids"][:, at], shift_labels=bad["shift_labels"][:, at], num_items_in_batch=33)
+    out = other(
+        bad["input_ids"][:, at], shift_labels=bad["shift_labels"][:, at], num_items_in_batch=33
+    )
     out.loss.backward()
     for name, parameter in other.named_parameters():
         before[name] -= 0.1 * parameter.grad
@@ -598,6 +600,50 @@ def test_arguments_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         arguments(tmp_path, **values)
+
+
+def test_deepspeed_is_refused_before_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="deepspeed steps its optimiser at every backward"):
+        arguments(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="deepspeed"):
+        arguments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (Piece(ids(12, 2), shifted(ids(12, 2))), True),
+        (Piece(ids(13, 2), shifted(ids(13, 2))), True),
+        (Piece(ids(14, 2), shifted(ids(14, 2))), False),
+        (Piece(ids(12, 2), questions=(Question(1, ids(4, 9), 2),)), False),
+    ],
+)
+def test_sharded_processes_must_run_the_same_calls(
+    armt: MemLMForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other: Piece,
+    same: bool,
+) -> None:
+    made = trainer(armt, tmp_path, [{"input_ids": ids(4)}])
+    monkeypatch.setattr(MemLMTrainer, "_sharded", True)
+    marks: list[Tensor] = []
+
+    def gather(mark: Tensor) -> Tensor:
+        marks.append(mark)
+        return torch.cat(marks)
+
+    monkeypatch.setattr(made.accelerator, "gather", gather)
+    plans = [made._plan(Collator()([piece]), train=True) for piece in (text_piece(12), other)]
+    made._check_in_step(plans[0])
+    if same:
+        made._check_in_step(plans[1])
+    else:
+        with pytest.raises(ValueError, match="FSDP every process must run the same calls"):
+            made._check_in_step(plans[1])
 
 
 def test_a_step_a_window_needs_a_stream(armt: MemLMForCausalLM, tmp_path: Path) -> None:
