@@ -70,7 +70,7 @@ def test_windows_count_back_from_the_end_or_on_from_the_start() -> None:
                 first = first_window(count, depth, anchor)
                 windows = scan(lambda w, s: (w, s), range(count), MemoryState({}, 1), depth, first)
                 found[anchor] = [window for window, _ in windows]
-                assert sum(found[anchor], []) == list(range(count))
+                assert [n for window in found[anchor] for n in window] == list(range(count))
                 assert all(1 <= len(window) <= depth for window in found[anchor])
             # All but one window are full: the first, or the last.
             assert all(len(window) == depth for window in found["end"][1:])

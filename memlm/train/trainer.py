@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count as count_up
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import torch
@@ -67,7 +67,7 @@ class MemLMTrainingArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "leave out batches whose memory or loss, and steps whose gradient, overflow, and "
-            "log their number as 'skipped'; false: memories that overflow end the run"
+            "log their number as 'skipped'; false, and under FSDP: memories that overflow end the run"
         },
     )
 
@@ -257,10 +257,11 @@ class MemLMTrainer(Trainer):
                     self._stream.source,
                     self.args.bptt_depth,
                     self._model.segment_length,
-                    self.args.bptt_anchor,
+                    cast(Anchor, self.args.bptt_anchor),
                 )
         self._carried: dict[int, MemoryState] = {}
-        # Rows of segments learned from in the present step, over all its batches and processes.
+        # Rows of segments learned from in the present step, over all its batches and processes; None
+        # where it has but one of each.
         self._learned_rows: Tensor | int | None = None
         self._step_report, self._log_report = Report(), Report()
         self.skipped = 0
@@ -314,12 +315,15 @@ class MemLMTrainer(Trainer):
     ) -> Tensor | int | None:
         # Targets of questions count as well; a document counts once, however it is windowed.
         count = sum(count_targets(batch) for batch in batch_samples)
+        if len(batch_samples) == 1 and self.args.world_size == 1:
+            self._learned_rows = None  # The batch's own, which is found when it is run.
+            return torch.tensor(count, device=device)
         rows = sum(int(self._plan(batch, train=True).learned_rows) for batch in batch_samples)
         counts = torch.tensor([[count, rows]], device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts)
-        found, self._learned_rows = counts.sum(dim=0)
-        return found
+        total, self._learned_rows = counts.sum(dim=0)
+        return total
 
     # A batch.
 
@@ -376,7 +380,7 @@ class MemLMTrainer(Trainer):
             batch,
             batch.get("segment_length") or self._model.segment_length,
             self.args.bptt_depth,
-            self.args.bptt_anchor,
+            cast(Anchor, self.args.bptt_anchor),
             train=train,
         )
 
@@ -414,7 +418,7 @@ class MemLMTrainer(Trainer):
                     loss = loss * scale
                 if loss is not None and learn:
                     asked = loss if extra is None else loss + extra * weight
-                    if self.args.skip_nonfinite and not bool(asked.isfinite()):
+                    if self._may_skip and not bool(asked.isfinite()):
                         raise FloatingPointError("the loss is not finite")
                     if extra is not None:
                         self._step_report.auxiliary += extra.detach() * weight
@@ -459,24 +463,27 @@ class MemLMTrainer(Trainer):
     def _sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
+    @property
+    def _may_skip(self) -> bool:
+        # Under FSDP the other processes would wait for this one's next call.
+        return self.args.skip_nonfinite and not self._sharded
+
     def _rows_of(self, plan: Plan) -> Tensor | int:
         return plan.learned_rows if self._learned_rows is None else self._learned_rows
 
     def _skip(self, error: FloatingPointError) -> None:
         """Count a batch that is left out from here on. Raises where that would not help."""
-        # Weights that overflowed spoil every batch. Under FSDP the others are in the midst of the call.
-        if not self.args.skip_nonfinite or self._sharded or not self._weights_are_finite():
+        sound = all(bool(p.isfinite().all()) for p in self._model.parameters())
+        # Weights that overflowed would spoil every batch to come.
+        if not self._may_skip or not sound:
             raise error
         self._step_report.skipped += 1
         logger.warning(f"A batch of step {self.state.global_step} is left out: {error}")
 
-    def _weights_are_finite(self) -> bool:
-        return all(bool(parameter.isfinite().all()) for parameter in self._model.parameters())
-
     def _reduce_nothing(self, model: nn.Module, ids: Tensor) -> None:
         """Take part in the gradients' reduction with zeros: other processes wait for it."""
         if self.args.world_size > 1:
-            loss = model(input_ids=ids, shift_labels=ids, logits_to_keep=None).loss
+            loss = model(ids, shift_labels=ids, logits_to_keep=None, write=False).loss
             self.accelerator.backward(loss * 0.0)
 
     def _window(

@@ -498,8 +498,8 @@ def test_one_bad_document_is_left_out(tmp_path: Path, memory: str) -> None:
     # second window; what its first has taught stays.
     other = overflowing(memory).train()
     batch = Collator()([pieces[0]])
+    state = None
     for part in parts(15, 2):
-        state = None if part.start == 0 else out.memory_state.detach()
         out = other(
             batch["input_ids"][:, part],
             shift_labels=batch["shift_labels"][:, part],
@@ -507,6 +507,7 @@ def test_one_bad_document_is_left_out(tmp_path: Path, memory: str) -> None:
             num_items_in_batch=14 + 19,
         )
         out.loss.backward()
+        state = out.memory_state.detach()
     bad = Collator()([pieces[1]])
     at = parts(20, 2)[0]
     out = other(
