@@ -113,13 +113,19 @@ class MemoryStack(nn.Module):
     def auxiliary_loss(
         self, before: dict[str, Any], after: dict[str, Any], active: Tensor | None
     ) -> Tensor | None:
-        """What one segment's changes of state cost in training, averaged over rows; None: nothing."""
+        """What one segment's changes of state cost in training, summed over its real rows.
+
+        Each memory's is a mean over its layers, those of several memories add up; None: nothing.
+        """
         total = None
-        for label, memory in self._labelled():
-            cost = memory.auxiliary_loss(before[label], after[label])
-            if cost is not None:
-                cost = (cost if active is None else cost.masked_fill(~active, 0.0)).mean()
-                total = cost if total is None else total + cost
+        for name, attached in self._memories().items():
+            for key, cell in attached.cells.items():
+                label = name if key == "model" else f"{name}.{key}"
+                cost = cast(Memory, cell).auxiliary_loss(before[label], after[label])
+                if cost is not None:
+                    cost = (cost if active is None else cost.masked_fill(~active, 0.0)).sum()
+                    cost = cost / len(attached.cells)
+                    total = cost if total is None else total + cost
         return total
 
     def check_finite(self, sizes: Sequence[Tensor], state: MemoryState, first_segment: int) -> None:

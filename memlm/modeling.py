@@ -26,7 +26,7 @@ from memlm.backbone import Backbone
 from memlm.config import FORMAT_VERSION, MemLMConfig
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.rolling import RollingMemory
-from memlm.scan import scan
+from memlm.scan import Anchor, first_window, scan
 from memlm.schedule import sequential
 from memlm.segment import IGNORE, Packing, Segment, cut
 from memlm.segment import shift_labels as shift
@@ -51,7 +51,8 @@ class MemLMOutput(ModelOutput):
 
     loss: () mean cross-entropy, and in training the auxiliary loss. logits (B, N, V) where asked.
     memory_state: behind the last segment. auxiliary_loss: () what the memories ask for in training
-    besides (`Memory.auxiliary_loss`), there without labels too; None when they ask for nothing.
+    besides (`Memory.auxiliary_loss`), a mean over the call's real segments, rows and each memory's
+    layers, as it stands in `loss`; there without labels too; None when they ask for nothing.
     """
 
     loss: Tensor | None = None
@@ -210,21 +211,27 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         memory_state: MemoryState | None = None,
         bptt_depth: int | None = None,
         logits_to_keep: int | None = 0,
-        shift_labels: Tensor | None = None,
         write: bool = True,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        bptt_anchor: Anchor = "end",
         **kwargs: Any,
     ) -> MemLMOutput | tuple[Any, ...]:
         """Read input_ids (B, N) after what `memory_state` remembers; the last segment ends with the call.
 
         attention_mask (B, N): 0 marks padding, anywhere; it neither reads, writes nor moves a position.
         labels (B, N): as transformers has them, shifted here (or `shift_labels`, shifted already).
-        bptt_depth: segments a gradient reaches back; None is all of the call. logits_to_keep: 0 for all
-        logits, n for the last n positions, None for none. write=False reads only, and returns
-        `memory_state` as it was given. num_items_in_batch: what the summed loss is divided by, the
-        number of labels when None. ValueError on shapes or states that do not fit.
+        bptt_depth: segments a gradient reaches back; None is all of the call. bptt_anchor: where windows
+        of that many segments are counted from, back from the "end" of the call (of its longest row), or
+        on from its "start". logits_to_keep: 0 for all logits, n for the last n positions, None for none.
+        write=False reads only, and returns `memory_state` as it was given. num_items_in_batch: what the
+        summed loss is divided by, the number of labels when None; the auxiliary loss, a mean already, is
+        then weighed by the share of those items that are in this call, so that the calls of a batch add
+        up to one mean. ValueError on shapes or states that do not fit.
         """
+        # Not in the signature: transformers' Trainer takes every argument with "label" in its name for
+        # one that a batch must have, and would evaluate without a loss.
+        shift_labels = kwargs.pop("shift_labels", None)
         unknown = {k for k, v in kwargs.items() if v is not None} - _WITHOUT_MEANING
         if unknown:
             raise TypeError(f"forward() got unexpected arguments {sorted(unknown)}")
@@ -243,17 +250,25 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         run_window = self._window(write, keep)
         segments = list(cut(ids, mask, targets, self.config.segment_length))
         depth = len(segments) if bptt_depth is None else bptt_depth
-        for (loss, cost), behind in scan(run_window, segments, state, depth):
+        first = first_window(len(segments), depth, bptt_anchor)
+        for (loss, cost), behind in scan(run_window, segments, state, depth, first):
             total.add(loss)
             extra.add(cost)
             state = behind
 
-        loss = None
+        loss, auxiliary = None, extra.value
+        if auxiliary is not None:
+            auxiliary = auxiliary / sum(segment.rows for segment in segments)
         if targets is not None and total.value is not None:
-            count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = total.value / torch.as_tensor(count, device=total.value.device).clamp(min=1)
+            own = (targets != IGNORE).sum()
+            count = own if num_items_in_batch is None else num_items_in_batch
+            count = torch.as_tensor(count, device=total.value.device).clamp(min=1)
+            loss = total.value / count
             if self.training:
-                loss = loss if extra.value is None else loss + extra.value
+                if auxiliary is not None:
+                    if num_items_in_batch is not None:
+                        auxiliary = auxiliary * (own / count)
+                    loss = loss + auxiliary
                 # Every window gives every memory parameter a gradient, which data-parallel training
                 # counts on; a later window alone would not touch the initial memory.
                 loss = loss + sum(
@@ -264,7 +279,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=None if kept is None else keep.place(self.backbone.logits(kept)),
             memory_state=state if write or memory_state is None else memory_state,
-            auxiliary_loss=extra.value,
+            auxiliary_loss=auxiliary,
         )
         return out.to_tuple() if return_dict is False else out
 

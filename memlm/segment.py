@@ -43,6 +43,11 @@ class Segment:
         """(B,) bool: rows with at least one real token here; None when that is all of them."""
         return None if self.mask is None else self.mask.any(dim=1)
 
+    @property
+    def rows(self) -> Tensor | int:
+        """How many rows have a real token here; a tensor where the device has to count them."""
+        return self.ids.shape[0] if self.mask is None else self.mask.any(dim=1).sum()
+
 
 def shift_labels(labels: Tensor) -> Tensor:
     """Label of token t becomes the token at t + 1; the last has none. (B, N) -> (B, N)."""

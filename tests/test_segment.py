@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memlm.scan import scan
+from memlm import MemoryState
+from memlm.scan import first_window, scan
 from memlm.segment import Packing, Segment, cut, shift_labels
 
 
@@ -40,8 +41,6 @@ def test_shapes_must_agree() -> None:
 
 
 def test_scan_is_lazy_and_hands_the_state_on_detached() -> None:
-    from memlm import MemoryState
-
     taken = []
 
     def segments():
@@ -63,6 +62,25 @@ def test_scan_is_lazy_and_hands_the_state_on_detached() -> None:
     assert [w for w, _ in windows] == [[4]]
 
 
+def test_windows_count_back_from_the_end_or_on_from_the_start() -> None:
+    for count in range(1, 12):
+        for depth in range(1, 6):
+            found = {}
+            for anchor in ("end", "start"):
+                first = first_window(count, depth, anchor)
+                windows = scan(lambda w, s: (w, s), range(count), MemoryState({}, 1), depth, first)
+                found[anchor] = [window for window, _ in windows]
+                assert [n for window in found[anchor] for n in window] == list(range(count))
+                assert all(1 <= len(window) <= depth for window in found[anchor])
+            # All but one window are full: the first, or the last.
+            assert all(len(window) == depth for window in found["end"][1:])
+            assert all(len(window) == depth for window in found["start"][:-1])
+
+
 def test_a_depth_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="bptt_depth=0"):
         next(scan(lambda w, s: (w, s), [1], None, bptt_depth=0))
+    with pytest.raises(ValueError, match="bptt_depth=-2"):
+        first_window(3, -2)
+    with pytest.raises(ValueError, match="bptt_anchor='middle'"):
+        first_window(3, 2, "middle")

@@ -36,9 +36,9 @@ class ARMTConfig(MemoryConfig):
     memory tokens at the start; None takes the embeddings'. shared_start: W_k starts as a copy of W_q, so
     that what is the same is found by the same features before anything is learnt.
     gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
-    gate for good; None leaves it free, as the paper does. write_cost: added to the training loss for
-    every full segment (a shorter one pays by its length), times the mean gate: what is not worth
-    remembering is not written (not in the paper).
+    gate for good; None leaves it free, as the paper does. write_cost: added to the training loss times
+    the mean gate over segments and layers (a segment that is not full pays by its length): what is not
+    worth remembering is not written (not in the paper).
     """
 
     num_memory_tokens: int | None = None

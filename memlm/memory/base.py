@@ -164,7 +164,8 @@ class Memory(nn.Module, ABC):
     def auxiliary_loss(self, before: Any, after: Any) -> Tensor | None:
         """(B,) what one segment's change of state costs in training, a function of both; None: nothing.
 
-        Summed over segments, averaged over rows, and added to the loss as it is.
+        Averaged over real segments, rows and the layers of this memory, and added to the loss as it is: how
+        long a document is, how deep the model and how a batch is split do not change its weight.
         """
         return None
 

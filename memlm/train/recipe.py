@@ -158,7 +158,12 @@ class Recipe:
         if self.data.source == "documents" and self.data.path is None:
             raise ValueError("data.path is missing; name the documents to train on")
         for index, stage in enumerate(self.curriculum.stages):
-            self.options_of(stage, f"curriculum.stages.{index}.data")
+            where = f"curriculum.stages.{index}.data"
+            if stage.data and self.data.source == "documents":
+                raise ValueError(
+                    f"{where}={stage.data} changes nothing where data.source='documents'; leave it out"
+                )
+            self.options_of(stage, where)
 
     def options(self) -> BabilongOptions:
         """The data section's fields that shape a document."""
@@ -202,6 +207,18 @@ class Recipe:
                 if not options.reads(name)
             ]
         return found
+
+    def asking(self) -> tuple[Literal["own", "open"], str]:
+        """How the finished model is asked: the question's segment, and the template of passages.
+
+        As the last stage asked it, and as the last that recalled passages showed them.
+        """
+        stages = [self.options_of(stage, "") for stage in self.curriculum.stages]
+        last = stages[-1]
+        shown = next((options for options in reversed(stages) if options.retrieval), last)
+        # In a story without passages, the question is the last words of the document itself.
+        own = last.layout != "story" or bool(last.retrieval)
+        return "own" if own else "open", shown.recall_template
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -287,9 +287,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
     if recipe.data.source == "babilong":
         # How the model is asked later is how it learns to be asked.
         model.config.question_template = recipe.data.question_template
-        model.config.recall_template = recipe.data.recall_template
-        if recipe.data.layout != "story" or recipe.data.retrieval:
-            model.config.question_segment = "own"
+        model.config.question_segment, model.config.recall_template = recipe.asking()
     reinitialise(model, section.init_std)
     rows = len(model.get_input_embeddings().state_dict()["weight"])
     if len(tokenizer) > rows:

@@ -99,11 +99,24 @@ def test_a_stage_s_unknown_data_key_is_refused() -> None:
         ("model.segment_length=0", "model.segment_length=0 is no segment"),
         ("data.source=documents", "data.path is missing"),
         ("tokenizer.source=null", "tokenizer.source is missing"),
+        (
+            "curriculum.stages=[{max_segments: 1, learning_rate: -1.0}]",
+            r"stages\.0: learning_rate=-1\.0",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_with_key_value_and_remedy(change: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         recipe(change)
+
+
+def test_a_stage_of_documents_cannot_change_what_nothing_reads() -> None:
+    with pytest.raises(ValueError, match=r"stages\.0\.data=.*data\.source='documents'"):
+        recipe(
+            "data.source=documents",
+            "data.path=.",
+            "curriculum.stages=[{max_segments: 1, data: {layout: story}}]",
+        )
 
 
 @pytest.mark.parametrize(

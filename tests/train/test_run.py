@@ -286,3 +286,23 @@ def test_a_model_that_learns_to_read_passages_remembers_how_it_was_asked() -> No
     assert config.recall_template == " See: {text}" and config.question_segment == "own"
     alone = Recipe.load("tiny-none-recall", ["data.retrieval=0"])
     assert make_model(alone, tokenizer("byte-bpe")).config.question_segment == "open"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "segment", "template"),
+    [
+        ({"layout": "aligned"}, {"layout": "story"}, "open", " {text}"),
+        ({"layout": "story"}, {"layout": "flowing"}, "own", " {text}"),
+        ({}, {"retrieval": 2, "recall_template": " See: {text}"}, "own", " See: {text}"),
+        ({"retrieval": 2, "recall_template": " See: {text}"}, {}, "open", " See: {text}"),
+    ],
+)
+def test_a_model_is_asked_as_its_last_stage_asked(
+    first: dict[str, Any], second: dict[str, Any], segment: str, template: str
+) -> None:
+    recipe = Recipe.load("tiny-none-recall", ["data.retrieval=0"])
+    stages = [{"max_segments": 1, "data": first}, {"max_segments": 2, "data": second}]
+    values = recipe.to_dict()
+    values["curriculum"]["stages"] = stages
+    config = make_model(Recipe.from_dict(values), tokenizer("byte-bpe")).config
+    assert (config.question_segment, config.recall_template) == (segment, template)
