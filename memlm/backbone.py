@@ -46,6 +46,9 @@ class Cell:
     memory: Memory
 
 
+# The dtypes in which training by small steps loses them.
+HALF = (torch.bfloat16, torch.float16)
+
 # What transformers' families call the function that turns queries and keys by (cos, sin).
 ROTATION = "apply_rotary_pos_emb"
 
@@ -91,8 +94,8 @@ class Run:
             raise TypeError(f"{cell.name} cannot tell inserted positions from the segment's tokens")
         length = x.q.shape[2] if isinstance(x, QKV) else x.shape[1]
         known = self._mask_of(length) if mask is None else mask
-        y, self.new[cell.name] = cell.memory(
-            x, self.states[cell.name], inner, mask=known, write=self.write
+        y, self.new[cell.name] = _in_precision_of(
+            x, cell.memory, self.states[cell.name], inner, mask=known, write=self.write
         )
         return y
 
@@ -100,6 +103,32 @@ class Run:
         if self.mask is None or self.mask.shape[1] == length:
             return self.mask
         return F.pad(self.mask, (length - self.mask.shape[1], 0), value=True)
+
+
+def _in_precision_of(
+    x: Any, memory: Memory, state: Any, inner: Callable[..., Tensor], **options: Any
+) -> tuple[Tensor, Any]:
+    """`memory` on `x`; where `x` is in half precision and the parameters are wider, as autocast has it.
+
+    So a step of training moves float32 numbers, and products cost what they cost the base model. `inner`
+    runs under the caller's own setting, on what it would be given without memories.
+    """
+    stream = (x.v if isinstance(x, QKV) else x).dtype
+    parameter = next(memory.parameters(), None)
+    if stream not in HALF or parameter is None or parameter.dtype == stream:
+        return memory(x, state, inner, **options)
+    device = parameter.device.type
+    outside = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def stage(x: Any, **given: Any) -> Any:
+        x = QKV(*(part.to(stream) for part in x)) if isinstance(x, QKV) else x.to(stream)
+        with torch.autocast(device, *outside):
+            return inner(x, **given)
+
+    # A cell uses a weight once per segment: autocast's cache would only hold on to copies.
+    with torch.autocast(device, stream, cache_enabled=False):
+        y, new = memory(x, state, stage, **options)
+    return y.to(stream), new
 
 
 _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
@@ -263,6 +292,12 @@ class Backbone:
     def device(self) -> torch.device:
         """Where token ids and states have to be."""
         return cast(Tensor, self.base.get_input_embeddings().weight).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of embeddings and hidden states; weights may be stored otherwise."""
+        weight = cast(Tensor, self.base.get_input_embeddings().weight)
+        return weight.dtype if weight.is_floating_point() else self.base.dtype
 
     @property
     def config(self) -> Any:

@@ -34,6 +34,8 @@ from memlm.state import MemoryState, write_atomically, write_json
 
 MEMORY_WEIGHTS = "memory.safetensors"
 MEMORY_CONFIG = "memlm_config.json"
+# The memories' parameters among the model's, as an expression.
+MEMORY_NAMES = r"^memory\."
 # Arguments trainers and `generate` pass to every model, without meaning for a segmented one.
 _WITHOUT_MEANING = {
     "use_cache",
@@ -93,6 +95,10 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone = Backbone(base)
         configs = resolve_memories(config.memory)
         self.memory = MemoryStack(configs, self.backbone, config.segment_length)
+        self.memory.set_dtype(self.backbone.dtype, config.memory_dtype == "float32")
+        if config.memory_dtype == "float32":
+            # What loads a checkpoint keeps to it, and quantisers leave the memories out.
+            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = [MEMORY_NAMES]
         config.memory = list(self.memory.configs)
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
         if any(site in ("heads", "attention") for site, _ in self.memory.cells()):
@@ -104,8 +110,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self.post_init()
         if given:
-            weight = base.get_input_embeddings().weight
-            self.memory.to(device=weight.device, dtype=weight.dtype)
+            self.memory.to(device=self.backbone.device)
             self.generation_config = copy.deepcopy(base.generation_config)
         elif self.generation_config is not None and base.generation_config is not None:
             self.generation_config = copy.deepcopy(base.generation_config)
@@ -127,13 +132,16 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         base: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
         memory: str | MemoryConfig | dict[str, Any] | list[Any] | None = "armt",
         segment_length: int = 512,
+        memory_dtype: str = "float32",
         **kwargs: Any,
     ) -> MemLMForCausalLM:
         """Give a base model a memory.
 
         base: a live model (wrapped, not copied), a configuration (random weights), or a hub id or path,
         loaded with `kwargs`. memory: a name (`memlm.memory.available_memories()`), a config, or a list.
-        segment_length: tokens of text a segment. ValueError when they do not fit each other.
+        segment_length: tokens of text a segment. memory_dtype: "float32" keeps the memories' parameters in
+        it on a base in half precision, "base" in the base's own dtype. ValueError when they do not fit each
+        other.
         """
         if isinstance(base, (str, os.PathLike)):
             base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
@@ -157,6 +165,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             text_config=copy.deepcopy(base.config),
             memory=[config_to_dict(entry) for entry in resolve_memories(memory)],
             segment_length=segment_length,
+            memory_dtype=memory_dtype,
             attn_implementation=base.config._attn_implementation,
             dtype=base.dtype,
         )
