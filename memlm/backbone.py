@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
@@ -490,9 +491,10 @@ class Backbone:
     def _try_rotation(self, layer: int) -> bool:
         module = find_attention(self.layers[layer])[0]
         parameters = _signature(original_class(module)).parameters
-        weight = next(module.parameters())
-        x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=weight.device).sin()
-        x = x.reshape(1, 3, -1).to(weight.dtype)
+        device = next(chain(module.parameters(), module.buffers(), self.base.parameters())).device
+        x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=device).sin()
+        # In the dtype the module is given, not the one its weights are stored in.
+        x = x.reshape(1, 3, -1).to(self.dtype)
         arguments = {
             name: None
             for name, parameter in list(parameters.items())[2:]
@@ -545,6 +547,12 @@ class Backbone:
                 "through transformers' attention interface in the way a memory at its heads needs; use "
                 "one that works outside it, such as 'armt' or 'rmt'"
             ) from failure
+        if not all(bool(part.any()) for part in found[0]):
+            raise ValueError(
+                f"base: whether the attention of layer {layer} ({type(module).__name__}) turns its queries "
+                "and keys cannot be told, since the queries or keys are zero; load the base's weights first, "
+                "or use a memory that works outside it, such as 'armt' or 'rmt'"
+            )
         return found[0]
 
     def open_heads(self) -> None:

@@ -465,7 +465,17 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers does; the base model's configuration is saved as it is now."""
+        """As transformers does; the base model's configuration is saved as it is now.
+
+        ValueError for a quantised base, whose weights would be read again as if they were numbers.
+        """
+        stored = next((n for n, p in self.base.named_parameters() if not p.is_floating_point()), None)
+        if stored is not None or getattr(self.base, "is_quantized", False):
+            raise ValueError(
+                f"base={type(self.base).__name__} is quantised (its weights are integers and scales), and "
+                "would not be read again as it was; use save_memory(directory) for the memories, and "
+                "load_memory(directory) on the base loaded as it was"
+            )
         self.config.text_config = copy.deepcopy(self.base.config)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
