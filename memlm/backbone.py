@@ -47,6 +47,9 @@ class Cell:
     memory: Memory
 
 
+# In front of an attention implementation's name: it passes through memories at the heads.
+OPENED = "memlm_"
+
 # The dtypes in which training by small steps loses them.
 HALF = (torch.bfloat16, torch.float16)
 
@@ -358,8 +361,17 @@ class Backbone:
     @property
     def takes_query_masks(self) -> bool:
         """Whether the attention implementation takes a mask for each query (flash attention does not)."""
-        name = (self.config._attn_implementation or "sdpa").removeprefix("memlm_")
-        return name in ("sdpa", "eager")
+        return self.attention in ("sdpa", "eager")
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation the base model was given, whether or not memories are in it."""
+        return (self.config._attn_implementation or "sdpa").removeprefix(OPENED)
+
+    @property
+    def heads_are_open(self) -> bool:
+        """Whether the softmax core passes through memories; not when an implementation was set since."""
+        return (self.config._attn_implementation or "").startswith(OPENED)
 
     def biases_by_distance(self, layer: int) -> bool:
         """Whether the attention of `layer` is given biases made for the segment's own length (ALiBi)."""
@@ -557,12 +569,12 @@ class Backbone:
 
     def open_heads(self) -> None:
         """Route the softmax core through memories of site "heads"."""
-        inner = self.config._attn_implementation or "sdpa"
-        if inner.startswith("memlm_"):
+        if self.heads_are_open:
             return
+        inner = self.attention
         if inner not in ALL_ATTENTION_FUNCTIONS and inner != "eager":
             inner = "sdpa"
-        name = f"memlm_{inner}"
+        name = f"{OPENED}{inner}"
         AttentionInterface.register(name, partial(_attend, inner))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
         for module in self.base.modules():

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from memlm.attach import AttachedMemory, MemoryStack
+from memlm.attach import AttachedMemory, MemoryStack, check_attention
 from memlm.backbone import Backbone
 from memlm.config import FORMAT_VERSION, MemLMConfig
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
@@ -101,8 +101,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = [MEMORY_NAMES]
         config.memory = list(self.memory.configs)
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
-        if any(site in ("heads", "attention") for site, _ in self.memory.cells()):
-            self.backbone.open_heads()
+        self._open_heads()
         if given and not base.get_input_embeddings().weight.is_meta:
             # A model still without weights was tried out when it was made.
             for layer in heads:
@@ -200,6 +199,26 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         # Whole segments are recomputed, not layers: activations of one segment at a time.
         self.gradient_checkpointing = enable
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As transformers does. ValueError for one that a memory of this model cannot work with."""
+        before = self.backbone.attention
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        try:
+            self._open_heads()
+        except ValueError:
+            super().set_attn_implementation(before)
+            self._open_heads()
+            raise
+
+    def _open_heads(self) -> None:
+        """Route the attention through the memories inside it, also after its implementation was set anew."""
+        inside = any(site in ("heads", "attention") for site, _ in self.memory.cells())
+        if not inside or self.backbone.heads_are_open:
+            return
+        dims = self.backbone.dims(self.config.segment_length)
+        check_attention(resolve_memories(self.config.memory), self.backbone, dims)
+        self.backbone.open_heads()
+
     @property
     def segment_length(self) -> int:
         """Tokens of text a segment."""
@@ -280,6 +299,8 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _window(
         self, write: bool, keep: _Collector
     ) -> Callable[[list[Segment], MemoryState], tuple[_Losses, MemoryState]]:
+        # The base model's own `set_attn_implementation` does not know of memories.
+        self._open_heads()
         cells, tokens = self.memory.cells(), self.memory.tokens
 
         def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
