@@ -258,9 +258,19 @@ def _subclass(stage: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     return _SUBCLASSES[stage, cls]
 
 
-def _become(module: nn.Module, stage: type[nn.Module]) -> None:
-    if not isinstance(module, stage):
-        module.__class__ = _subclass(stage, type(module))
+def _become(module: nn.Module, stage: type[nn.Module]) -> bool:
+    """Make `module` a stage; False when it is one already."""
+    if isinstance(module, stage):
+        return False
+    module.__class__ = _subclass(stage, type(module))
+    return True
+
+
+def _restore(module: nn.Module) -> None:
+    """The reverse of `_become`."""
+    module.__class__ = original_class(module)
+    for name in ("_memlm_site", "_memlm_layer"):
+        vars(module).pop(name, None)
 
 
 class Backbone:
@@ -280,12 +290,15 @@ class Backbone:
                 "use the text model of another architecture"
             )
         self.layers = find_layers(base)
-        _become(self.decoder, _DecoderStage)
+        # What `close` undoes: not what another wrapper of the same base did.
+        self._staged = [self.decoder] if _become(self.decoder, _DecoderStage) else []
+        self._opened: list[Any] = []
         for index, layer in enumerate(self.layers):
             stages: list[tuple[Site, nn.Module]] = [("layer", layer)]
             stages += [("attention", module) for module in find_attention(layer)]
             for site, module in stages:
-                _become(module, _MemoryStage)
+                if _become(module, _MemoryStage):
+                    self._staged.append(module)
                 stage = cast(_MemoryStage, module)
                 stage._memlm_site, stage._memlm_layer = site, index
         original = type(self.decoder)._memlm_original
@@ -577,10 +590,32 @@ class Backbone:
         name = f"{OPENED}{inner}"
         AttentionInterface.register(name, partial(_attend, inner))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
-        for module in self.base.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._attn_implementation = name
-        self.config._attn_implementation = name
+        configs = [m.config for m in self.base.modules() if isinstance(m, PreTrainedModel)]
+        self._opened = [*configs, self.config]
+        for config in self._opened:
+            config._attn_implementation = name
+
+    def close(self) -> None:
+        """Give the base model its own classes and attention back; what it was given since stays."""
+        for name, module in self.base.named_modules():
+            if module in self._staged and "_memlm_original" not in vars(type(module)):
+                raise RuntimeError(
+                    f"base: {name or 'the model'} has become a {type(module).__name__} since it was wrapped "
+                    "(sharded, say), and its own class cannot be given back; undo that first"
+                )
+        for module in self._staged:
+            _restore(module)
+        for config in self._opened:
+            config._attn_implementation = (config._attn_implementation or "").removeprefix(OPENED)
+        self._staged, self._opened = [], []
+
+    def check_open(self) -> None:
+        """Refuse to run a base model whose stages were given back (RuntimeError)."""
+        if not isinstance(self.decoder, _DecoderStage):
+            raise RuntimeError(
+                f"base={type(self.base).__name__} was unloaded, and memories are no longer around its "
+                "stages; wrap it again with MemLMForCausalLM.from_base"
+            )
 
 
 def _positions(mask: Tensor, times: Tensor | None = None) -> Tensor:

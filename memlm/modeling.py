@@ -81,6 +81,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemLMConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         given = base is not None
+        unmarked: list[nn.Module] = []
         if base is None:
             base = AutoModelForCausalLM.from_config(
                 config.text_config,
@@ -88,8 +89,9 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 dtype=config.dtype or torch.get_default_dtype(),
             )
         else:
-            for module in base.modules():
-                # `post_init` would give modules injected into a live model (LoRA) new weights.
+            # `post_init` would give modules injected into a live model (LoRA) new weights.
+            unmarked = [m for m in base.modules() if not getattr(m, "_is_hf_initialized", False)]
+            for module in unmarked:
                 module._is_hf_initialized = True
         self.base = base
         self.backbone = Backbone(base)
@@ -108,6 +110,8 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 self.backbone.rotates(layer)
         self.gradient_checkpointing = False
         self.post_init()
+        for module in unmarked:
+            del module._is_hf_initialized
         if given:
             self.memory.to(device=self.backbone.device)
             self.generation_config = copy.deepcopy(base.generation_config)
@@ -299,6 +303,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _window(
         self, write: bool, keep: _Collector
     ) -> Callable[[list[Segment], MemoryState], tuple[_Losses, MemoryState]]:
+        self.backbone.check_open()
         # The base model's own `set_attn_implementation` does not know of memories.
         self._open_heads()
         cells, tokens = self.memory.cells(), self.memory.tokens
@@ -482,6 +487,15 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def freeze_base(self) -> None:
         """Train the memories alone: no gradient for the base model's parameters."""
         self.base.requires_grad_(False)
+
+    def unload(self) -> PreTrainedModel:
+        """Hand the base model back as it was before it was wrapped, with its weights as they are now.
+
+        This model cannot be run afterwards; save its memories before (`save_memory`). RuntimeError when
+        a module of the base has changed its class since, as sharding does.
+        """
+        self.backbone.close()
+        return self.base
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any

@@ -238,32 +238,34 @@ def perplexity(
         check_source(haystack)
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
-    wrapped = _wrap(model, segment_length)
-    size = int(wrapped.config.segment_length)
-    edges = _edges(bins, size, tokens)
-    if not isinstance(haystack, Haystack):
-        haystack = Haystack.open(haystack, split)
-    texts = choose_texts(haystack, tokenizer, tokens, documents, seed, split)
-    highest = max(int(text.ids.max()) for text in texts)
-    known = cast("Tensor", wrapped.get_input_embeddings().weight).shape[0]
-    if highest >= known:
-        raise ValueError(
-            f"tokenizer makes token {highest}, but the model knows {known}; "
-            "give the model's own tokenizer"
-        )
-    settings = {
-        "kind": "perplexity",
-        "model": fingerprint(wrapped),
-        "segment_length": size,
-        "haystack": haystack.source,
-        "split": split,
-        "length": format_length(tokens),
-        "seed": seed,
-        "bins": edges.tolist(),
-    }
-    log = RunLog(out, settings, ("document", "digest"), DOCUMENTS)
-    _check_log(log, texts, out)
     with ExitStack() as stack:
+        wrapped = _wrap(model, segment_length)
+        if wrapped is not model:
+            stack.callback(wrapped.unload)
+        size = int(wrapped.config.segment_length)
+        edges = _edges(bins, size, tokens)
+        if not isinstance(haystack, Haystack):
+            haystack = Haystack.open(haystack, split)
+        texts = choose_texts(haystack, tokenizer, tokens, documents, seed, split)
+        highest = max(int(text.ids.max()) for text in texts)
+        known = cast("Tensor", wrapped.get_input_embeddings().weight).shape[0]
+        if highest >= known:
+            raise ValueError(
+                f"tokenizer makes token {highest}, but the model knows {known}; "
+                "give the model's own tokenizer"
+            )
+        settings = {
+            "kind": "perplexity",
+            "model": fingerprint(wrapped),
+            "segment_length": size,
+            "haystack": haystack.source,
+            "split": split,
+            "length": format_length(tokens),
+            "seed": seed,
+            "bins": edges.tolist(),
+        }
+        log = RunLog(out, settings, ("document", "digest"), DOCUMENTS)
+        _check_log(log, texts, out)
         stack.enter_context(log)
         stack.enter_context(without_training(wrapped))
         batches = [
@@ -278,10 +280,10 @@ def perplexity(
             # The whole batch again, as before: other neighbours could round otherwise.
             rows = _measure(wrapped, [texts[i] for i in batch], edges, bar.update)
             log.append([r for r in rows if not log.has(r["document"], r["digest"])])
-    rows = [log.rows[text.index, text.digest] for text in texts]
-    report = replace(
-        summarise(rows, edges, size, _notes(texts, documents), settings), versions=versions(wrapped)
-    )
+        rows = [log.rows[text.index, text.digest] for text in texts]
+        report = replace(
+            summarise(rows, edges, size, _notes(texts, documents), settings), versions=versions(wrapped)
+        )
     if out is None:
         return report
     files = (Path(out) / DOCUMENTS, *report.save(out))
