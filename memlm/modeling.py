@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable
@@ -552,18 +553,27 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 f"memlm reads up to {FORMAT_VERSION}; upgrade memlm"
             )
         ours = self._memory_description()
+        with contextlib.suppress(TypeError, ValueError):
+            # A field that an older file does not name has the value it had then.
+            entries = resolve_memories(described.get("memory"))
+            described["memory"] = [config_to_dict(entry) for entry in entries]
         for key in ("memory", "hidden_size", "num_hidden_layers"):
             if described.get(key) != ours[key]:
                 raise ValueError(
                     f"directory={str(directory)!r} was saved with {key}={described.get(key)}, but this "
                     f"model has {ours[key]}; build the model with the same memory"
                 )
-        missing, unexpected = self.memory.load_state_dict(tensors, strict=False)
-        if missing or unexpected:
+        # Before anything is copied: a memory half of which is another's would go unnoticed.
+        known = {n: tuple(t.shape) for n, t in self.memory.state_dict().items()}
+        found = {n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()}
+        if found != known:
+            odd = sorted(n for n in {*known, *tensors} if known.get(n) != found.get(n))
             raise ValueError(
-                f"directory={str(directory)!r} does not fit: missing {missing}, "
-                f"unexpected {unexpected}; build the model with the same memory"
+                f"directory={str(directory)!r} does not fit: {odd[0]!r} there is "
+                f"{found.get(odd[0], 'missing or no numbers')}, here {known.get(odd[0], 'unknown')}; "
+                "build the model with the same memory"
             )
+        self.memory.load_state_dict(tensors)
 
     def _memory_description(self) -> dict[str, Any]:
         return {
