@@ -79,7 +79,7 @@ class MemoryStack(nn.Module):
             }
 
     def set_dtype(self, dtype: torch.dtype, wide: bool) -> None:
-        """States in the base model's `dtype`, and parameters too, unless they are to be float32 or wider."""
+        """States in the base model's `dtype`; parameters too, or, with `wide`, in float32 at least."""
         self.to(dtype)
         if wide:
             for parameter in self.parameters():

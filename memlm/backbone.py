@@ -136,7 +136,7 @@ def _in_precision_of(
 
 
 _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
-_HIDDEN: ContextVar[Tensor | None] = ContextVar("memlm_hidden", default=None)
+_HIDDEN: ContextVar[_Hidden | None] = ContextVar("memlm_hidden", default=None)
 # While an attention module is tried out: where its queries and keys go instead of the softmax.
 _TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
 # One subclass and one signature a class, however many models are opened.
@@ -162,12 +162,12 @@ class _Hidden(BaseModelOutputWithPastAndCrossAttentions):
 
 
 class _DecoderStage(nn.Module):
-    """The decoder; returns given hidden states untouched when only the head is asked for."""
+    """The decoder; returns what is given untouched when only the head or the loss is asked for."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = _HIDDEN.get()
-        if hidden is not None:
-            return _Hidden(last_hidden_state=hidden)
+        given = _HIDDEN.get()
+        if given is not None:
+            return given
         return super().forward(*args, **kwargs)
 
 
@@ -416,12 +416,14 @@ class Backbone:
         tokens: Tensor | None,
         states: Mapping[str, Any],
         write: bool,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """One segment through the base model and its memories.
 
         ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to flow behind the segment, or None.
-        Returns last hidden states (B, T, D) and the states the cells returned, by name.
+        Returns last hidden states (B, T, D), the states the cells returned, by name, and in training the
+        router loss () of a base with experts that asks for it (`output_router_logits`), else None.
         """
+        router_losses: list[Tensor] = []
         run = Run(self, cells, states, write, mask)
         if tokens is not None and not write:
             tokens = None
@@ -434,11 +436,52 @@ class Backbone:
                 if mask is not None:
                     mask = F.pad(mask, (0, tokens.shape[0]), value=True)
             with _entered(replace(run, mask=mask) if cells else None):
-                return self._decode(x, mask)[:, :length]
+                found = self._decode(x, mask)
+            if self._balances_routers:
+                router_losses.append(self._router_loss(found, mask))
+            return found.last_hidden_state[:, :length]
 
-        return run.chain("model", -1, decoder, self.embed(ids)), run.new
+        hidden = run.chain("model", -1, decoder, self.embed(ids))
+        return hidden, run.new, torch.stack(router_losses).mean() if router_losses else None
 
-    def _decode(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    @property
+    def _balances_routers(self) -> bool:
+        wanted = getattr(self.config, "output_router_logits", False)
+        return bool(wanted) and self.base.training and torch.is_grad_enabled()
+
+    def _router_loss(self, found: Any, mask: Tensor | None) -> Tensor:
+        """What the base adds to its loss for routers out of balance, () with its own weight in it."""
+        hidden = found.last_hidden_state
+        if not found.get("router_logits"):
+            raise ValueError(
+                f"base: config.output_router_logits=True, but {type(self.base).__name__} has no router "
+                "that would tell; set it to False"
+            )
+        counts = {routed.numel() // routed.shape[-1] for routed in found.router_logits}
+        if mask is not None and counts != {mask.numel()}:
+            raise ValueError(
+                "base: config.output_router_logits=True, but a memory inserts positions into single "
+                "layers, where the routers' padding cannot be told; train without padding, set it to "
+                "False, or use a memory such as 'armt'"
+            )
+        # One position and no target: the base computes its loss, of which nothing else is left.
+        given = _Hidden(last_hidden_state=hidden[:, :1])
+        given.router_logits = found.router_logits
+        nothing = torch.full((*hidden.shape[:1], 1), -100, device=hidden.device)
+        token = _HIDDEN.set(given)
+        try:
+            return self.base(
+                inputs_embeds=hidden[:, :1],
+                attention_mask=None if mask is None else mask.to(torch.long),
+                labels=nothing,
+                num_items_in_batch=1,
+                output_router_logits=True,
+                use_cache=False,
+            ).loss
+        finally:
+            _HIDDEN.reset(token)
+
+    def _decode(self, x: Tensor, mask: Tensor | None) -> Any:
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
         if mask is not None:
             # A row without a token would attend to nothing and fill its gradients with NaN; it may see
@@ -448,11 +491,13 @@ class Backbone:
             arguments["attention_mask"] = mask.to(torch.long)
             if self._takes_positions:
                 arguments["position_ids"] = _positions(mask)
-        return self.decoder(**arguments).last_hidden_state
+        if self._balances_routers:
+            arguments["output_router_logits"] = True
+        return self.decoder(**arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's own head, with its scaling and soft-capping. (..., D) -> (..., V)."""
-        token = _HIDDEN.set(hidden)
+        token = _HIDDEN.set(_Hidden(last_hidden_state=hidden))
         try:
             return self.base(inputs_embeds=hidden, use_cache=False).logits
         finally:
@@ -575,8 +620,8 @@ class Backbone:
         if not all(bool(part.any()) for part in found[0]):
             raise ValueError(
                 f"base: whether the attention of layer {layer} ({type(module).__name__}) turns its queries "
-                "and keys cannot be told, since the queries or keys are zero; load the base's weights first, "
-                "or use a memory that works outside it, such as 'armt' or 'rmt'"
+                "and keys cannot be told, since the queries or keys are zero; load the base's weights "
+                "first, or use a memory that works outside it, such as 'armt' or 'rmt'"
             )
         return found[0]
 
@@ -600,8 +645,8 @@ class Backbone:
         for name, module in self.base.named_modules():
             if module in self._staged and "_memlm_original" not in vars(type(module)):
                 raise RuntimeError(
-                    f"base: {name or 'the model'} has become a {type(module).__name__} since it was wrapped "
-                    "(sharded, say), and its own class cannot be given back; undo that first"
+                    f"base: {name or 'the model'} has become a {type(module).__name__} since it was "
+                    "wrapped (sharded, say), and its own class cannot be given back; undo that first"
                 )
         for module in self._staged:
             _restore(module)

@@ -93,7 +93,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             # `post_init` would give modules injected into a live model (LoRA) new weights.
             unmarked = [m for m in base.modules() if not getattr(m, "_is_hf_initialized", False)]
             for module in unmarked:
-                module._is_hf_initialized = True
+                vars(module)["_is_hf_initialized"] = True
         self.base = base
         self.backbone = Backbone(base)
         configs = resolve_memories(config.memory)
@@ -204,7 +204,9 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         # Whole segments are recomputed, not layers: activations of one segment at a time.
         self.gradient_checkpointing = enable
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(
+        self, attn_implementation: str | dict, *args: Any, **kwargs: Any
+    ) -> None:
         """As transformers does. ValueError for one that a memory of this model cannot work with."""
         before = self.backbone.attention
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -216,7 +218,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise
 
     def _open_heads(self) -> None:
-        """Route the attention through the memories inside it, also after its implementation was set anew."""
+        """Route the attention through the memories inside it, also where it was set anew since."""
         inside = any(site in ("heads", "attention") for site, _ in self.memory.cells())
         if not inside or self.backbone.heads_are_open:
             return
@@ -311,7 +313,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
 
         def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
             before = self.memory.unpack(state)
-            hidden, after = self.backbone.run_segment(
+            hidden, after, router_loss = self.backbone.run_segment(
                 segment.ids, segment.mask, cells, tokens, before, write
             )
             new, cost = state, None
@@ -321,6 +323,8 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                     new = new.where(segment.active, state)
                 if self.training and torch.is_grad_enabled():
                     cost = self.memory.auxiliary_loss(before, after, segment.active)
+            if router_loss is not None:
+                cost = router_loss if cost is None else cost + router_loss
             loss = None if segment.labels is None else self._loss(hidden, segment.labels)
             return (loss, cost, hidden if keep.wanted else None), new
 
@@ -505,7 +509,9 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
 
         ValueError for a quantised base, whose weights would be read again as if they were numbers.
         """
-        stored = next((n for n, p in self.base.named_parameters() if not p.is_floating_point()), None)
+        stored = next(
+            (n for n, p in self.base.named_parameters() if not p.is_floating_point()), None
+        )
         if stored is not None or getattr(self.base, "is_quantized", False):
             raise ValueError(
                 f"base={type(self.base).__name__} is quantised (its weights are integers and scales), and "

@@ -44,7 +44,7 @@ def test_parameters_are_float32_on_a_base_in_half_precision(dtype: torch.dtype) 
         assert dtypes(model.base) == {dtype} and model.dtype == dtype
     kept = half_model("armt", dtype, memory_dtype="base")
     assert dtypes(kept.memory) == {dtype}
-    with pytest.raises(ValueError, match="memory_dtype='bfloat16'.*'float32' or 'base'"):
+    with pytest.raises(ValueError, match=r"memory_dtype='bfloat16'.*'float32' or 'base'"):
         half_model("armt", dtype, memory_dtype="bfloat16")
 
 

@@ -16,6 +16,7 @@ from memlm.memory import memory_class
 from tests.cases import CASES, SEGMENT, base_model, randomise, tokens
 from tests.tokenizers import tokenizer
 
+
 def nothing(*_: Any) -> None:
     """A hook of the user's."""
 

@@ -282,7 +282,8 @@ def perplexity(
             log.append([r for r in rows if not log.has(r["document"], r["digest"])])
         rows = [log.rows[text.index, text.digest] for text in texts]
         report = replace(
-            summarise(rows, edges, size, _notes(texts, documents), settings), versions=versions(wrapped)
+            summarise(rows, edges, size, _notes(texts, documents), settings),
+            versions=versions(wrapped),
         )
     if out is None:
         return report
