@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memlm.backbone import Backbone, Cell, Cells
 from memlm.memory import MemoryConfig, config_to_dict, memory_class, name_of
-from memlm.memory.base import Dims, Memory
+from memlm.memory.base import Dims, Memory, accumulator_dtype
 from memlm.state import MemoryState, flatten, skeleton, unflatten
 
 
@@ -77,6 +77,13 @@ class MemoryStack(nn.Module):
             self._trees = {
                 label: skeleton(memory.init_state(1)) for label, memory in self._labelled()
             }
+
+    def set_dtype(self, dtype: torch.dtype, wide: bool) -> None:
+        """States in the base model's `dtype`; parameters too, or, with `wide`, in float32 at least."""
+        self.to(dtype)
+        if wide:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.to(accumulator_dtype(dtype))
 
     @property
     def tokens(self) -> Tensor | None:

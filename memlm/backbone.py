@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
@@ -45,6 +46,12 @@ class Cell:
     name: str
     memory: Memory
 
+
+# In front of an attention implementation's name: it passes through memories at the heads.
+OPENED = "memlm_"
+
+# The dtypes in which training by small steps loses them.
+HALF = (torch.bfloat16, torch.float16)
 
 # What transformers' families call the function that turns queries and keys by (cos, sin).
 ROTATION = "apply_rotary_pos_emb"
@@ -91,8 +98,8 @@ class Run:
             raise TypeError(f"{cell.name} cannot tell inserted positions from the segment's tokens")
         length = x.q.shape[2] if isinstance(x, QKV) else x.shape[1]
         known = self._mask_of(length) if mask is None else mask
-        y, self.new[cell.name] = cell.memory(
-            x, self.states[cell.name], inner, mask=known, write=self.write
+        y, self.new[cell.name] = _in_precision_of(
+            x, cell.memory, self.states[cell.name], inner, mask=known, write=self.write
         )
         return y
 
@@ -102,8 +109,34 @@ class Run:
         return F.pad(self.mask, (length - self.mask.shape[1], 0), value=True)
 
 
+def _in_precision_of(
+    x: Any, memory: Memory, state: Any, inner: Callable[..., Tensor], **options: Any
+) -> tuple[Tensor, Any]:
+    """`memory` on `x`; where `x` is in half precision and the parameters are wider, as autocast has it.
+
+    So a step of training moves float32 numbers, and products cost what they cost the base model. `inner`
+    runs under the caller's own setting, on what it would be given without memories.
+    """
+    stream = (x.v if isinstance(x, QKV) else x).dtype
+    parameter = next(memory.parameters(), None)
+    if stream not in HALF or parameter is None or parameter.dtype == stream:
+        return memory(x, state, inner, **options)
+    device = parameter.device.type
+    outside = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def stage(x: Any, **given: Any) -> Any:
+        x = QKV(*(part.to(stream) for part in x)) if isinstance(x, QKV) else x.to(stream)
+        with torch.autocast(device, *outside):
+            return inner(x, **given)
+
+    # A cell uses a weight once per segment: autocast's cache would only hold on to copies.
+    with torch.autocast(device, stream, cache_enabled=False):
+        y, new = memory(x, state, stage, **options)
+    return y.to(stream), new
+
+
 _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
-_HIDDEN: ContextVar[Tensor | None] = ContextVar("memlm_hidden", default=None)
+_HIDDEN: ContextVar[_Hidden | None] = ContextVar("memlm_hidden", default=None)
 # While an attention module is tried out: where its queries and keys go instead of the softmax.
 _TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
 # One subclass and one signature a class, however many models are opened.
@@ -129,12 +162,12 @@ class _Hidden(BaseModelOutputWithPastAndCrossAttentions):
 
 
 class _DecoderStage(nn.Module):
-    """The decoder; returns given hidden states untouched when only the head is asked for."""
+    """The decoder; returns what is given untouched when only the head or the loss is asked for."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = _HIDDEN.get()
-        if hidden is not None:
-            return _Hidden(last_hidden_state=hidden)
+        given = _HIDDEN.get()
+        if given is not None:
+            return given
         return super().forward(*args, **kwargs)
 
 
@@ -225,9 +258,19 @@ def _subclass(stage: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     return _SUBCLASSES[stage, cls]
 
 
-def _become(module: nn.Module, stage: type[nn.Module]) -> None:
-    if not isinstance(module, stage):
-        module.__class__ = _subclass(stage, type(module))
+def _become(module: nn.Module, stage: type[nn.Module]) -> bool:
+    """Make `module` a stage; False when it is one already."""
+    if isinstance(module, stage):
+        return False
+    module.__class__ = _subclass(stage, type(module))
+    return True
+
+
+def _restore(module: nn.Module) -> None:
+    """The reverse of `_become`."""
+    module.__class__ = original_class(module)
+    for name in ("_memlm_site", "_memlm_layer"):
+        vars(module).pop(name, None)
 
 
 class Backbone:
@@ -247,12 +290,15 @@ class Backbone:
                 "use the text model of another architecture"
             )
         self.layers = find_layers(base)
-        _become(self.decoder, _DecoderStage)
+        # What `close` undoes: not what another wrapper of the same base did.
+        self._staged = [self.decoder] if _become(self.decoder, _DecoderStage) else []
+        self._opened: list[Any] = []
         for index, layer in enumerate(self.layers):
             stages: list[tuple[Site, nn.Module]] = [("layer", layer)]
             stages += [("attention", module) for module in find_attention(layer)]
             for site, module in stages:
-                _become(module, _MemoryStage)
+                if _become(module, _MemoryStage):
+                    self._staged.append(module)
                 stage = cast(_MemoryStage, module)
                 stage._memlm_site, stage._memlm_layer = site, index
         original = type(self.decoder)._memlm_original
@@ -263,6 +309,12 @@ class Backbone:
     def device(self) -> torch.device:
         """Where token ids and states have to be."""
         return cast(Tensor, self.base.get_input_embeddings().weight).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of embeddings and hidden states; weights may be stored otherwise."""
+        weight = cast(Tensor, self.base.get_input_embeddings().weight)
+        return weight.dtype if weight.is_floating_point() else self.base.dtype
 
     @property
     def config(self) -> Any:
@@ -322,8 +374,17 @@ class Backbone:
     @property
     def takes_query_masks(self) -> bool:
         """Whether the attention implementation takes a mask for each query (flash attention does not)."""
-        name = (self.config._attn_implementation or "sdpa").removeprefix("memlm_")
-        return name in ("sdpa", "eager")
+        return self.attention in ("sdpa", "eager")
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation the base model was given, whether or not memories are in it."""
+        return (self.config._attn_implementation or "sdpa").removeprefix(OPENED)
+
+    @property
+    def heads_are_open(self) -> bool:
+        """Whether the softmax core passes through memories; not when an implementation was set since."""
+        return (self.config._attn_implementation or "").startswith(OPENED)
 
     def biases_by_distance(self, layer: int) -> bool:
         """Whether the attention of `layer` is given biases made for the segment's own length (ALiBi)."""
@@ -355,12 +416,14 @@ class Backbone:
         tokens: Tensor | None,
         states: Mapping[str, Any],
         write: bool,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """One segment through the base model and its memories.
 
         ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to flow behind the segment, or None.
-        Returns last hidden states (B, T, D) and the states the cells returned, by name.
+        Returns last hidden states (B, T, D), the states the cells returned, by name, and in training the
+        router loss () of a base with experts that asks for it (`output_router_logits`), else None.
         """
+        router_losses: list[Tensor] = []
         run = Run(self, cells, states, write, mask)
         if tokens is not None and not write:
             tokens = None
@@ -373,11 +436,52 @@ class Backbone:
                 if mask is not None:
                     mask = F.pad(mask, (0, tokens.shape[0]), value=True)
             with _entered(replace(run, mask=mask) if cells else None):
-                return self._decode(x, mask)[:, :length]
+                found = self._decode(x, mask)
+            if self._balances_routers:
+                router_losses.append(self._router_loss(found, mask))
+            return found.last_hidden_state[:, :length]
 
-        return run.chain("model", -1, decoder, self.embed(ids)), run.new
+        hidden = run.chain("model", -1, decoder, self.embed(ids))
+        return hidden, run.new, torch.stack(router_losses).mean() if router_losses else None
 
-    def _decode(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    @property
+    def _balances_routers(self) -> bool:
+        wanted = getattr(self.config, "output_router_logits", False)
+        return bool(wanted) and self.base.training and torch.is_grad_enabled()
+
+    def _router_loss(self, found: Any, mask: Tensor | None) -> Tensor:
+        """What the base adds to its loss for routers out of balance, () with its own weight in it."""
+        hidden = found.last_hidden_state
+        if not found.get("router_logits"):
+            raise ValueError(
+                f"base: config.output_router_logits=True, but {type(self.base).__name__} has no router "
+                "that would tell; set it to False"
+            )
+        counts = {routed.numel() // routed.shape[-1] for routed in found.router_logits}
+        if mask is not None and counts != {mask.numel()}:
+            raise ValueError(
+                "base: config.output_router_logits=True, but a memory inserts positions into single "
+                "layers, where the routers' padding cannot be told; train without padding, set it to "
+                "False, or use a memory such as 'armt'"
+            )
+        # One position and no target: the base computes its loss, of which nothing else is left.
+        given = _Hidden(last_hidden_state=hidden[:, :1])
+        given.router_logits = found.router_logits
+        nothing = torch.full((*hidden.shape[:1], 1), -100, device=hidden.device)
+        token = _HIDDEN.set(given)
+        try:
+            return self.base(
+                inputs_embeds=hidden[:, :1],
+                attention_mask=None if mask is None else mask.to(torch.long),
+                labels=nothing,
+                num_items_in_batch=1,
+                output_router_logits=True,
+                use_cache=False,
+            ).loss
+        finally:
+            _HIDDEN.reset(token)
+
+    def _decode(self, x: Tensor, mask: Tensor | None) -> Any:
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
         if mask is not None:
             # A row without a token would attend to nothing and fill its gradients with NaN; it may see
@@ -387,11 +491,13 @@ class Backbone:
             arguments["attention_mask"] = mask.to(torch.long)
             if self._takes_positions:
                 arguments["position_ids"] = _positions(mask)
-        return self.decoder(**arguments).last_hidden_state
+        if self._balances_routers:
+            arguments["output_router_logits"] = True
+        return self.decoder(**arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's own head, with its scaling and soft-capping. (..., D) -> (..., V)."""
-        token = _HIDDEN.set(hidden)
+        token = _HIDDEN.set(_Hidden(last_hidden_state=hidden))
         try:
             return self.base(inputs_embeds=hidden, use_cache=False).logits
         finally:
@@ -455,9 +561,10 @@ class Backbone:
     def _try_rotation(self, layer: int) -> bool:
         module = find_attention(self.layers[layer])[0]
         parameters = _signature(original_class(module)).parameters
-        weight = next(module.parameters())
-        x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=weight.device).sin()
-        x = x.reshape(1, 3, -1).to(weight.dtype)
+        device = next(chain(module.parameters(), module.buffers(), self.base.parameters())).device
+        x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=device).sin()
+        # In the dtype the module is given, not the one its weights are stored in.
+        x = x.reshape(1, 3, -1).to(self.dtype)
         arguments = {
             name: None
             for name, parameter in list(parameters.items())[2:]
@@ -510,22 +617,50 @@ class Backbone:
                 "through transformers' attention interface in the way a memory at its heads needs; use "
                 "one that works outside it, such as 'armt' or 'rmt'"
             ) from failure
+        if not all(bool(part.any()) for part in found[0]):
+            raise ValueError(
+                f"base: whether the attention of layer {layer} ({type(module).__name__}) turns its queries "
+                "and keys cannot be told, since the queries or keys are zero; load the base's weights "
+                "first, or use a memory that works outside it, such as 'armt' or 'rmt'"
+            )
         return found[0]
 
     def open_heads(self) -> None:
         """Route the softmax core through memories of site "heads"."""
-        inner = self.config._attn_implementation or "sdpa"
-        if inner.startswith("memlm_"):
+        if self.heads_are_open:
             return
+        inner = self.attention
         if inner not in ALL_ATTENTION_FUNCTIONS and inner != "eager":
             inner = "sdpa"
-        name = f"memlm_{inner}"
+        name = f"{OPENED}{inner}"
         AttentionInterface.register(name, partial(_attend, inner))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
-        for module in self.base.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._attn_implementation = name
-        self.config._attn_implementation = name
+        configs = [m.config for m in self.base.modules() if isinstance(m, PreTrainedModel)]
+        self._opened = [*configs, self.config]
+        for config in self._opened:
+            config._attn_implementation = name
+
+    def close(self) -> None:
+        """Give the base model its own classes and attention back; what it was given since stays."""
+        for name, module in self.base.named_modules():
+            if module in self._staged and "_memlm_original" not in vars(type(module)):
+                raise RuntimeError(
+                    f"base: {name or 'the model'} has become a {type(module).__name__} since it was "
+                    "wrapped (sharded, say), and its own class cannot be given back; undo that first"
+                )
+        for module in self._staged:
+            _restore(module)
+        for config in self._opened:
+            config._attn_implementation = (config._attn_implementation or "").removeprefix(OPENED)
+        self._staged, self._opened = [], []
+
+    def check_open(self) -> None:
+        """Refuse to run a base model whose stages were given back (RuntimeError)."""
+        if not isinstance(self.decoder, _DecoderStage):
+            raise RuntimeError(
+                f"base={type(self.base).__name__} was unloaded, and memories are no longer around its "
+                "stages; wrap it again with MemLMForCausalLM.from_base"
+            )
 
 
 def _positions(mask: Tensor, times: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from memlm.attach import AttachedMemory, MemoryStack
+from memlm.attach import AttachedMemory, MemoryStack, check_attention
 from memlm.backbone import Backbone
 from memlm.config import FORMAT_VERSION, MemLMConfig
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
@@ -34,6 +35,8 @@ from memlm.state import MemoryState, write_atomically, write_json
 
 MEMORY_WEIGHTS = "memory.safetensors"
 MEMORY_CONFIG = "memlm_config.json"
+# The memories' parameters among the model's, as an expression.
+MEMORY_NAMES = r"^memory\."
 # Arguments trainers and `generate` pass to every model, without meaning for a segmented one.
 _WITHOUT_MEANING = {
     "use_cache",
@@ -80,6 +83,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemLMConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         given = base is not None
+        unmarked: list[nn.Module] = []
         if base is None:
             base = AutoModelForCausalLM.from_config(
                 config.text_config,
@@ -87,26 +91,31 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 dtype=config.dtype or torch.get_default_dtype(),
             )
         else:
-            for module in base.modules():
-                # `post_init` would give modules injected into a live model (LoRA) new weights.
-                module._is_hf_initialized = True
+            # `post_init` would give modules injected into a live model (LoRA) new weights.
+            unmarked = [m for m in base.modules() if not getattr(m, "_is_hf_initialized", False)]
+            for module in unmarked:
+                vars(module)["_is_hf_initialized"] = True
         self.base = base
         self.backbone = Backbone(base)
         configs = resolve_memories(config.memory)
         self.memory = MemoryStack(configs, self.backbone, config.segment_length)
+        self.memory.set_dtype(self.backbone.dtype, config.memory_dtype == "float32")
+        if config.memory_dtype == "float32":
+            # What loads a checkpoint keeps to it, and quantisers leave the memories out.
+            self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = [MEMORY_NAMES]
         config.memory = list(self.memory.configs)
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
-        if any(site in ("heads", "attention") for site, _ in self.memory.cells()):
-            self.backbone.open_heads()
+        self._open_heads()
         if given and not base.get_input_embeddings().weight.is_meta:
             # A model still without weights was tried out when it was made.
             for layer in heads:
                 self.backbone.rotates(layer)
         self.gradient_checkpointing = False
         self.post_init()
+        for module in unmarked:
+            del module._is_hf_initialized
         if given:
-            weight = base.get_input_embeddings().weight
-            self.memory.to(device=weight.device, dtype=weight.dtype)
+            self.memory.to(device=self.backbone.device)
             self.generation_config = copy.deepcopy(base.generation_config)
         elif self.generation_config is not None and base.generation_config is not None:
             self.generation_config = copy.deepcopy(base.generation_config)
@@ -128,13 +137,16 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         base: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
         memory: str | MemoryConfig | dict[str, Any] | list[Any] | None = "armt",
         segment_length: int = 512,
+        memory_dtype: str = "float32",
         **kwargs: Any,
     ) -> MemLMForCausalLM:
         """Give a base model a memory.
 
         base: a live model (wrapped, not copied), a configuration (random weights), or a hub id or path,
         loaded with `kwargs`. memory: a name (`memlm.memory.available_memories()`), a config, or a list.
-        segment_length: tokens of text a segment. ValueError when they do not fit each other.
+        segment_length: tokens of text a segment. memory_dtype: "float32" keeps the memories' parameters in
+        it on a base in half precision, "base" in the base's own dtype. ValueError when they do not fit each
+        other.
         """
         if isinstance(base, (str, os.PathLike)):
             base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
@@ -158,6 +170,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
             text_config=copy.deepcopy(base.config),
             memory=[config_to_dict(entry) for entry in resolve_memories(memory)],
             segment_length=segment_length,
+            memory_dtype=memory_dtype,
             attn_implementation=base.config._attn_implementation,
             dtype=base.dtype,
         )
@@ -191,6 +204,28 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         # Whole segments are recomputed, not layers: activations of one segment at a time.
         self.gradient_checkpointing = enable
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers does. ValueError for one that a memory of this model cannot work with."""
+        before = self.backbone.attention
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        try:
+            self._open_heads()
+        except ValueError:
+            super().set_attn_implementation(before)
+            self._open_heads()
+            raise
+
+    def _open_heads(self) -> None:
+        """Route the attention through the memories inside it, also where it was set anew since."""
+        inside = any(site in ("heads", "attention") for site, _ in self.memory.cells())
+        if not inside or self.backbone.heads_are_open:
+            return
+        dims = self.backbone.dims(self.config.segment_length)
+        check_attention(resolve_memories(self.config.memory), self.backbone, dims)
+        self.backbone.open_heads()
 
     @property
     def segment_length(self) -> int:
@@ -286,11 +321,14 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _window(
         self, write: bool, keep: _Collector
     ) -> Callable[[list[Segment], MemoryState], tuple[_Losses, MemoryState]]:
+        self.backbone.check_open()
+        # The base model's own `set_attn_implementation` does not know of memories.
+        self._open_heads()
         cells, tokens = self.memory.cells(), self.memory.tokens
 
         def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
             before = self.memory.unpack(state)
-            hidden, after = self.backbone.run_segment(
+            hidden, after, router_loss = self.backbone.run_segment(
                 segment.ids, segment.mask, cells, tokens, before, write
             )
             new, cost = state, None
@@ -300,6 +338,8 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                     new = new.where(segment.active, state)
                 if self.training and torch.is_grad_enabled():
                     cost = self.memory.auxiliary_loss(before, after, segment.active)
+            if router_loss is not None:
+                cost = router_loss if cost is None else cost + router_loss
             loss = None if segment.labels is None else self._loss(hidden, segment.labels)
             return (loss, cost, hidden if keep.wanted else None), new
 
@@ -468,10 +508,31 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Train the memories alone: no gradient for the base model's parameters."""
         self.base.requires_grad_(False)
 
+    def unload(self) -> PreTrainedModel:
+        """Hand the base model back as it was before it was wrapped, with its weights as they are now.
+
+        This model cannot be run afterwards; save its memories before (`save_memory`). RuntimeError when
+        a module of the base has changed its class since, as sharding does.
+        """
+        self.backbone.close()
+        return self.base
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers does; the base model's configuration is saved as it is now."""
+        """As transformers does; the base model's configuration is saved as it is now.
+
+        ValueError for a quantised base, whose weights would be read again as if they were numbers.
+        """
+        stored = next(
+            (n for n, p in self.base.named_parameters() if not p.is_floating_point()), None
+        )
+        if stored is not None or getattr(self.base, "is_quantized", False):
+            raise ValueError(
+                f"base={type(self.base).__name__} is quantised (its weights are integers and scales), and "
+                "would not be read again as it was; use save_memory(directory) for the memories, and "
+                "load_memory(directory) on the base loaded as it was"
+            )
         self.config.text_config = copy.deepcopy(self.base.config)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -513,18 +574,27 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 f"memlm reads up to {FORMAT_VERSION}; upgrade memlm"
             )
         ours = self._memory_description()
+        with contextlib.suppress(TypeError, ValueError):
+            # A field that an older file does not name has the value it had then.
+            entries = resolve_memories(described.get("memory"))
+            described["memory"] = [config_to_dict(entry) for entry in entries]
         for key in ("memory", "hidden_size", "num_hidden_layers"):
             if described.get(key) != ours[key]:
                 raise ValueError(
                     f"directory={str(directory)!r} was saved with {key}={described.get(key)}, but this "
                     f"model has {ours[key]}; build the model with the same memory"
                 )
-        missing, unexpected = self.memory.load_state_dict(tensors, strict=False)
-        if missing or unexpected:
+        # Before anything is copied: a memory half of which is another's would go unnoticed.
+        known = {n: tuple(t.shape) for n, t in self.memory.state_dict().items()}
+        found = {n: tuple(t.shape) for n, t in tensors.items() if t.is_floating_point()}
+        if found != known:
+            odd = sorted(n for n in {*known, *tensors} if known.get(n) != found.get(n))
             raise ValueError(
-                f"directory={str(directory)!r} does not fit: missing {missing}, "
-                f"unexpected {unexpected}; build the model with the same memory"
+                f"directory={str(directory)!r} does not fit: {odd[0]!r} there is "
+                f"{found.get(odd[0], 'missing or no numbers')}, here {known.get(odd[0], 'unknown')}; "
+                "build the model with the same memory"
             )
+        self.memory.load_state_dict(tensors)
 
     def _memory_description(self) -> dict[str, Any]:
         return {

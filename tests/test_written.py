@@ -48,7 +48,10 @@ def test_a_model_and_its_state_give_the_logits_they_gave(folder: Path) -> None:
 def test_a_memory_alone_fits_on_a_base_of_its_own(folder: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     model = MemLMForCausalLM.from_base(
-        make.base(whole.base.dtype), memory=whole.config.memory, segment_length=SEGMENT
+        make.base(whole.base.dtype),
+        memory=whole.config.memory,
+        segment_length=SEGMENT,
+        memory_dtype=whole.config.memory_dtype,
     ).eval()
     model.load_memory(folder / "memory")
     model.base.load_state_dict(whole.base.state_dict())

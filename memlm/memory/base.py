@@ -111,12 +111,17 @@ class Memory(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.dims = dims
-        # Moves with the module: where, and in which dtype, a memory without parameters lives.
+        # Where the memory lives, and in which dtype the stage it wraps computes: that of the base model,
+        # while the parameters may be wider.
         self.register_buffer("place", torch.empty(0), persistent=False)
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros on the module's device, in its dtype unless another is given."""
+        """Zeros on the module's device, in the base model's dtype unless another is given."""
         return cast(Tensor, self.place).new_zeros(shape, dtype=dtype)
+
+    def rows_of(self, vectors: Tensor, batch_size: int) -> Tensor:
+        """Learned `vectors` (M, D) as the start of each row, in the base model's dtype: (B, M, D)."""
+        return vectors.to(cast(Tensor, self.place).dtype).expand(batch_size, -1, -1)
 
     @classmethod
     def resolve(cls, config: Any, dims: Dims) -> Any:

@@ -124,7 +124,7 @@ class RMTR(Memory):
     def init_state(self, batch_size: int) -> RMTRState:
         shape = (self.num_memory_tokens, self.dims.hidden_size)
         return RMTRState(
-            self.initial_memory.expand(batch_size, -1, -1),
+            self.rows_of(self.initial_memory, batch_size),
             self.zeros(batch_size, self.bank_size, *shape),
             self.zeros(batch_size, self.archive_size, *shape),
             self.zeros(batch_size, dtype=torch.long),
