@@ -74,6 +74,8 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MemLMConfig
     base_model_prefix = "base"
     supports_gradient_checkpointing = True
+    # accelerate makes an FSDP unit of each, and keeps it whole on one device.
+    _no_split_modules = ("AttachedMemory",)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -106,7 +108,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         config.memory = list(self.memory.configs)
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
         self._open_heads()
-        if given and not base.get_input_embeddings().weight.is_meta:
+        if given and self.backbone.device.type != "meta":
             # A model still without weights was tried out when it was made.
             for layer in heads:
                 self.backbone.rotates(layer)
@@ -115,7 +117,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         for module in unmarked:
             del module._is_hf_initialized
         if given:
-            self.memory.to(device=self.backbone.device)
+            self.memory.settle(self.backbone)
             self.generation_config = copy.deepcopy(base.generation_config)
         elif self.generation_config is not None and base.generation_config is not None:
             self.generation_config = copy.deepcopy(base.generation_config)
@@ -177,6 +179,19 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         was_training = base.training
         model = cls(config, base=base)
         return model.train(was_training)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; under a `device_map` each memory goes to the device of its layer.
+
+        RuntimeError when the map leaves a memory on the disk.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if getattr(model, "hf_device_map", None):
+            model.memory.check_present(model.backbone.device)
+            model.memory.settle(model.backbone)
+        return loaded
 
     # What a wrapper owes the library: the parts of the base model it asks for.
 
@@ -306,9 +321,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                     loss = loss + auxiliary
                 # Every window gives every memory parameter a gradient, which data-parallel training
                 # counts on; a later window alone would not touch the initial memory.
-                loss = loss + sum(
-                    p.sum() * 0.0 for p in self.memory.parameters() if p.requires_grad
-                )
+                loss = self.memory.touch(loss)
         kept = keep.result()
         out = MemLMOutput(
             loss=loss,
@@ -324,6 +337,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.check_open()
         # The base model's own `set_attn_implementation` does not know of memories.
         self._open_heads()
+        self.memory.check_present(self.backbone.device)
         cells, tokens = self.memory.cells(), self.memory.tokens
 
         def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
@@ -437,10 +451,7 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{theirs.get(odd[0], 'missing')}, here {ours.get(odd[0], 'missing')}; "
                 "use a state of this model"
             )
-        device = self.backbone.device
-        if any(value.device != device for value in state.tensors.values()):
-            state = state.to(device)
-        return state
+        return self.memory.at_home(state)
 
     @torch.no_grad()
     def read(

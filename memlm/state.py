@@ -88,6 +88,10 @@ class MemoryState:
             f"nbytes={self.nbytes})"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryState:
+        """An independent copy, detached where it hangs on a graph, which no copy can be part of."""
+        return self.fork()
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
@@ -112,7 +116,8 @@ class MemoryState:
         if not found:
             return torch.zeros(0)
         if found[0].is_cuda:
-            return torch.stack([n.double() for n in torch._foreach_norm(found, float("inf"))])
+            norms = torch._foreach_norm(found, float("inf"))
+            return torch.stack([norm.double().to(found[0].device) for norm in norms])
         # One kernel for all is slow on a CPU, by a factor of ten and more.
         return torch.stack([value.abs().amax().double() for value in found])
 
@@ -224,7 +229,7 @@ class MemoryState:
 
 def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`new` on rows where `rows` (B,) is True, `old` elsewhere; both (B, ...)."""
-    return torch.where(rows.reshape(-1, *(1 for _ in new.shape[1:])), new, old)
+    return torch.where(rows.to(new.device).reshape(-1, *(1 for _ in new.shape[1:])), new, old)
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
