@@ -245,6 +245,8 @@ def perplexity(
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
     with ExitStack() as stack:
+        # Before it is wrapped, which gives all its modules one mode.
+        stack.enter_context(without_training(model))
         wrapped = _wrap(model, segment_length)
         if wrapped is not model:
             stack.callback(wrapped.unload)
@@ -273,7 +275,7 @@ def perplexity(
         log = RunLog(out, settings, ("document", "digest"), DOCUMENTS)
         _check_log(log, texts, out)
         stack.enter_context(log)
-        stack.enter_context(without_training(wrapped))
+        wrapped.eval()
         batches = [
             range(start, min(start + batch_size, len(texts)))
             for start in range(0, len(texts), batch_size)

@@ -418,9 +418,7 @@ def test_a_torn_line_is_repaired_and_a_damaged_one_named(
     assert path.read_bytes() == b"rubbish\n" + content
 
 
-@pytest.mark.parametrize(
-    "other", [{"length": 100}, {"seed": 1}, {"bins": [50]}, {"split": "train"}]
-)
+@pytest.mark.parametrize("other", [{"length": 100}, {"seed": 1}, {"bins": [50]}])
 def test_a_folder_of_another_run_is_refused(
     other: dict[str, Any], model: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack,
     tmp_path: Path,
