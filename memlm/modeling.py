@@ -209,14 +209,17 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         self, attn_implementation: str | dict, *args: Any, **kwargs: Any
     ) -> None:
         """As transformers does. ValueError for one that a memory of this model cannot work with."""
-        before = self.backbone.attention
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        asked, before = attn_implementation, self.backbone.attention
+        if isinstance(asked, dict):
+            asked = asked.get("text_config", asked.get("", before))
+        self.base.set_attn_implementation(asked, *args, **kwargs)
         try:
             self._open_heads()
         except ValueError:
-            super().set_attn_implementation(before)
+            self.base.set_attn_implementation(before)
             self._open_heads()
             raise
+        self.config._attn_implementation = self.backbone.attention
 
     def _open_heads(self) -> None:
         """Route the attention through the memories inside it, also where it was set anew since."""
