@@ -55,7 +55,8 @@ class MemLMOutput(ModelOutput):
     loss: () mean cross-entropy, and in training the auxiliary loss. logits (B, N, V) where asked.
     memory_state: behind the last segment. auxiliary_loss: () what the memories ask for in training
     besides (`Memory.auxiliary_loss`), a mean over the call's real segments, rows and each memory's
-    layers, as it stands in `loss`; there without labels too; None when they ask for nothing.
+    layers, as it stands in `loss`; there without labels too; None when they ask for nothing. The router
+    loss of a base with experts that is configured for one (`output_router_logits`) is in it as well.
     """
 
     loss: Tensor | None = None
@@ -342,7 +343,8 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 if self.training and torch.is_grad_enabled():
                     cost = self.memory.auxiliary_loss(before, after, segment.active)
             if router_loss is not None:
-                cost = router_loss if cost is None else cost + router_loss
+                # The rows of a segment pass the routers together; `forward` divides by all rows.
+                cost = router_loss * segment.rows + (0.0 if cost is None else cost)
             loss = None if segment.labels is None else self._loss(hidden, segment.labels)
             return (loss, cost, hidden if keep.wanted else None), new
 
