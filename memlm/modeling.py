@@ -55,7 +55,8 @@ class MemLMOutput(ModelOutput):
     loss: () mean cross-entropy, and in training the auxiliary loss. logits (B, N, V) where asked.
     memory_state: behind the last segment. auxiliary_loss: () what the memories ask for in training
     besides (`Memory.auxiliary_loss`), a mean over the call's real segments, rows and each memory's
-    layers, as it stands in `loss`; there without labels too; None when they ask for nothing.
+    layers, as it stands in `loss`; there without labels too; None when they ask for nothing. The router
+    loss of a base with experts that is configured for one (`output_router_logits`) is in it as well.
     """
 
     loss: Tensor | None = None
@@ -224,14 +225,17 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
         self, attn_implementation: str | dict, *args: Any, **kwargs: Any
     ) -> None:
         """As transformers does. ValueError for one that a memory of this model cannot work with."""
-        before = self.backbone.attention
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        asked, before = attn_implementation, self.backbone.attention
+        if isinstance(asked, dict):
+            asked = asked.get("text_config", asked.get("", before))
+        self.base.set_attn_implementation(asked, *args, **kwargs)
         try:
             self._open_heads()
         except ValueError:
-            super().set_attn_implementation(before)
+            self.base.set_attn_implementation(before)
             self._open_heads()
             raise
+        self.config._attn_implementation = self.backbone.attention
 
     def _open_heads(self) -> None:
         """Route the attention through the memories inside it, also where it was set anew since."""
@@ -353,7 +357,8 @@ class MemLMForCausalLM(PreTrainedModel, GenerationMixin):
                 if self.training and torch.is_grad_enabled():
                     cost = self.memory.auxiliary_loss(before, after, segment.active)
             if router_loss is not None:
-                cost = router_loss if cost is None else cost + router_loss
+                # The rows of a segment pass the routers together; `forward` divides by all rows.
+                cost = router_loss * segment.rows + (0.0 if cost is None else cost)
             loss = None if segment.labels is None else self._loss(hidden, segment.labels)
             return (loss, cost, hidden if keep.wanted else None), new
 

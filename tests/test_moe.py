@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from memlm import MemLMForCausalLM
@@ -30,6 +31,14 @@ def moe(family: str, **over: object) -> PreTrainedModel:
     return base
 
 
+def read(base: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+    """The base's own summed cross-entropy over a segment, and its router loss."""
+    targets = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    out = base(ids, attention_mask=mask, labels=targets)
+    extra = 0.7 * out.aux_loss
+    return (out.loss - extra) * (targets[:, 1:] != -100).sum(), extra
+
+
 @pytest.mark.parametrize("family", MOE)
 def test_one_segment_costs_what_it_costs_the_base(family: str) -> None:
     base, ids = moe(family), tokens(2, 12)
@@ -46,6 +55,18 @@ def test_one_segment_costs_what_it_costs_the_base(family: str) -> None:
     # What is evaluated is cross-entropy alone, as for every model here.
     alone = model.eval()(ids, labels=ids)
     torch.testing.assert_close(alone.loss, expected - 0.7 * base(ids).aux_loss, **EXACT)
+
+
+def test_segments_share_the_router_loss_and_padding_takes_no_part() -> None:
+    base, ids = moe("qwen3_moe"), tokens(2, 3 * SEGMENT)
+    mask = torch.ones_like(ids)
+    mask[1, 2 * SEGMENT - 2 :] = 0
+    pieces = zip(ids.split(SEGMENT, 1), mask.split(SEGMENT, 1), strict=True)
+    model = MemLMForCausalLM.from_base(base, memory="none", segment_length=SEGMENT).train()
+    found = model(ids, attention_mask=mask, labels=ids).auxiliary_loss
+    costs = [read(base, *piece)[1] for piece in pieces]
+    rows = torch.tensor([2.0, 2.0, 1.0])
+    torch.testing.assert_close(found, (torch.stack(costs) * rows).sum() / rows.sum(), **EXACT)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

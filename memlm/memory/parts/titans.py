@@ -181,7 +181,8 @@ class TitansMemory(nn.Module):
         Also the tail of the query's convolution behind `x`, the last of the state's tails.
         """
         order, real = _real_first(x, mask)
-        x = F.rms_norm(_take(x, order), self.norm.shape, self.norm, EPSILON)
+        x = _take(x, order)
+        x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         last = len(self.kernels) - 1
         q, tail = self._project(x, self.query, last, state, real)
         with torch.autocast(x.device.type, enabled=False):
@@ -193,7 +194,8 @@ class TitansMemory(nn.Module):
     ) -> tuple[Tensor, TitansState]:
         """Write `x` (B, T, D) token by token; read at each what is known there, itself included."""
         order, real = _real_first(x, mask)
-        x = F.rms_norm(_take(x, order), self.norm.shape, self.norm, EPSILON)
+        x = _take(x, order)
+        x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         streams = [
             self._project(x, linear, i, state, real)
             for i, linear in enumerate((self.query, self.key, self.value))
