@@ -102,8 +102,14 @@ def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     port = 20000 + os.getpid() % 20000
     command += [f"--master-port={port}", str(tmp_path / "child.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = launched.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        # Asked to end, and not killed: the launcher then ends its workers, which would wait on.
+        launched.terminate()
+        _, errors = launched.communicate(timeout=60)
+    assert launched.returncode == 0, errors[-3000:]
     from safetensors.torch import load_file
 
     ranks = [load_file(tmp_path / f"rank{rank}") for rank in range(2)]
