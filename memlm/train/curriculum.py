@@ -50,7 +50,10 @@ class Stage:
     )
     auxiliary_weight: float = field(
         default=1.0,
-        metadata={"help": "factor on the auxiliary losses of memories, such as armt's write_cost"},
+        metadata={
+            "help": "factor on the auxiliary losses: of memories, such as armt's write_cost, and of the "
+            "routers of a base with experts"
+        },
     )
     data: dict[str, Any] = field(
         default_factory=dict,

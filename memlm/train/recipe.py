@@ -158,12 +158,7 @@ class Recipe:
         if self.data.source == "documents" and self.data.path is None:
             raise ValueError("data.path is missing; name the documents to train on")
         for index, stage in enumerate(self.curriculum.stages):
-            where = f"curriculum.stages.{index}.data"
-            if stage.data and self.data.source == "documents":
-                raise ValueError(
-                    f"{where}={stage.data} changes nothing where data.source='documents'; leave it out"
-                )
-            self.options_of(stage, where)
+            self.options_of(stage, f"curriculum.stages.{index}.data")
 
     def options(self) -> BabilongOptions:
         """The data section's fields that shape a document."""

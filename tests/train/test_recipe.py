@@ -110,15 +110,6 @@ def test_a_wrong_value_is_refused_with_key_value_and_remedy(change: str, words: 
         recipe(change)
 
 
-def test_a_stage_of_documents_cannot_change_what_nothing_reads() -> None:
-    with pytest.raises(ValueError, match=r"stages\.0\.data=.*data\.source='documents'"):
-        recipe(
-            "data.source=documents",
-            "data.path=.",
-            "curriculum.stages=[{max_segments: 1, data: {layout: story}}]",
-        )
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
