@@ -17,8 +17,10 @@ INSIDE = [name for name in CASES if memory_class(name).site in ("heads", "attent
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
 
-@pytest.mark.parametrize("whose", ["wrapper", "base", "decoder"])
-@pytest.mark.parametrize("memory", INSIDE)
+@pytest.mark.parametrize(
+    ("memory", "whose"),
+    [*((memory, "base") for memory in INSIDE), ("infini", "wrapper"), ("infini", "decoder")],
+)
 @torch.no_grad()
 def test_memories_stay_at_work(memory: str, whose: str) -> None:
     model, ids = memory_model("llama", memory), tokens(2, 3 * SEGMENT + 2)

@@ -16,6 +16,13 @@ from tests.written.make import base
 WRITTEN = Path(__file__).parent / "written" / "0.1"
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 memories = pytest.mark.parametrize("memory", CASES)
+# The base's dtype, and whether the caller has an autocast of their own.
+SETTINGS = [(memory, torch.bfloat16, False) for memory in CASES]
+SETTINGS += [
+    pytest.param(memory, dtype, True, marks=() if memory == "armt" else pytest.mark.slow)
+    for memory in CASES
+    for dtype in (torch.bfloat16, torch.float32)
+]
 
 
 def half_model(memory: object, dtype: torch.dtype = torch.bfloat16, **kwargs: object):
@@ -62,11 +69,7 @@ def test_a_small_learning_rate_moves_every_weight() -> None:
     assert (query != before).float().mean() > 0.99
 
 
-@memories
-@pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)],
-)
+@pytest.mark.parametrize(("memory", "dtype", "autocast"), SETTINGS)
 def test_gradients_and_states_are_those_of_a_wide_model(
     memory: str, dtype: torch.dtype, autocast: bool
 ) -> None:
