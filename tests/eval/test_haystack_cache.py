@@ -33,6 +33,9 @@ class Counting:
         self.calls += 1
         return self.tokenizer(*given, **named)
 
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
