@@ -25,6 +25,8 @@ from tests.cases import CASES, SEGMENT, base_model, memory_model, randomise, tok
 from tests.memory.test_laws import EXACT, same_state
 
 CPU = torch.device("cpu")
+# Their gradients take seconds; `titans-mag` stands for them by default.
+SLOW = ("titans-mac", "titans-mal")
 
 
 def hooked(base: nn.Module, folder: str) -> None:
@@ -48,7 +50,7 @@ PLACEMENTS: dict[str, Callable[[nn.Module, str], object]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*offloaded")
-@pytest.mark.parametrize("memory", ["none", "armt", "titans-mac"])
+@pytest.mark.parametrize("memory", ["none", "armt", "infini"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("place", PLACEMENTS)
 @torch.no_grad()
@@ -173,7 +175,10 @@ def wrap_attention(base: nn.Module, **how: object) -> None:
 @pytest.mark.parametrize(
     ("what", "memory"),
     [
-        *(("layers", memory) for memory in available_memories()),
+        *(
+            pytest.param("layers", memory, marks=[pytest.mark.slow] * (memory in SLOW))
+            for memory in available_memories()
+        ),
         *((what, memory) for what in ("before", "attention") for memory in ("armt", "infini")),
     ],
 )
