@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from memlm.backbone import Backbone, Cell, Cells, works_on
-from memlm.memory import MemoryConfig, config_to_dict, memory_class, name_of
+from memlm.memory import MemoryConfig, config_from_dict, config_to_dict, memory_class, name_of
 from memlm.memory.base import Dims, Memory, accumulator_dtype
 from memlm.state import MemoryState, flatten, skeleton, unflatten
 
@@ -101,7 +101,7 @@ class MemoryStack(nn.Module):
         check_composition(resolved, dims)
         check_positions(resolved, backbone, segment_length)
         self.configs = [config_to_dict(config) for config in resolved]
-        self.signature = json.dumps([*self.configs, dims.hidden_size, dims.num_layers])
+        self.signature = signature_of(resolved, dims.hidden_size, dims.num_layers)
         self.attached = nn.ModuleDict()
         for config, described in zip(resolved, self.configs, strict=True):
             name, count = described["name"], 1
@@ -116,10 +116,14 @@ class MemoryStack(nn.Module):
                 "whose are whose; attach one of them"
             )
         self._owner = owners[0] if owners else None
+        # name -> a row's shape of every state tensor, and the trees they stand in.
+        self.shapes: dict[str, torch.Size] = {}
+        self._trees: dict[str, Any] = {}
         with torch.no_grad():
-            self._trees = {
-                label: skeleton(memory.init_state(1)) for label, memory in self._labelled()
-            }
+            for label, memory in self._labelled():
+                tree = memory.init_state(1)
+                self.shapes.update((name, leaf.shape[1:]) for name, leaf in flatten(tree, label))
+                self._trees[label] = skeleton(tree)
 
     def set_dtype(self, dtype: torch.dtype, wide: bool) -> None:
         """States in the base model's `dtype`; parameters too, or, with `wide`, in float32 at least."""
@@ -190,6 +194,10 @@ class MemoryStack(nn.Module):
                 memory(partial(memory.start, key, batch_size, label, tensors))
         return MemoryState(tensors, batch_size, self.signature)
 
+    def signed(self, signature: str) -> bool:
+        """Whether a state signed so is one of these memories', the oldest version's included."""
+        return signature == self.signature or without_options(signature) == self.signature
+
     def unpack(self, state: MemoryState) -> dict[str, Any]:
         """A state as each cell's own tree, by cell name."""
         return {label: unflatten(tree, label, state.tensors) for label, tree in self._trees.items()}
@@ -246,6 +254,25 @@ class MemoryStack(nn.Module):
 
     def _labelled(self) -> list[tuple[str, Memory]]:
         return [(cell.name, cell.memory) for cells in self.cells().values() for cell in cells]
+
+
+def signature_of(configs: Sequence[MemoryConfig], hidden_size: int, num_layers: int) -> str:
+    """What a state says of the model that made it, as JSON: the fields that shape it, and two sizes."""
+    described = [{"name": name_of(config), **config.state_fields()} for config in configs]
+    return json.dumps([*described, hidden_size, num_layers])
+
+
+def without_options(signature: str) -> str:
+    """A signature of version 0.1, which held all fields of the configs, as `signature_of` writes it today.
+
+    A field that came later takes its default, which is what was done before it. "" when it is none.
+    """
+    try:
+        *entries, hidden_size, num_layers = json.loads(signature)
+        configs = [config_from_dict(entry) for entry in entries]
+    except (ValueError, TypeError):
+        return ""
+    return signature_of(configs, hidden_size, num_layers)
 
 
 def resolve(config: MemoryConfig, dims: Dims) -> MemoryConfig:

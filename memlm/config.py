@@ -33,6 +33,8 @@ class MemLMConfig(PreTrainedConfig):
     index stands in front of the question, with {text} in it. memory_dtype: "float32" keeps the memories'
     parameters in it where the base model is in half precision (in a wider base model they are as wide as
     it is), so that small steps of training are not lost; "base" keeps them in the base model's dtype.
+    logits_with_labels: whether a call with labels for more than one segment keeps all logits beside the
+    loss, as trainers want that compute metrics of predictions.
     """
 
     model_type = "memlm"
@@ -54,6 +56,7 @@ class MemLMConfig(PreTrainedConfig):
     question_segment: str = "open"
     recall_template: str = RECALL_TEMPLATE
     memory_dtype: str = "float32"
+    logits_with_labels: bool = False
     memlm_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 

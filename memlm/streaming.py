@@ -129,7 +129,8 @@ class DocumentStream:
 
         The question follows the document as the model's `question_template` says, passages that are
         recalled stand before it as `recall_template` says and are the answer's `sources`; decoding is
-        greedy, up to the end token or `max_new_tokens`. ValueError when nothing was written, and there is
+        greedy, up to an end token, the tokenizer's or one of the model's `generation_config`, or to
+        `max_new_tokens`. ValueError when nothing was written, and there is
         nothing to recall.
         """
         if not question.strip():
@@ -159,7 +160,7 @@ class DocumentStream:
             memory_state=state,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self._ends(),
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
         )
         text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
@@ -300,6 +301,12 @@ class DocumentStream:
             state = self.model.read(cut(self._tensor(ids[:full]), None, None, length), state)
         self._state, self._open = state, ids[full:]
         self._committed += full
+
+    def _ends(self) -> list[int]:
+        """What ends an answer: the tokenizer's end token, and those the model was made with."""
+        made = self.model.generation_config.eos_token_id
+        made = made if isinstance(made, list) else [] if made is None else [made]
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *made]))
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.long, device=self.model.backbone.device)

@@ -471,3 +471,28 @@ def test_a_failing_model_loses_no_text(small_blocks, monkeypatch) -> None:
     assert taken > 40
     stream.write(TEXT[taken:])
     assert same(stream, written(TEXT))
+
+
+def test_every_end_token_of_the_model_ends_an_answer(monkeypatch) -> None:
+    """Chat models end a turn with another token than a text; they were made to end at both."""
+    stream, answered = written(TEXT), []
+    generate = MemLMForCausalLM.generate
+
+    def kept(model, ids, **arguments):
+        out = generate(model, ids, **arguments)
+        answered.append(out[0, ids.shape[1] :].tolist())
+        return out
+
+    monkeypatch.setattr(MemLMForCausalLM, "generate", kept)
+
+    def answer(ends: int | list[int] | None) -> list[int]:
+        stream.model.generation_config.eos_token_id = ends
+        stream.ask("Where is Mary?", max_new_tokens=8)
+        return answered[-1]
+
+    free = answer(None)
+    assert len(free) == 8
+    # A token that the model says by itself.
+    end = free[2]
+    until = free[: free.index(end) + 1]
+    assert answer(end) == answer([1, end]) == until

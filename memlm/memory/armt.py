@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype, option
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.feature_maps import dpfp
 
@@ -45,12 +45,12 @@ class ARMTConfig(MemoryConfig):
     d_mem: int = 64
     nu: int = 3
     correction: bool = True
-    initial_gate: float = 0.0
-    value_std: float = 0.0
-    token_std: float | None = None
-    shared_start: bool = False
+    initial_gate: float = option(0.0)
+    value_std: float = option(0.0)
+    token_std: float | None = option(None)
+    shared_start: bool = option(False)
     gate_limit: float | None = None
-    write_cost: float = 0.0
+    write_cost: float = option(0.0)
 
 
 class ARMTState(NamedTuple):

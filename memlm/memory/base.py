@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -79,9 +79,21 @@ class Dims:
         return max(0, self.max_positions - self.segment_length)
 
 
+def option(default: Any) -> Any:
+    """A config's field that changes neither the shape nor the meaning of a state.
+
+    How parameters start, what training costs, how much is read: a state is the same without it, and so
+    goes from a model with one value to a model with another.
+    """
+    return field(default=default, metadata={"in_state": False})
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """Fields every mechanism has. `layers`: which decoder layers it is attached to; None means all."""
+    """Fields every mechanism has. `layers`: which decoder layers it is attached to; None means all.
+
+    A field added later has the default that does what was done before it: files without it go on loading.
+    """
 
     layers: tuple[int, ...] | None = None
 
@@ -91,8 +103,13 @@ class MemoryConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def state_fields(self) -> dict[str, Any]:
+        """Those of `to_dict` that change a state's shape or meaning: all but an `option`."""
+        shaping = [one.name for one in fields(self) if one.metadata.get("in_state", True)]
+        return {name: value for name, value in self.to_dict().items() if name in shaping}
 
 
 class Memory(nn.Module, ABC):

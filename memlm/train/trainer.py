@@ -29,7 +29,15 @@ from transformers.utils import logging
 
 from memlm.modeling import MemLMForCausalLM
 from memlm.scan import Anchor, first_window, scan
-from memlm.segment import IGNORE, Packing, Segment, cut, shift_labels
+from memlm.segment import (
+    BORDERS,
+    IGNORE,
+    Packing,
+    Segment,
+    cut,
+    documents_in,
+    shift_labels,
+)
 from memlm.state import MemoryState, write_json
 from memlm.train.data import Collator, TrainingStream, Windows
 
@@ -394,7 +402,9 @@ class MemLMTrainer(Trainer):
         plan = self._plan(batch, train=train)
         self._check_in_step(plan)
         length = batch.get("segment_length") or self._model.segment_length
-        rows, continued = batch["input_ids"].shape[0], batch.get("continued")
+        continued = batch.get("continued")
+        # Documents packed into one row have rows of their own.
+        rows = len(plan.segments[0].ids if plan.segments else batch["input_ids"])
         tally = Tally(tokens=sum(tokens_in(segment) for segment in plan.segments))
         state = self._start(continued, rows)
         scale = plan.scale
@@ -759,18 +769,27 @@ def count_targets(batch: dict[str, Any]) -> int:
 
 
 def packed(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """ids, mask and shifted targets (B, n), real tokens first; the mask None when all are real."""
+    """ids, mask and shifted targets (B, n), real tokens first; the mask None when all are real.
+
+    Documents packed into one row (`documents_in`) get rows of their own.
+    """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     labels, targets = batch.get("labels"), batch.get("shift_labels")
     if labels is None and targets is None:
         raise ValueError("the batch has no labels; give labels, with -100 where there is no target")
     given = targets if targets is not None else labels
     assert given is not None
-    real = None
-    if mask is not None and not bool(mask.all()):
-        packing = Packing.of(mask)
-        ids, given = packing.pack(ids), packing.pack(given.masked_fill(mask == 0, IGNORE))
-        real = packing.mask[:, : packing.length]
+    real = None if mask is None or bool(mask.all()) else mask.to(torch.bool)
+    documents = documents_in(ids, real, **{name: batch.get(name) for name in BORDERS})
+    if documents is not None and "question_at" in batch:
+        raise ValueError(
+            "question_at counts rows of one document, but position_ids, seq_idx or cu_seq_lens_q put "
+            "several into a row; give each a row of its own"
+        )
+    if real is not None or documents is not None:
+        packing = Packing.of(torch.ones_like(ids) if real is None else real, documents)
+        ids, given = packing.pack(ids, 0), packing.pack(given, IGNORE)
+        real = packing.mask
     return ids, real, given if targets is not None else shift_labels(given)
 
 

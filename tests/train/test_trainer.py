@@ -192,6 +192,25 @@ def test_padding_on_the_left_changes_nothing(armt: MemLMForCausalLM, tmp_path: P
     )
 
 
+def test_documents_packed_into_one_row_are_rows_of_their_own(
+    armt: MemLMForCausalLM, tmp_path: Path
+) -> None:
+    rows = [ids(20, 1), ids(3, 2), ids(9, 3)]
+    labels = [torch.tensor([IGNORE, *row[1:].tolist()]) for row in rows]
+    flat = {
+        "input_ids": torch.tensor([t for row in rows for t in row.tolist()])[None],
+        "labels": torch.cat(labels)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+    }
+    expected, apart = step(armt, tmp_path, Collator()([{"input_ids": row} for row in rows]))
+    loss, found = step(armt, tmp_path, flat)
+    assert abs(loss - expected) < 1e-9
+    assert_same(found, apart)
+    asked = {**flat, "question_at": torch.tensor([[0, 0]])}
+    with pytest.raises(ValueError, match="question_at counts rows of one document"):
+        count_targets(asked)
+
+
 def test_recomputed_activations_give_the_same_gradients(
     model: MemLMForCausalLM, tmp_path: Path
 ) -> None:
@@ -370,7 +389,10 @@ def test_evaluation_streams_the_loss_and_counts_answers(tmp_path: Path) -> None:
     batch = Collator()(held_out)
     with torch.no_grad():
         out = model.eval()(
-            batch["input_ids"], batch["attention_mask"], shift_labels=batch["shift_labels"]
+            batch["input_ids"],
+            batch["attention_mask"],
+            shift_labels=batch["shift_labels"],
+            logits_to_keep=0,
         )
     assert metrics["eval_loss"] == pytest.approx(float(out.loss), rel=1e-6)
     guessed, aimed = out.logits.argmax(dim=-1), batch["shift_labels"] != IGNORE

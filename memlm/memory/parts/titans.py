@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype
+from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option
 from memlm.memory.parts.deep_memory import read, read_write
 
 EPSILON = 1e-6
@@ -48,11 +48,11 @@ class TitansConfig(MemoryConfig):
     num_persistent_tokens: int = 0
     conv_size: int = 0
     max_rate: float = 1.0
-    initial_rate: float = 0.05
-    initial_momentum: float = 0.9
-    initial_forgetting: float = 0.01
+    initial_rate: float = option(0.05)
+    initial_momentum: float = option(0.9)
+    initial_forgetting: float = option(0.01)
     max_surprise: float | None = 4.0
-    output_std: float = 0.0
+    output_std: float = option(0.0)
 
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
