@@ -207,7 +207,10 @@ def test_writing_costs_its_mean_gate_whatever_the_windows() -> None:
         out = model(ids, labels=ids, bptt_depth=depth)
         assert abs(float(out.auxiliary_loss.detach()) - expected) < 1e-10
         assert abs(float((out.loss - plain.loss).detach()) - expected) < 1e-9
-    assert torch.autograd.grad(out.auxiliary_loss, model.memory.attached["armt"].tokens)[0].abs().sum() > 0
+    assert (
+        torch.autograd.grad(out.auxiliary_loss, model.memory.attached["armt"].tokens)[0].abs().sum()
+        > 0
+    )
     # A row that has ended writes nothing, and pays nothing.
     mask = torch.ones_like(ids)
     mask[1, SEGMENT:] = 0
