@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM, __version__
-from memlm.eval import babi
+from memlm.tasks import babi
 from memlm.memory import (
     MemoryConfig,
     available_memories,

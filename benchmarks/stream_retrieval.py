@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memlm import DocumentStream
-from memlm.eval import babi
-from memlm.eval.babilong import compose, parse_length
-from memlm.eval.haystack_cache import tokenized_haystack
+from memlm.tasks import babi
+from memlm.tasks.babilong import compose, parse_length
+from memlm.tasks.haystack_cache import tokenized_haystack
 from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, Retriever
 from memlm.state import write_json

@@ -437,7 +437,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _passages(arguments: argparse.Namespace) -> Any:
     """What is recalled in front of a question; None for nothing."""
-    from memlm.eval.runner import RECALLED
+    from memlm.eval.running.runner import RECALLED
     from memlm.retrieval.retriever import RetrievalConfig
 
     k = arguments.retrieval
@@ -474,14 +474,14 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from memlm.eval.compare import compare
+    from memlm.eval.reporting.compare import compare
 
     print(compare(arguments.a, arguments.b).to_markdown())
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from memlm.eval.page import write_report
-    from memlm.eval.report import name_runs
+    from memlm.eval.reporting.page import write_report
+    from memlm.eval.reporting.report import name_runs
 
     _written(write_report(name_runs(arguments.runs), arguments.out))
 
@@ -648,7 +648,7 @@ def _short(text: str) -> str:
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from memlm.eval import babilong
+    from memlm.tasks import babilong
 
     _written(
         babilong.write(

@@ -117,7 +117,7 @@ def test_the_command_that_repeats_a_run_has_every_option_that_decides_it(
     folder, noise, tmp_path, capsys
 ) -> None:
     from memlm.cli import _parse, _parser
-    from memlm.eval.page import _Run
+    from memlm.eval.reporting.page import _Run
 
     (tmp_path / "qa1_single_test.txt").write_text(
         "1 Mary moved to the office.\n2 Where is Mary? \toffice\t1\n"

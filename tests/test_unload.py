@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from memlm import MemLMForCausalLM
-from memlm.eval.haystack import Haystack
+from memlm.tasks.haystack import Haystack
 from memlm.eval.perplexity import perplexity
 from memlm.memory import memory_class
 from tests.cases import CASES, SEGMENT, base_model, randomise, tokens

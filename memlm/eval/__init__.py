@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from memlm.eval import babi, babilong, haystack, metrics
-    from memlm.eval.haystack import Haystack
-    from memlm.eval.report import Report
-    from memlm.eval.runner import evaluate
+    from memlm.tasks.haystack import Haystack
+    from memlm.eval.reporting.report import Report
+    from memlm.eval.running.runner import evaluate
 
 _MODULES = ("babi", "babilong", "haystack", "metrics", "report", "runner")
 _NAMES = {
-    "Haystack": "memlm.eval.haystack",
-    "Report": "memlm.eval.report",
-    "evaluate": "memlm.eval.runner",
+    "Haystack": "memlm.tasks.haystack",
+    "Report": "memlm.eval.reporting.report",
+    "evaluate": "memlm.eval.running.runner",
 }
 
 __all__ = ["Haystack", "Report", "babi", "babilong", "evaluate", "haystack", "metrics"]

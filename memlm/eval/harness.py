@@ -436,13 +436,13 @@ def write_babilong_tasks(
 ) -> list[str]:
     """Give lm_eval's BABILong tasks the samples in a folder instead of the hub's; return their names.
 
-    source: what `memlm.eval.babilong.write` wrote, `data/TASK/LENGTH.json`. out: a folder for
+    source: what `memlm.tasks.babilong.write` wrote, `data/TASK/LENGTH.json`. out: a folder for
     `--include_path`, with a task `memlm_babilong_TASK_LENGTH` a file, prompts and metric unchanged.
     """
     import lm_eval.tasks
 
-    from memlm.eval.babi.story import check_task
-    from memlm.eval.babilong import format_length
+    from memlm.tasks.babi.story import check_task
+    from memlm.tasks.babilong import format_length
 
     theirs = Path(lm_eval.tasks.__file__).parent / "babilong"
     names = []

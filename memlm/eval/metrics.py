@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from memlm.eval.babi.story import check_task
+from memlm.tasks.babi.story import check_task
 
 _PLACES = frozenset({"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"})
 _YES_NO = frozenset({"no", "yes"})

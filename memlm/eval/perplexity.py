@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.eval.babilong import format_length, parse_length
-from memlm.eval.haystack import Haystack, Split, check_source
-from memlm.eval.log import Row, RunLog
-from memlm.eval.provenance import fingerprint, versions, without_training
+from memlm.tasks.babilong import format_length, parse_length
+from memlm.tasks.haystack import Haystack, Split, check_source
+from memlm.eval.running.log import Row, RunLog
+from memlm.eval.running.provenance import fingerprint, versions, without_training
 from memlm.tokens import encode_with_spans
 
 if TYPE_CHECKING:

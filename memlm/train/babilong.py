@@ -21,10 +21,10 @@ from itertools import islice
 
 import numpy as np
 
-from memlm.eval import babi
-from memlm.eval.babi.generators.events import DIALECTS
-from memlm.eval.babi.generators.world import World
-from memlm.eval.babilong import (
+from memlm.tasks import babi
+from memlm.tasks.babi.generators.events import DIALECTS
+from memlm.tasks.babi.generators.world import World
+from memlm.tasks.babilong import (
     ANSWER_TEMPLATE,
     FACT_TEMPLATE,
     Sample,
@@ -32,7 +32,7 @@ from memlm.eval.babilong import (
     encode_answer,
     encode_question,
 )
-from memlm.eval.haystack import TokenHaystack
+from memlm.tasks.haystack import TokenHaystack
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, read_document, render_parts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from memlm.eval import babi
-from memlm.eval.babi.generators.events import DIALECTS
+from memlm.tasks import babi
+from memlm.tasks.babi.generators.events import DIALECTS
 
 # Options that documents of some layouts alone are made by, and those that only say how to recall.
 READ_BY = {

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from memlm.eval.haystack import check_source
+from memlm.tasks.haystack import check_source
 from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
 

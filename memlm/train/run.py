@@ -31,8 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from memlm.eval.haystack import Haystack
-from memlm.eval.haystack_cache import tokenized_haystack
+from memlm.tasks.haystack import Haystack
+from memlm.tasks.haystack_cache import tokenized_haystack
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
 from memlm.state import write_atomically, write_json

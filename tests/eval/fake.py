@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from memlm.eval import babi
-from memlm.eval.babilong import QUESTION_TEMPLATE
+from memlm.tasks import babi
+from memlm.tasks.babilong import QUESTION_TEMPLATE
 from memlm.segment import Segment
 
 _FACT = re.compile(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.eval import perplexity as module
-from memlm.eval.haystack import Document, Haystack
+from memlm.tasks.haystack import Document, Haystack
 from memlm.eval.perplexity import (
     Estimate,
     PerplexityReport,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from memlm.eval import babi, babilong
-from memlm.eval.haystack import Document, TokenHaystack
+from memlm.tasks import babi, babilong
+from memlm.tasks.haystack import Document, TokenHaystack
 from memlm.segment import IGNORE
 from memlm.train import (
     BabilongOptions,
