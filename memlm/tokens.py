@@ -5,9 +5,11 @@ other text: only a template may bring control tokens, never what is put into it.
 
 A long text is tokenised in blocks whose borders follow from the text alone. A block ends only where the
 tokeniser itself puts a border, seen with `AHEAD` characters of what follows, and where it goes on alike
-when it starts again a little before. So the tokens are those of the whole text, unless the tokeniser
-decides at one place by what stands further away than that, inside a run without a blank that is longer than
-half a block. They always decode to the text, if the tokens of a whole text do.
+when it starts again a little before. So the tokens are those of the whole text. They may be others only
+in a run without a blank that is longer than half a block: where the tokeniser decides at one place by what
+stands further away than that, where it has several equally good spellings to choose from (Unigram, in
+text that repeats itself), and where no border is found. They always decode to what the tokens of the whole
+text do, but for a tokeniser that gives up long words as unknown: it may know more of one that was cut.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ AHEAD = 256
 # Characters in front of a border from where tokenising starts again: multiples of the tokens for runs
 # of 2, 4, ... 128 and of 3, 5, 6, 10, 12, 24, ... characters, the latter two behind a space put in front.
 BEHIND = (256, 240, 255, 239)
-# Borders tried, and how many of each of the likelier kinds.
-TRIES, LIKELY = 64, 4
+# Borders tried, as many as the longest token has characters, and how many of each of the likelier kinds.
+TRIES, LIKELY = 128, 4
 # What may stand in front of a text that goes on, where what really does cannot be kept apart from it: a
 # tokeniser that puts a space in front of every text must not put one here.
 ANCHORS = ("\n", ".", "a")
@@ -216,7 +218,7 @@ def _borders(text: str, block: int) -> Iterator[int]:
     """Where a block of `text` may end, the likeliest first.
 
     In front of a single space between words, where every tokeniser splits; else in front of white space;
-    else anywhere, from the back.
+    else beside a mark; else anywhere, from the back.
     """
     back = range(block - 1, block // 2, -1)
 
@@ -226,7 +228,10 @@ def _borders(text: str, block: int) -> Iterator[int]:
     def starts_space(at: int) -> bool:
         return text[at].isspace() and not text[at - 1].isspace()
 
-    for likely in (is_space, starts_space):
+    def beside_mark(at: int) -> bool:
+        return text[at].isalnum() != text[at - 1].isalnum()
+
+    for likely in (is_space, starts_space, beside_mark):
         found = 0
         for at in back:
             if likely(at):
