@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memlm.tasks.haystack_cache import tokenized_haystack
 from memlm.eval.metrics import wilson
-from memlm.tasks.published import load_tokenizer
 from memlm.eval.running.samples import Composed
+from memlm.files import write_json
 from memlm.retrieval import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, read_document
-from memlm.state import write_json
+from memlm.tasks.haystack.cache import tokenized_haystack
+from memlm.tasks.published import load_tokenizer
 
 OUT = Path(__file__).parent / "results" / "recall_of_facts.json"
 

@@ -487,7 +487,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _perplexity(arguments: argparse.Namespace) -> None:
-    from memlm.eval.perplexity import perplexity
+    from memlm.eval.losses.measure import perplexity
 
     model, tokenizer = _load(arguments, memory=False)
     report = perplexity(

@@ -27,13 +27,14 @@ from transformers.utils import ModelOutput
 from memlm.attach import AttachedMemory, MemoryStack, check_attention
 from memlm.backbone import Backbone
 from memlm.config import FORMAT_VERSION, MemLMConfig
+from memlm.files import write_atomically, write_json
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.rolling import RollingMemory
 from memlm.scan import Anchor, first_window, scan
 from memlm.schedule import sequential
 from memlm.segment import BORDERS, IGNORE, Packing, Segment, cut, documents_in
 from memlm.segment import shift_labels as shift
-from memlm.state import MemoryState, write_atomically, write_json
+from memlm.state import MemoryState
 
 MEMORY_WEIGHTS = "memory.safetensors"
 MEMORY_CONFIG = "memlm_config.json"

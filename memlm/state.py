@@ -5,15 +5,15 @@ A state is a value. Every method returns a new one; nothing in the package chang
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from memlm.files import write_atomically
 
 FORMAT = "memlm-state"
 VERSION = 1
@@ -230,24 +230,3 @@ class MemoryState:
 def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`new` on rows where `rows` (B,) is True, `old` elsewhere; both (B, ...)."""
     return torch.where(rows.to(new.device).reshape(-1, *(1 for _ in new.shape[1:])), new, old)
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON, atomically, with sorted keys left as given and a final newline."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

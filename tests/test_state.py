@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from memlm import MemoryState
-from memlm.state import write_atomically
+from memlm.files import write_atomically
 
 
 @pytest.fixture

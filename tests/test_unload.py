@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from memlm import MemLMForCausalLM
-from memlm.tasks.haystack import Haystack
-from memlm.eval.perplexity import perplexity
+from memlm.eval.losses.measure import perplexity
 from memlm.memory import memory_class
+from memlm.tasks.haystack import Haystack
 from tests.cases import CASES, SEGMENT, base_model, randomise, tokens
 from tests.tokenizers import tokenizer
 

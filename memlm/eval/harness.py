@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from memlm.files import write_json
 from memlm.modeling import MemLMForCausalLM
 from memlm.segment import Segment
-from memlm.state import MemoryState, write_json
+from memlm.state import MemoryState
 
 try:
     # Before ours: the harness lists its own models only while it knows none.

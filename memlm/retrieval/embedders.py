@@ -148,7 +148,7 @@ class HashingEmbedder:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write settings and word weights into one .npz file, atomically."""
-        from memlm.state import write_atomically
+        from memlm.files import write_atomically
 
         settings = {"version": VERSION, "dim": self.dim, "hashes": self.hashes}
         arrays: dict[str, NDArray[Any]] = {

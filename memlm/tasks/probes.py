@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memlm.tasks.babi.story import Story
-from memlm.eval.metrics import exact_match
+from memlm.tasks.scoring import exact_match
 from memlm.tasks.task import Score, Task
 
 MAX_COUNT = 1000
@@ -34,10 +34,8 @@ PASS_KEY_QUESTION = "What is the pass key?"
 # the needle, and the question as it reads when a single value is asked for.
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 NEEDLE_QUESTION = "What is the special magic {kind} for {key} mentioned in the provided text?"
-
 PAIR = "The {key} keeps the {value}."
 PAIR_QUESTION = "What does the {key} keep?"
-
 ADJECTIVES = tuple(
     "able angry awake bad bald bare bitter blind bold brave brief bright broad broken busy calm "
     "careful cheap cheerful clean clever cold common cool crazy cruel curious dark dead deaf dear "
@@ -75,7 +73,6 @@ NOUNS = tuple(
     "shovel silk sled slipper soap sock spade sponge spoon stamp stool stove sugar sword table".split()
 )
 _NOUN_SET = frozenset(NOUNS)
-
 _DIGITS = re.compile(r"\d+")
 _WORDS = re.compile(r"\w+")
 _UUID = r"(?<![\w-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?![\w-])"

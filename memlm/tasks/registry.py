@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 
 from memlm.tasks import babi
-from memlm.eval.metrics import babilong_score, exact_match
 from memlm.tasks.probes import PROBES, find_probe
+from memlm.tasks.scoring import babilong_score, exact_match
 from memlm.tasks.task import Score, Task
 
 
@@ -34,5 +34,4 @@ def _babi(name: str) -> Task:
 
 # How many questions the original asks of one story, where it is not five.
 _QUESTIONS = {"qa15": 4, "qa16": 1, "qa17": 8, "qa20": 12}
-
 TASKS: dict[str, Task] = {name: _babi(name) for name in babi.TASKS} | PROBES

@@ -21,6 +21,10 @@ from itertools import islice
 
 import numpy as np
 
+from memlm.retrieval.base import Embedder
+from memlm.retrieval.embedders import HashingEmbedder
+from memlm.retrieval.retriever import RetrievalConfig, read_document, render_parts
+from memlm.segment import IGNORE
 from memlm.tasks import babi
 from memlm.tasks.babi.generators.events import DIALECTS
 from memlm.tasks.babi.generators.world import World
@@ -33,10 +37,6 @@ from memlm.tasks.babilong import (
     encode_question,
 )
 from memlm.tasks.haystack import TokenHaystack
-from memlm.retrieval.base import Embedder
-from memlm.retrieval.embedders import HashingEmbedder
-from memlm.retrieval.retriever import RetrievalConfig, read_document, render_parts
-from memlm.segment import IGNORE
 from memlm.tokens import encode_parts
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted

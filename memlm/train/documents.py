@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from memlm.tasks.haystack import open_dataset, parse_hub, text_column
+from memlm.tasks.haystack.sources import open_dataset, parse_hub, text_column
 from memlm.text import read_text
 from memlm.tokens import encode_texts
 from memlm.train.curriculum import Stage

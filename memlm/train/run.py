@@ -31,11 +31,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from memlm.tasks.haystack import Haystack
-from memlm.tasks.haystack_cache import tokenized_haystack
+from memlm.files import write_atomically, write_json
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
-from memlm.state import write_atomically, write_json
+from memlm.tasks.haystack import Haystack
+from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.babilong import BabilongSource
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Piece, Source, TrainingStream

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from memlm.files import write_json
 from memlm.modeling import MemLMForCausalLM
 from memlm.scan import Anchor, first_window, scan
 from memlm.segment import (
@@ -38,7 +39,7 @@ from memlm.segment import (
     documents_in,
     shift_labels,
 )
-from memlm.state import MemoryState, write_json
+from memlm.state import MemoryState
 from memlm.train.data import Collator, TrainingStream, Windows
 
 CURRICULUM_FILE = "curriculum.json"

@@ -10,11 +10,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from memlm.eval import evaluate
+from memlm.eval.losses.texts import choose_texts
+from memlm.eval.running.prompts import Prompts
 from memlm.tasks.babi.story import Story
 from memlm.tasks.babilong import compose, encode_question
 from memlm.tasks.haystack import Document, Haystack
-from memlm.eval.perplexity import choose_texts
-from memlm.eval.running.prompts import Prompts
 from memlm.tokens import encode_parts
 from tests.eval.conftest import PROSE
 from tests.eval.running.test_prompts import CHAT, Listening

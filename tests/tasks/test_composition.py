@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from memlm.tasks import babi, babilong
 from memlm.eval import evaluate
+from memlm.eval.running.samples import Composed
+from memlm.tasks import babi, babilong
 from memlm.tasks.babilong import Composition, composition_of
 from memlm.tasks.haystack import Document, Haystack, TokenHaystack
-from memlm.eval.running.samples import Composed
 from tests.eval.fake import SolvingModel
 
 # message_lengths of data/create_tasks.py, and what its tables call them.

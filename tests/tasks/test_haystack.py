@@ -14,14 +14,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from memlm.tasks.haystack import (
-    BUILTIN_MODULES,
-    Document,
-    Haystack,
-    TokenHaystack,
-    read_documents,
-    split_sentences,
-)
+from memlm.tasks.haystack import Document, Haystack, TokenHaystack, read_documents
+from memlm.tasks.haystack.sources import BUILTIN_MODULES
+from memlm.text import split_sentences
 
 WORDS = 200_000
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from memlm.tasks import babi, babilong, haystack_cache
+from memlm.tasks import babi, babilong
 from memlm.tasks.haystack import Haystack, TokenHaystack
-from memlm.tasks.haystack_cache import cache_folder, fingerprint, tokenized_haystack
+from memlm.tasks.haystack import cache as haystack_cache
+from memlm.tasks.haystack.cache import cache_folder, fingerprint, tokenized_haystack
 from tests.tokenizers import tokenizer as other_tokenizer
 
 COLUMNS = ("ids", "offsets", "first_sentence", "text", "text_offsets")
@@ -266,7 +267,7 @@ def test_a_source_refused_leaves_nothing(
 BUILD = """
 import sys
 from transformers import AutoTokenizer
-from memlm.tasks import haystack_cache
+from memlm.tasks.haystack import cache as haystack_cache
 haystack_cache.MIN_CHARACTERS = 0
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 for _ in range(5):

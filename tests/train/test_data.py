@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from memlm.segment import IGNORE
 from memlm.tasks import babi, babilong
 from memlm.tasks.haystack import Document, TokenHaystack
-from memlm.segment import IGNORE
 from memlm.train import (
     BabilongOptions,
     BabilongSource,

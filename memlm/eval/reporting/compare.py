@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memlm.tasks.babilong import parse_length
-from memlm.eval.running.log import RUN, Row
-from memlm.eval.metrics import holm, mcnemar, paired_interval, sign_flips
 from memlm.eval.reporting.report import escape_cell, load_rows, name_runs, percent
+from memlm.eval.running.log import RUN, Row
+from memlm.eval.statistics import holm, mcnemar, paired_interval, sign_flips
+from memlm.tasks.babilong import parse_length
 
 # What makes two rows the same sample; a key that either run lacks, being older, is not compared.
 SAME = ("seed", "question", "target", "fact_offsets", "tokens")

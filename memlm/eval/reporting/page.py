@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memlm.tasks.babilong import parse_length
-from memlm.eval.running.log import SAMPLES, Row
 from memlm.eval.reporting.plots import plot_cost, plot_depth, plot_heat_map, plot_lines
 from memlm.eval.reporting.report import (
     Cell,
@@ -27,7 +25,9 @@ from memlm.eval.reporting.report import (
     percent,
     percent_range,
 )
+from memlm.eval.running.log import SAMPLES, Row
 from memlm.retrieval.embedders import HashingEmbedder
+from memlm.tasks.babilong import parse_length
 
 HEAT, LINES, DEPTH, COST = "accuracy.png", "lengths.png", "depth.png", "cost.png"
 MARKDOWN, PAGE = "report.md", "report.html"
@@ -547,7 +547,7 @@ def _e(text: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    from memlm.state import write_atomically
+    from memlm.files import write_atomically
 
     # What is no text, such as half of a surrogate pair in an output, must not stop a report.
     content = text.encode("utf-8", "replace")

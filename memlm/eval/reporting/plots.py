@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from memlm.eval.statistics import wilson
 from memlm.tasks.babilong import format_length, parse_length
-from memlm.eval.metrics import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -491,7 +491,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    from memlm.state import write_atomically
+    from memlm.files import write_atomically
 
     with warnings.catch_warnings():
         # A name in a script the font lacks is drawn as boxes; the tables have it in full.

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from memlm.tasks.babilong import format_length, parse_length
-from memlm.eval.running.log import SAMPLES, Row, read_rows
-from memlm.eval.metrics import mean_interval, wilson
 from memlm.eval.reporting.plots import plot_heat_map as plot_heat_map
 from memlm.eval.reporting.plots import plot_lines as plot_lines
+from memlm.eval.running.log import SAMPLES, Row, read_rows
+from memlm.eval.statistics import mean_interval, wilson
+from memlm.tasks.babilong import format_length, parse_length
 
 SUMMARY = "summary.json"
 PICTURE = "accuracy.png"
@@ -185,7 +185,7 @@ class Report:
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write `summary.json` and `accuracy.png`, each whole or not at all; return their paths."""
-        from memlm.state import write_json
+        from memlm.files import write_json
 
         folder = Path(directory)
         write_json(folder / SUMMARY, self.to_dict())

@@ -86,7 +86,7 @@ def recorded(out: str | os.PathLike[str] | None) -> dict[str, Any]:
 
 def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
     """Refuse a folder with samples of another run; note the settings in a fresh one."""
-    from memlm.state import write_json
+    from memlm.files import write_json
 
     path = folder / RUN
     if not path.exists():

@@ -21,6 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.config import RECALL_TEMPLATE
+from memlm.eval.reporting.report import Cell, Report
+from memlm.eval.running.baselines import is_memory_model, make_reader
+from memlm.eval.running.feed import Feed
+from memlm.eval.running.log import SAMPLES, Row, RunLog, recorded
+from memlm.eval.running.prompts import Prompts
+from memlm.eval.running.provenance import dtype_of, fingerprint, versions, without_training
+from memlm.eval.running.readers import Asked, Kept, Piece, Reader, TooLong
+from memlm.eval.running.samples import Composed, Published, Sampled, Source
+from memlm.retrieval.embedders import HashingEmbedder
+from memlm.retrieval.retriever import Recalled, RetrievalConfig, read_document, render_parts
 from memlm.tasks import babi
 from memlm.tasks.babilong import (
     QUESTION_TEMPLATE,
@@ -29,19 +39,9 @@ from memlm.tasks.babilong import (
     format_length,
     parse_length,
 )
-from memlm.eval.running.baselines import is_memory_model, make_reader
-from memlm.eval.running.feed import Feed
 from memlm.tasks.haystack import Haystack, Split, check_source
-from memlm.tasks.haystack_cache import tokenized_haystack
-from memlm.eval.running.log import SAMPLES, Row, RunLog, recorded
-from memlm.eval.running.prompts import Prompts
-from memlm.eval.running.provenance import dtype_of, fingerprint, versions, without_training
-from memlm.eval.running.readers import Asked, Kept, Piece, Reader, TooLong
-from memlm.eval.reporting.report import Cell, Report
-from memlm.eval.running.samples import Composed, Published, Sampled, Source
+from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.tasks.registry import find_task
-from memlm.retrieval.embedders import HashingEmbedder
-from memlm.retrieval.retriever import Recalled, RetrievalConfig, read_document, render_parts
 from memlm.tokens import Part, encode_parts, leading_tokens
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from memlm.tasks import babi, babilong
 from memlm.tasks.babi import Story
 from memlm.tasks.haystack import Document, TokenHaystack
-from memlm.tasks.task import Task
 from memlm.tasks.registry import find_task
+from memlm.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

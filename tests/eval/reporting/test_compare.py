@@ -15,10 +15,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from memlm.eval import evaluate
-from memlm.eval.reporting.compare import Comparison, compare
-from memlm.tasks.haystack import Haystack
 from memlm.eval.metrics import holm, mcnemar, paired_interval, sign_flips
+from memlm.eval.reporting.compare import Comparison, compare
 from memlm.eval.reporting.page import write_report
+from memlm.tasks.haystack import Haystack
 from tests.eval.fake import SolvingModel
 
 

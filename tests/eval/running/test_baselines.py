@@ -21,10 +21,10 @@ from transformers import (
 from memlm import MemLMForCausalLM
 from memlm.eval import Report, evaluate
 from memlm.eval.running import readers
-from memlm.tasks.haystack import Haystack
 from memlm.eval.running.samples import Composed
 from memlm.retrieval import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, read_document, render
+from memlm.tasks.haystack import Haystack
 from tests.eval.lent import as_it_is
 
 Tokenizer = PreTrainedTokenizerFast

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from memlm.tasks import babi
 from memlm.eval import evaluate
-from memlm.tasks.haystack import Haystack
 from memlm.eval.running.prompts import WORDS, Prompts
+from memlm.tasks import babi
+from memlm.tasks.haystack import Haystack
 from memlm.tasks.registry import TASKS
 from tests.eval.fake import SolvingModel
 

@@ -18,10 +18,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from memlm import MemLMForCausalLM
 from memlm.eval import Report, evaluate
 from memlm.eval.running import readers, runner
-from memlm.tasks.haystack import Haystack
 from memlm.eval.running.samples import Composed
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig
+from memlm.tasks.haystack import Haystack
 from tests.eval.fake import SolvingModel
 
 TIMINGS = ("seconds", "data_seconds", "peak_memory_bytes")

@@ -16,7 +16,6 @@ from memlm.tasks.babi.story import Story
 QUESTIONS_PER_STORY = 5
 FACTS_PER_TURN = 2
 RECENT = 5
-
 NUMBERS = ("none", "one", "two", "three")
 
 # (question, answer, supporting facts)

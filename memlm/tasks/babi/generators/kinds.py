@@ -11,7 +11,6 @@ from memlm.tasks.babi.story import Story
 FEARFUL = ("Emily", "Gertrude", "Jessica", "Winona")
 PLURALS = {"cat": "cats", "mouse": "mice", "sheep": "sheep", "wolf": "wolves"}
 FEAR_QUESTIONS = 4
-
 COLOURED = ("Bernhard", "Brian", "Greg", "Julius", "Lily")
 ANIMALS = ("frog", "lion", "rhino", "swan")
 COLOURS = ("gray", "green", "white", "yellow")

@@ -18,7 +18,6 @@ QUESTIONS_PER_STORY = 5
 FACTS_PER_TURN = 2
 # How many of the latest happenings a question may start from.
 ATTENTION = 5
-
 TRAVELLERS = ("Bill", "Fred", "Julie", "Mary")
 TOWN = ("bedroom", "cinema", "kitchen", "office", "park", "school")
 PRONOUNS = {"Daniel": "he", "John": "he", "Mary": "she", "Sandra": "she"}

@@ -27,7 +27,6 @@ SHAPES = (
 # Chocolates are always smaller than containers; the order of the containers is drawn anew.
 CHOCOLATES = ("chocolate", "box of chocolates")
 CONTAINERS = ("box", "chest", "container", "suitcase")
-
 POSITION_QUESTIONS = 8
 SIZE_QUESTIONS = 5
 FACTS_PER_BLOCK = 5

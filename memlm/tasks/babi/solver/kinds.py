@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 _FEAR = re.compile(r"(\w+) are afraid of (\w+)")
 _KIND = re.compile(r"(\w+) is an? (\w+)")
 _COLOUR = re.compile(r"(\w+) is (\w+)")
-
 _SINGULAR = {"mice": "mouse", "sheep": "sheep", "geese": "goose"}
 
 

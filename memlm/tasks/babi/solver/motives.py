@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 _STATE = re.compile(r"(\w+) is (hungry|thirsty|tired|bored)")
 _MOVE = re.compile(r"(\w+) (?:moved|went|went back|journeyed|travelled) to the (\w+)")
 _GET = re.compile(r"(\w+) (?:got|grabbed|took|picked up) the (\w+)(?: there)?")
-
 _CURES = {
     "hungry": ("kitchen", "apple"),
     "thirsty": ("kitchen", "milk"),

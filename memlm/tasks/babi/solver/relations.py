@@ -17,7 +17,6 @@ _DIRECTION = re.compile(r"The (.+) is (north|south|east|west) of the (.+)")
 _POSITION = re.compile(r"The (.+) is (above|below|to the left of|to the right of) the (.+)")
 _BIGGER = re.compile(r"The (.+) is bigger than the (.+)")
 _FITS = re.compile(r"The (.+) fits inside the (.+)")
-
 _OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 _STEPS = {"above": (0, 1), "below": (0, -1), "to the left of": (-1, 0), "to the right of": (1, 0)}
 

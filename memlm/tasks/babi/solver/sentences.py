@@ -15,7 +15,6 @@ Kind = Literal["at", "not", "no longer", "either", "get", "drop", "give"]
 _TIMES = ("yesterday", "this morning", "this afternoon", "this evening")
 _TIME = re.compile(rf"\b(?:{'|'.join(_TIMES)})\b", re.IGNORECASE)
 _OPENING = re.compile(r"^(?:afterwards|after that|following that|then),? +", re.IGNORECASE)
-
 _ONE = r"(?P<who>\w+)"
 _FORMS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     (

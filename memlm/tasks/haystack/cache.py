@@ -26,21 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm import text as sentence_rules
-from memlm.tasks import haystack as rules
-from memlm.tasks.haystack import (
+from memlm.tasks.haystack import documents as document_rules
+from memlm.tasks.haystack import sources, tokenised
+from memlm.tasks.haystack.documents import Document, Split
+from memlm.tasks.haystack.sources import (
     MAX_CHARACTERS,
-    MIN_TOKENS,
-    Document,
-    SentenceTexts,
-    Split,
-    TokenHaystack,
     check_source,
     check_split,
     files_of,
     parse_hub,
     read_documents,
-    tokenise,
 )
+from memlm.tasks.haystack.tokenised import MIN_TOKENS, SentenceTexts, TokenHaystack, tokenise
 from memlm.tokens import encode_texts
 
 if TYPE_CHECKING:
@@ -54,7 +51,6 @@ MIN_CHARACTERS = 1_000_000
 # No build takes this long: what is left of an older one was abandoned.
 ABANDONED_SECONDS = 24 * 3600
 PROBE = " It's 3.5 miles, he said - naïve café.\n\nMary went to the office."
-
 _DTYPES: dict[str, np.dtype[Any]] = {
     "ids": np.dtype("<i4"),
     "offsets": np.dtype("<i8"),
@@ -225,7 +221,8 @@ def _revision(name: str, config: str | None) -> str | None:
 def _rules() -> str:
     """A digest of how documents and sentences are cut: with other rules, another entry."""
     try:
-        return _digest([inspect.getsource(module) for module in (rules, sentence_rules)])
+        modules = (document_rules, sources, tokenised, sentence_rules)
+        return _digest([inspect.getsource(module) for module in modules])
     except OSError:
         import memlm
 
