@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM, __version__
-from memlm.eval import babi
+from memlm.files import write_json
 from memlm.memory import (
     MemoryConfig,
     available_memories,
@@ -41,7 +41,7 @@ from memlm.memory import (
     resolve_memories,
 )
 from memlm.segment import IGNORE
-from memlm.state import write_json
+from memlm.tasks import babi
 
 # Sizes and initial scales; what is not named is the mechanism's default.
 MEMORIES: dict[str, dict[str, Any]] = {

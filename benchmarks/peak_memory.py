@@ -27,7 +27,7 @@ def child(memory: str, tokens: int, hidden: int, layers: int, segment: int) -> N
     from transformers import LlamaConfig
 
     from memlm import DocumentStream, MemLMForCausalLM
-    from memlm.eval.haystack import Haystack
+    from memlm.tasks.haystack import Haystack
     from memlm.train.tokenizer import train_tokenizer
 
     torch.set_num_threads(1)

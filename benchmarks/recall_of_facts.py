@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memlm.eval.haystack_cache import tokenized_haystack
 from memlm.eval.metrics import wilson
-from memlm.eval.published import load_tokenizer
-from memlm.eval.samples import Composed
+from memlm.eval.running.samples import Composed
+from memlm.files import write_json
 from memlm.retrieval import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, read_document
-from memlm.state import write_json
+from memlm.tasks.haystack.cache import tokenized_haystack
+from memlm.tasks.published import load_tokenizer
 
 OUT = Path(__file__).parent / "results" / "recall_of_facts.json"
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def source_tokens(source: Composed, task: str, length: str) -> int:
-    from memlm.eval.babilong import parse_length
+    from memlm.tasks.babilong import parse_length
 
     tokens = parse_length(length)
     source.prepare(task, tokens, 1)

@@ -148,7 +148,7 @@ def main(
     """Measure and write JSON; rows of an earlier run with other sizes or kinds are kept."""
     import faiss
 
-    from memlm.state import write_json
+    from memlm.files import write_json
 
     settings = {"dim": dim, "threads": 1, "k": K, "metric": "inner_product of unit vectors"}
     rows: list[dict[str, Any]] = []

@@ -18,12 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memlm import DocumentStream
-from memlm.eval import babi
-from memlm.eval.babilong import compose, parse_length
-from memlm.eval.haystack_cache import tokenized_haystack
+from memlm.files import write_json
 from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, Retriever
-from memlm.state import write_json
+from memlm.tasks import babi
+from memlm.tasks.babilong import compose, parse_length
+from memlm.tasks.haystack.cache import tokenized_haystack
 
 OUT = Path(__file__).parent / "results" / "stream_retrieval.json"
 

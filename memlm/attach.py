@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from memlm.backbone import Backbone, Cell, Cells
-from memlm.memory import MemoryConfig, config_to_dict, memory_class, name_of
-from memlm.memory.base import Dims, Memory
+from memlm.backbone import Backbone, Cell, Cells, works_on
+from memlm.memory import MemoryConfig, config_from_dict, config_to_dict, memory_class, name_of
+from memlm.memory.base import Dims, Memory, accumulator_dtype
 from memlm.state import MemoryState, flatten, skeleton, unflatten
 
 
@@ -21,6 +22,7 @@ class AttachedMemory(nn.Module):
     """One memory at its layers, with the tokens it lets flow behind each segment.
 
     cells: one `Memory` per layer, keyed by layer number, or one keyed "model". tokens (M, E) or None.
+    Whatever needs the parameters is a call of this module, so that FSDP can shard it as one unit.
     """
 
     def __init__(self, name: str, config: MemoryConfig, dims: Dims) -> None:
@@ -36,12 +38,53 @@ class AttachedMemory(nn.Module):
             nn.Parameter(torch.empty(count, dims.embedding_size)) if count and self.cells else None
         )
 
+    def forward(self, use: Callable[[], Any]) -> Any:
+        """`use()`, while the parameters are at hand."""
+        return use()
+
     def reset_parameters(self, embedding_std: float) -> None:
         """Initialise the tokens and every cell."""
         if self.tokens is not None:
             nn.init.normal_(self.tokens, std=self.token_std(embedding_std))
         for cell in self.cells.values():
             cast(Memory, cell).reset_parameters(embedding_std)
+
+    def start(
+        self, key: str, batch_size: int, prefix: str, into: dict[str, Tensor]
+    ) -> list[Tensor]:
+        """Put the state of one cell before the first segment `into` a dict, by name; return it as well.
+
+        None of it is a view of a parameter, which changes in place when it is trained, and is freed where
+        it is sharded. What FSDP returns of a call may be cast; what is put into the dict is not.
+        """
+        cell = cast(Memory, self.cells[key])
+        parameters = {p.untyped_storage().data_ptr() for p in _at_hand(cell)}
+        found = {
+            name: leaf.clone() if leaf.untyped_storage().data_ptr() in parameters else leaf
+            for name, leaf in flatten(cell.init_state(batch_size), prefix)
+        }
+        into.update(found)
+        return list(found.values())
+
+    def touched(self, device: torch.device) -> Tensor:
+        """() zero, with every trained parameter in its graph."""
+        zero = torch.zeros((), device=device)
+        for parameter in _at_hand(self):
+            if parameter.requires_grad:
+                zero = zero + (parameter.sum() * 0.0).to(device)
+        return zero
+
+
+def _at_hand(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `module`. RuntimeError when they are in pieces."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise RuntimeError(
+                f"a memory's parameter {name!r} is in pieces where it is needed; let each memory be an "
+                "FSDP unit (fully_shard(memory) for memory in model.memory.attached.values()), and let "
+                "the first call be one of the sharded model"
+            )
+    return list(module.parameters())
 
 
 class MemoryStack(nn.Module):
@@ -58,7 +101,7 @@ class MemoryStack(nn.Module):
         check_composition(resolved, dims)
         check_positions(resolved, backbone, segment_length)
         self.configs = [config_to_dict(config) for config in resolved]
-        self.signature = json.dumps([*self.configs, dims.hidden_size, dims.num_layers])
+        self.signature = signature_of(resolved, dims.hidden_size, dims.num_layers)
         self.attached = nn.ModuleDict()
         for config, described in zip(resolved, self.configs, strict=True):
             name, count = described["name"], 1
@@ -73,15 +116,30 @@ class MemoryStack(nn.Module):
                 "whose are whose; attach one of them"
             )
         self._owner = owners[0] if owners else None
+        # name -> a row's shape of every state tensor, and the trees they stand in.
+        self.shapes: dict[str, torch.Size] = {}
+        self._trees: dict[str, Any] = {}
         with torch.no_grad():
-            self._trees = {
-                label: skeleton(memory.init_state(1)) for label, memory in self._labelled()
-            }
+            for label, memory in self._labelled():
+                tree = memory.init_state(1)
+                self.shapes.update((name, leaf.shape[1:]) for name, leaf in flatten(tree, label))
+                self._trees[label] = skeleton(tree)
+
+    def set_dtype(self, dtype: torch.dtype, wide: bool) -> None:
+        """States in the base model's `dtype`; parameters too, or, with `wide`, in float32 at least."""
+        self.to(dtype)
+        if wide:
+            for parameter in self.parameters():
+                parameter.data = parameter.data.to(accumulator_dtype(dtype))
 
     @property
     def tokens(self) -> Tensor | None:
         """(M, E) embeddings that flow behind each segment, or None."""
-        return None if self._owner is None else self._memories()[self._owner].tokens
+        if self._owner is None:
+            return None
+        owner = self._memories()[self._owner]
+        # A copy: where it is sharded, the parameter itself is gone after the call.
+        return owner(lambda: cast(Tensor, owner.tokens).clone())
 
     def cells(self) -> Cells:
         """The memories by stage. Looked up at every call: peft may have put copies in their place."""
@@ -89,15 +147,56 @@ class MemoryStack(nn.Module):
         for name, memory in self._memories().items():
             for key, cell in memory.cells.items():
                 layer, label = (-1, name) if key == "model" else (int(key), f"{name}.{key}")
-                found.setdefault((memory.site, layer), []).append(Cell(label, cast(Memory, cell)))
+                here = Cell(label, cast(Memory, cell), memory)
+                found.setdefault((memory.site, layer), []).append(here)
         return found
+
+    def settle(self, backbone: Backbone) -> None:
+        """Put every cell where its layer computes, and the rest where token ids are."""
+        for memory in self._memories().values():
+            memory.to(backbone.device)
+            for key, cell in memory.cells.items():
+                if key != "model":
+                    cell.to(works_on(backbone.layers[int(key)]))
+
+    def at_home(self, state: MemoryState) -> MemoryState:
+        """`state` with every tensor where its memory is."""
+        homes = {label: cast(Tensor, memory.place).device for label, memory in self._labelled()}
+
+        def moved(name: str, value: Tensor) -> Tensor:
+            home = next(device for label, device in homes.items() if name.startswith(f"{label}."))
+            return value if value.device == home else value.to(home)
+
+        found = {name: moved(name, value) for name, value in state.tensors.items()}
+        return MemoryState(found, state.batch_size, state.signature)
+
+    def check_present(self, device: torch.device) -> None:
+        """RuntimeError when a memory's parameters were offloaded, while the base computes on `device`."""
+        away = [name for name, value in self.named_parameters() if value.is_meta]
+        if away and device.type != "meta":
+            raise RuntimeError(
+                f"the memory's parameter {away[0]!r} is offloaded, and memories are needed whole; offload "
+                "or dispatch the base alone (`model.base`), or give 'memory' a device in the device_map"
+            )
+
+    def touch(self, loss: Tensor) -> Tensor:
+        """`loss` with every trained parameter of the memories in its graph."""
+        for memory in self._memories().values():
+            loss = loss + memory(partial(memory.touched, loss.device)).to(loss.dtype)
+        return loss
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The state before the first segment."""
         tensors: dict[str, Tensor] = {}
-        for label, memory in self._labelled():
-            tensors.update(flatten(memory.init_state(batch_size), label))
+        for name, memory in self._memories().items():
+            for key in memory.cells:
+                label = name if key == "model" else f"{name}.{key}"
+                memory(partial(memory.start, key, batch_size, label, tensors))
         return MemoryState(tensors, batch_size, self.signature)
+
+    def signed(self, signature: str) -> bool:
+        """Whether a state signed so is one of these memories', the oldest version's included."""
+        return signature == self.signature or without_options(signature) == self.signature
 
     def unpack(self, state: MemoryState) -> dict[str, Any]:
         """A state as each cell's own tree, by cell name."""
@@ -113,13 +212,20 @@ class MemoryStack(nn.Module):
     def auxiliary_loss(
         self, before: dict[str, Any], after: dict[str, Any], active: Tensor | None
     ) -> Tensor | None:
-        """What one segment's changes of state cost in training, averaged over rows; None: nothing."""
+        """What one segment's changes of state cost in training, summed over its real rows.
+
+        Each memory's is a mean over its layers, those of several memories add up; None: nothing.
+        """
         total = None
-        for label, memory in self._labelled():
-            cost = memory.auxiliary_loss(before[label], after[label])
-            if cost is not None:
-                cost = (cost if active is None else cost.masked_fill(~active, 0.0)).mean()
-                total = cost if total is None else total + cost
+        for name, attached in self._memories().items():
+            for key, cell in attached.cells.items():
+                label = name if key == "model" else f"{name}.{key}"
+                cost = cast(Memory, cell).auxiliary_loss(before[label], after[label])
+                if cost is not None:
+                    if active is not None:
+                        cost = cost.masked_fill(~active.to(cost.device), 0.0)
+                    cost = cost.sum() / len(attached.cells)
+                    total = cost if total is None else total + cost.to(total.device)
         return total
 
     def check_finite(self, sizes: Sequence[Tensor], state: MemoryState, first_segment: int) -> None:
@@ -148,6 +254,25 @@ class MemoryStack(nn.Module):
 
     def _labelled(self) -> list[tuple[str, Memory]]:
         return [(cell.name, cell.memory) for cells in self.cells().values() for cell in cells]
+
+
+def signature_of(configs: Sequence[MemoryConfig], hidden_size: int, num_layers: int) -> str:
+    """What a state says of the model that made it, as JSON: the fields that shape it, and two sizes."""
+    described = [{"name": name_of(config), **config.state_fields()} for config in configs]
+    return json.dumps([*described, hidden_size, num_layers])
+
+
+def without_options(signature: str) -> str:
+    """A signature of version 0.1, which held all fields of the configs, as `signature_of` writes it today.
+
+    A field that came later takes its default, which is what was done before it. "" when it is none.
+    """
+    try:
+        *entries, hidden_size, num_layers = json.loads(signature)
+        configs = [config_from_dict(entry) for entry in entries]
+    except (ValueError, TypeError):
+        return ""
+    return signature_of(configs, hidden_size, num_layers)
 
 
 def resolve(config: MemoryConfig, dims: Dims) -> MemoryConfig:

@@ -7,7 +7,12 @@ as they were, and without memories at work every forward is the base model's own
 
 What is at work in a call (`Run`) travels in a context variable between modules and as a keyword
 argument through a layer's `__call__`, so that a recomputation by activation checkpointing, which
-happens long after the call, finds the same memories and states.
+happens long after the call, finds the same memories and states. Modules put around a stage later, such as
+`checkpoint_wrapper`, pass the argument on. Hooks of accelerate, which replace a module's forward on the
+instance, stay outside: the stage takes the place of the forward beneath them.
+
+What the stages leave behind is recorded in the `Run`. At the end of a segment every memory has left exactly
+one state, or the call raises.
 """
 
 from __future__ import annotations
@@ -17,13 +22,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -40,11 +49,21 @@ from memlm.memory.base import QKV, Attended, Dims, Memory, Site
 
 @dataclass(frozen=True)
 class Cell:
-    """One memory at one stage, and the name its state goes by."""
+    """One memory at one stage, and the name its state goes by.
+
+    within: calls the function it is given, with the memory's parameters at hand.
+    """
 
     name: str
     memory: Memory
+    within: Callable[[Callable[[], Any]], Any]
 
+
+# In front of an attention implementation's name: it passes through memories at the heads.
+OPENED = "memlm_"
+
+# The dtypes in which training by small steps loses them.
+HALF = (torch.bfloat16, torch.float16)
 
 # What transformers' families call the function that turns queries and keys by (cos, sin).
 ROTATION = "apply_rotary_pos_emb"
@@ -53,21 +72,39 @@ ROTATION = "apply_rotary_pos_emb"
 Cells = Mapping[tuple[Site, int], list[Cell]]
 
 
-@dataclass(frozen=True)
 class Run:
-    """What is at work while one segment passes through the base model."""
+    """What is at work while one segment passes through the base model, and what it leaves behind.
 
-    backbone: Backbone
-    cells: Cells
-    states: Mapping[str, Any]
-    write: bool
-    mask: Tensor | None = None
-    # (cos, sin) the house withheld from an attention module whose "heads" have memories.
+    No dataclass and no tuple: sharding rebuilds those on their way into a module, and what was written into
+    the copy would be lost.
+
+    heads: the layer whose attention module is passed, when its "heads" have memories; rotation: (cos, sin)
+    the house withheld from it. wanted: at how many positions, at the end, an attention module's output is
+    wanted; None: all.
+    """
+
+    heads: int | None = None
     rotation: tuple[Tensor, Tensor] | None = None
-    # How many positions, at the end, an attention module's output is wanted at; None: all.
     wanted: int | None = None
-    # Filled as the stages are passed; a recomputation fills it with the same values again.
-    new: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        cells: Cells,
+        states: Mapping[str, Any],
+        write: bool,
+        mask: Tensor | None = None,
+    ) -> None:
+        self.backbone, self.cells, self.states = backbone, cells, states
+        self.write, self.mask = write, mask
+        self.differentiates = torch.is_grad_enabled()
+        self.left = Left()
+
+    def but(self, **changes: Any) -> Run:
+        """The same run inside one stage; what is left behind there is left behind here."""
+        inside = copy(self)
+        vars(inside).update(changes)
+        return inside
 
     def chain(self, site: Site, layer: int, stage: Callable[..., Tensor], x: Any) -> Tensor:
         """Pass `x` through the memories at one stage, `stage` innermost."""
@@ -89,21 +126,94 @@ class Run:
         if times is not None:
             # `attach` refuses the compositions that would get here.
             raise TypeError(f"{cell.name} cannot tell inserted positions from the segment's tokens")
-        length = x.q.shape[2] if isinstance(x, QKV) else x.shape[1]
-        known = self._mask_of(length) if mask is None else mask
-        y, self.new[cell.name] = cell.memory(
-            x, self.states[cell.name], inner, mask=known, write=self.write
-        )
-        return y
+        if self.differentiates and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"the memory {cell.name!r} was run without gradient inside a call with gradient, as "
+                "use_reentrant=True does, and what it writes would lose its gradient; give activation "
+                "checkpointing use_reentrant=False (CheckpointImpl.NO_REENTRANT)"
+            )
+        known = self.mask_for(x) if mask is None else mask
+        return cell.within(partial(self._use, cell, inner, x, known))[0]
 
-    def _mask_of(self, length: int) -> Tensor | None:
-        if self.mask is None or self.mask.shape[1] == length:
-            return self.mask
-        return F.pad(self.mask, (length - self.mask.shape[1], 0), value=True)
+    def _use(
+        self, cell: Cell, inner: Callable[..., Tensor], x: Any, mask: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        before = self.states[cell.name]
+        y, state = _in_precision_of(x, cell.memory, before, inner, mask=mask, write=self.write)
+        self.left.add(cell.name, state)
+        # Both are returned, though the state is recorded: sharding looks at what a call returns.
+        return y, state
+
+    def mask_for(self, x: Any) -> Tensor | None:
+        """The mask of what passes a stage: positions in front of the segment's own are real."""
+        length, device = (
+            (x.q.shape[2], x.q.device) if isinstance(x, QKV) else (x.shape[1], x.device)
+        )
+        if self.mask is None:
+            return None
+        return F.pad(self.mask, (length - self.mask.shape[1], 0), value=True).to(device)
+
+
+class Left:
+    """The states the memories left behind in one segment, by name."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+        self.open = True
+
+    def add(self, name: str, state: Any) -> None:
+        """Record a state. RuntimeError for the second one of a memory."""
+        if not self.open:
+            return  # A recomputation, which leaves behind what is known.
+        if name in self.states:
+            raise RuntimeError(
+                f"the memory {name!r} ran twice in one segment: the base model runs its stage more than "
+                "once; attach it to other layers (`layers=`)"
+            )
+        self.states[name] = state
+
+    def close(self, cells: Cells) -> dict[str, Any]:
+        """All states. RuntimeError when a memory has left none."""
+        self.open = False
+        names = [cell.name for found in cells.values() for cell in found]
+        missing = [name for name in names if name not in self.states]
+        if missing:
+            raise RuntimeError(
+                f"the memories {missing} did not run: the base model passed their layers by, or a layer "
+                "or its forward was replaced after the model was made; make the change before, or "
+                "change a subclass of the layer instead of its instance"
+            )
+        return self.states
+
+
+def _in_precision_of(
+    x: Any, memory: Memory, state: Any, inner: Callable[..., Tensor], **options: Any
+) -> tuple[Tensor, Any]:
+    """`memory` on `x`; where `x` is in half precision and the parameters are wider, as autocast has it.
+
+    So a step of training moves float32 numbers, and products cost what they cost the base model. `inner`
+    runs under the caller's own setting, on what it would be given without memories.
+    """
+    stream = (x.v if isinstance(x, QKV) else x).dtype
+    parameter = next(memory.parameters(), None)
+    if stream not in HALF or parameter is None or parameter.dtype == stream:
+        return memory(x, state, inner, **options)
+    device = parameter.device.type
+    outside = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def stage(x: Any, **given: Any) -> Any:
+        x = QKV(*(part.to(stream) for part in x)) if isinstance(x, QKV) else x.to(stream)
+        with torch.autocast(device, *outside):
+            return inner(x, **given)
+
+    # A cell uses a weight once per segment: autocast's cache would only hold on to copies.
+    with torch.autocast(device, stream, cache_enabled=False):
+        y, new = memory(x, state, stage, **options)
+    return y.to(stream), new
 
 
 _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
-_HIDDEN: ContextVar[Tensor | None] = ContextVar("memlm_hidden", default=None)
+_HIDDEN: ContextVar[_Hidden | None] = ContextVar("memlm_hidden", default=None)
 # While an attention module is tried out: where its queries and keys go instead of the softmax.
 _TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
 # One subclass and one signature a class, however many models are opened.
@@ -124,24 +234,38 @@ class _Hidden(BaseModelOutputWithPastAndCrossAttentions):
     """Hidden states as a decoder's output; what else a family's head looks for is None."""
 
     def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
+        # accelerate takes what has a `to` for a tensor.
+        if name.startswith("_") or name == "to":
             raise AttributeError(name)
 
 
-class _DecoderStage(nn.Module):
-    """The decoder; returns given hidden states untouched when only the head is asked for."""
+class _Stage(nn.Module):
+    """A module that was found, with a subclass of its own class."""
+
+    _memlm_original: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class goes by its original's name; looked up by it, it would be the original.
+        made = super().__reduce_ex__(protocol)
+        cls = type(self)
+        if _SUBCLASSES.get((cls.__bases__[0], cls._memlm_original)) is not cls:
+            return made
+        return (_made_again, cls.__bases__, *made[2:])
+
+
+class _DecoderStage(_Stage):
+    """The decoder; returns what is given untouched when only the head or the loss is asked for."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = _HIDDEN.get()
-        if hidden is not None:
-            return _Hidden(last_hidden_state=hidden)
+        given = _HIDDEN.get()
+        if given is not None:
+            return given
         return super().forward(*args, **kwargs)
 
 
-class _MemoryStage(nn.Module):
+class _MemoryStage(_Stage):
     """A decoder layer or its attention module, with the memories of the run around it."""
 
-    _memlm_original: ClassVar[type[nn.Module]]
     _memlm_site: Site
     _memlm_layer: int
 
@@ -149,9 +273,22 @@ class _MemoryStage(nn.Module):
         run = _RUN.get()
         if run is not None:
             kwargs["memory_run"] = run
-        return super().__call__(*args, **kwargs)
+        out = super().__call__(*args, **kwargs)
+        return out[0] if _is_shown(self, kwargs.get("memory_run")) else out
 
     def forward(self, *args: Any, memory_run: Run | None = None, **kwargs: Any) -> Any:
+        if not _is_shown(self, memory_run):
+            return self._forward(memory_run, args, kwargs)
+        assert memory_run is not None
+        # FSDP gathers a module's parameters for backward once a gradient reaches what its call
+        # returned, and a gradient may reach a state alone: so the states are shown to it.
+        before = set(memory_run.left.states)
+        out = self._forward(memory_run, args, kwargs)
+        return out, [v for k, v in memory_run.left.states.items() if k not in before]
+
+    def _forward(
+        self, memory_run: Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         call = super().forward
         if memory_run is None:
             return call(*args, **kwargs)
@@ -171,15 +308,15 @@ class _MemoryStage(nn.Module):
             last: int | None = None,
         ) -> Tensor:
             nonlocal rest
-            inside = memory_run if last is None else replace(memory_run, wanted=last)
+            inside = memory_run if last is None else memory_run.but(wanted=last)
             given: Mapping[str, Any] = arguments
             if x.shape[1] != hidden.shape[1]:
-                mask = memory_run._mask_of(x.shape[1]) if mask is None else mask
+                mask = memory_run.mask_for(x) if mask is None else mask
                 given = memory_run.backbone.lengthened(layer, arguments, x, mask, times)
-                inside = replace(inside, mask=mask)
+                inside = inside.but(mask=mask)
             if around_heads:
                 given, rotation = memory_run.backbone.unrotated(layer, given)
-                inside = replace(inside, rotation=rotation)
+                inside = inside.but(heads=layer, rotation=rotation)
             with _entered(inside):
                 out = call(x, **given)
             if isinstance(out, tuple):
@@ -188,6 +325,17 @@ class _MemoryStage(nn.Module):
 
         y = memory_run.chain(site, layer, stage, hidden)
         return y if rest is None else (y, *rest)
+
+
+def _is_shown(module: nn.Module, run: Run | None) -> bool:
+    return run is not None and isinstance(module, FSDPModule)
+
+
+def _hand_over(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a module around a stage what is at work, so that it calls the stage with it, however late."""
+    return args, {**kwargs, "memory_run": _RUN.get()}
 
 
 def _signature(cls: type[nn.Module]) -> inspect.Signature:
@@ -225,9 +373,50 @@ def _subclass(stage: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     return _SUBCLASSES[stage, cls]
 
 
-def _become(module: nn.Module, stage: type[nn.Module]) -> None:
-    if not isinstance(module, stage):
-        module.__class__ = _subclass(stage, type(module))
+def _made_again(stage: type[nn.Module], cls: type[nn.Module]) -> nn.Module:
+    """An empty module of the class that `_subclass` makes: what pickle and deepcopy fill."""
+    made = _subclass(stage, cls)
+    return cast(nn.Module, made.__new__(made))
+
+
+def _become(module: nn.Module, stage: type[nn.Module]) -> bool:
+    """Make `module` a stage; False when it is one already."""
+    if isinstance(module, stage):
+        return False
+    cls, own = type(module), vars(module)
+    # accelerate's hooks put a forward of theirs on the instance, and keep its own under the first name.
+    name = next((name for name in ("_old_forward", "forward") if name in own), None)
+    if name is not None and getattr(own[name], "__func__", None) is not cls.forward:
+        raise ValueError(
+            f"base: a {cls.__name__} has a forward of its own, {own[name]!r}, which would pass the "
+            "memories by; take it off before, or make it the forward of a subclass"
+        )
+    module.__class__ = _subclass(stage, cls)
+    if name is not None:
+        own[name] = type(module).forward.__get__(module)
+    return True
+
+
+def _restore(module: nn.Module) -> None:
+    """The reverse of `_become`."""
+    staged, own = type(module).forward, vars(module)
+    module.__class__ = original_class(module)
+    for name in ("_old_forward", "forward"):
+        if getattr(own.get(name), "__func__", None) is staged:
+            own[name] = type(module).forward.__get__(module)
+    for name in ("_memlm_site", "_memlm_layer"):
+        own.pop(name, None)
+
+
+def works_on(module: nn.Module) -> torch.device:
+    """The device `module` computes on: its parameters', or the one accelerate's hooks fetch them to."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 class Backbone:
@@ -247,22 +436,53 @@ class Backbone:
                 "use the text model of another architecture"
             )
         self.layers = find_layers(base)
-        _become(self.decoder, _DecoderStage)
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"base={type(base).__name__} runs one layer at several depths, where memories could not be "
+                "told apart; use a model whose layers are its own"
+            )
+        if any(isinstance(module, FSDPModule) for module in base.modules()):
+            raise ValueError(
+                f"base={type(base).__name__} is sharded already; attach the memory first, then shard"
+            )
+        # What `close` undoes: not what another wrapper of the same base did.
+        self._staged = [self.decoder] if _become(self.decoder, _DecoderStage) else []
+        self._opened: list[Any] = []
         for index, layer in enumerate(self.layers):
             stages: list[tuple[Site, nn.Module]] = [("layer", layer)]
             stages += [("attention", module) for module in find_attention(layer)]
             for site, module in stages:
-                _become(module, _MemoryStage)
+                if _become(module, _MemoryStage):
+                    self._staged.append(module)
                 stage = cast(_MemoryStage, module)
                 stage._memlm_site, stage._memlm_layer = site, index
+        # Where each stage stands: (parent, name under it, stage).
+        self._places = [
+            (parent, name, _inside(child))
+            for parent in (_layer_list(base), *self.layers)
+            for name, child in parent.named_children()
+            if isinstance(_inside(child), _MemoryStage)
+        ]
         original = type(self.decoder)._memlm_original
         self._rotates: dict[int, bool] = {}
         self._takes_positions = "position_ids" in _signature(original).parameters
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # Another process does not know the implementation that passes through the memories.
+        if self.heads_are_open:
+            _open(self.attention)
+
     @property
     def device(self) -> torch.device:
-        """Where token ids and states have to be."""
-        return cast(Tensor, self.base.get_input_embeddings().weight).device
+        """Where token ids have to be, and the states of memories around the whole decoder."""
+        return works_on(self.base.get_input_embeddings())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of embeddings and hidden states; weights may be stored otherwise."""
+        weight = cast(Tensor, self.base.get_input_embeddings().weight)
+        return weight.dtype if weight.is_floating_point() else self.base.dtype
 
     @property
     def config(self) -> Any:
@@ -322,8 +542,17 @@ class Backbone:
     @property
     def takes_query_masks(self) -> bool:
         """Whether the attention implementation takes a mask for each query (flash attention does not)."""
-        name = (self.config._attn_implementation or "sdpa").removeprefix("memlm_")
-        return name in ("sdpa", "eager")
+        return self.attention in ("sdpa", "eager")
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation the base model was given, whether or not memories are in it."""
+        return (self.config._attn_implementation or "sdpa").removeprefix(OPENED)
+
+    @property
+    def heads_are_open(self) -> bool:
+        """Whether the softmax core passes through memories; not when an implementation was set since."""
+        return (self.config._attn_implementation or "").startswith(OPENED)
 
     def biases_by_distance(self, layer: int) -> bool:
         """Whether the attention of `layer` is given biases made for the segment's own length (ALiBi)."""
@@ -340,7 +569,7 @@ class Backbone:
         embeddings = self.base.get_input_embeddings()
         rows = min(1024, embeddings.num_embeddings)
         with torch.no_grad():
-            ids = torch.arange(rows, device=embeddings.weight.device)
+            ids = torch.arange(rows, device=self.device)
             return float(embeddings(ids).float().std())
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -355,29 +584,89 @@ class Backbone:
         tokens: Tensor | None,
         states: Mapping[str, Any],
         write: bool,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """One segment through the base model and its memories.
 
         ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to flow behind the segment, or None.
-        Returns last hidden states (B, T, D) and the states the cells returned, by name.
+        Returns last hidden states (B, T, D), the states the cells returned, by name, and in training the
+        router loss () of a base with experts that asks for it (`output_router_logits`), else None.
         """
+        router_losses: list[Tensor] = []
         run = Run(self, cells, states, write, mask)
         if tokens is not None and not write:
             tokens = None
 
         def decoder(x: Tensor, mask: Tensor | None = None) -> Tensor:
             length = x.shape[1]
-            mask = run._mask_of(length) if mask is None else mask
+            mask = run.mask_for(x) if mask is None else mask
             if tokens is not None:
                 x = torch.cat([x, tokens.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
                 if mask is not None:
                     mask = F.pad(mask, (0, tokens.shape[0]), value=True)
-            with _entered(replace(run, mask=mask) if cells else None):
-                return self._decode(x, mask)[:, :length]
+            with _entered(run.but(mask=mask) if cells else None), self._handed_over():
+                found = self._decode(x, mask)
+            if self._balances_routers:
+                router_losses.append(self._router_loss(found, mask))
+            return found.last_hidden_state[:, :length]
 
-        return run.chain("model", -1, decoder, self.embed(ids)), run.new
+        hidden = run.chain("model", -1, decoder, self.embed(ids)).to(ids.device)
+        losses = torch.stack(router_losses).mean().to(ids.device) if router_losses else None
+        return hidden, run.left.close(cells), losses
 
-    def _decode(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    @contextmanager
+    def _handed_over(self) -> Iterator[None]:
+        """Let what is at work reach its stages through modules that were put around them since."""
+        found = [(module, parent.get_submodule(name)) for parent, name, module in self._places]
+        around = [
+            outer for module, outer in found if outer is not module and _RUN.get() is not None
+        ]
+        handles = [
+            outer.register_forward_pre_hook(_hand_over, with_kwargs=True) for outer in around
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def _balances_routers(self) -> bool:
+        wanted = getattr(self.config, "output_router_logits", False)
+        return bool(wanted) and self.base.training and torch.is_grad_enabled()
+
+    def _router_loss(self, found: Any, mask: Tensor | None) -> Tensor:
+        """What the base adds to its loss for routers out of balance, () with its own weight in it."""
+        hidden = found.last_hidden_state
+        if not found.get("router_logits"):
+            raise ValueError(
+                f"base: config.output_router_logits=True, but {type(self.base).__name__} has no router "
+                "that would tell; set it to False"
+            )
+        counts = {routed.numel() // routed.shape[-1] for routed in found.router_logits}
+        if mask is not None and counts != {mask.numel()}:
+            raise ValueError(
+                "base: config.output_router_logits=True, but a memory inserts positions into single "
+                "layers, where the routers' padding cannot be told; train without padding, set it to "
+                "False, or use a memory such as 'armt'"
+            )
+        # One position and no target: the base computes its loss, of which nothing else is left.
+        given = _Hidden(last_hidden_state=hidden[:, :1])
+        given.router_logits = found.router_logits
+        nothing = torch.full((*hidden.shape[:1], 1), -100, device=hidden.device)
+        token = _HIDDEN.set(given)
+        try:
+            return self.base(
+                inputs_embeds=hidden[:, :1],
+                attention_mask=None if mask is None else mask.to(torch.long),
+                labels=nothing,
+                num_items_in_batch=1,
+                output_router_logits=True,
+                use_cache=False,
+            ).loss
+        finally:
+            _HIDDEN.reset(token)
+
+    def _decode(self, x: Tensor, mask: Tensor | None) -> Any:
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
         if mask is not None:
             # A row without a token would attend to nothing and fill its gradients with NaN; it may see
@@ -387,11 +676,13 @@ class Backbone:
             arguments["attention_mask"] = mask.to(torch.long)
             if self._takes_positions:
                 arguments["position_ids"] = _positions(mask)
-        return self.decoder(**arguments).last_hidden_state
+        if self._balances_routers:
+            arguments["output_router_logits"] = True
+        return self.decoder(**arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's own head, with its scaling and soft-capping. (..., D) -> (..., V)."""
-        token = _HIDDEN.set(hidden)
+        token = _HIDDEN.set(_Hidden(last_hidden_state=hidden))
         try:
             return self.base(inputs_embeds=hidden, use_cache=False).logits
         finally:
@@ -455,9 +746,10 @@ class Backbone:
     def _try_rotation(self, layer: int) -> bool:
         module = find_attention(self.layers[layer])[0]
         parameters = _signature(original_class(module)).parameters
-        weight = next(module.parameters())
-        x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=weight.device).sin()
-        x = x.reshape(1, 3, -1).to(weight.dtype)
+        device = works_on(self.layers[layer])
+        x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=device).sin()
+        # In the dtype the module is given, not the one its weights are stored in.
+        x = x.reshape(1, 3, -1).to(self.dtype)
         arguments = {
             name: None
             for name, parameter in list(parameters.items())[2:]
@@ -510,22 +802,56 @@ class Backbone:
                 "through transformers' attention interface in the way a memory at its heads needs; use "
                 "one that works outside it, such as 'armt' or 'rmt'"
             ) from failure
+        if not all(bool(part.any()) for part in found[0]):
+            raise ValueError(
+                f"base: whether the attention of layer {layer} ({type(module).__name__}) turns its queries "
+                "and keys cannot be told, since the queries or keys are zero; load the base's weights "
+                "first, or use a memory that works outside it, such as 'armt' or 'rmt'"
+            )
         return found[0]
 
     def open_heads(self) -> None:
         """Route the softmax core through memories of site "heads"."""
-        inner = self.config._attn_implementation or "sdpa"
-        if inner.startswith("memlm_"):
+        if self.heads_are_open:
             return
+        inner = self.attention
         if inner not in ALL_ATTENTION_FUNCTIONS and inner != "eager":
             inner = "sdpa"
-        name = f"memlm_{inner}"
-        AttentionInterface.register(name, partial(_attend, inner))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
-        for module in self.base.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._attn_implementation = name
-        self.config._attn_implementation = name
+        name = _open(inner)
+        configs = [m.config for m in self.base.modules() if isinstance(m, PreTrainedModel)]
+        self._opened = [*configs, self.config]
+        for config in self._opened:
+            config._attn_implementation = name
+
+    def close(self) -> None:
+        """Give the base model its own classes and attention back; what it was given since stays."""
+        for name, module in self.base.named_modules():
+            if module in self._staged and "_memlm_original" not in vars(type(module)):
+                raise RuntimeError(
+                    f"base: {name or 'the model'} has become a {type(module).__name__} since it was "
+                    "wrapped (sharded, say), and its own class cannot be given back; undo that first"
+                )
+        for module in self._staged:
+            _restore(module)
+        for config in self._opened:
+            config._attn_implementation = (config._attn_implementation or "").removeprefix(OPENED)
+        self._staged, self._opened = [], []
+
+    def check_open(self) -> None:
+        """Refuse to run a base model whose stages were given back (RuntimeError)."""
+        if not isinstance(self.decoder, _DecoderStage):
+            raise RuntimeError(
+                f"base={type(self.base).__name__} was unloaded, and memories are no longer around its "
+                "stages; wrap it again with MemLMForCausalLM.from_base"
+            )
+
+
+def _open(inner: str) -> str:
+    """The name of the attention implementation that passes `inner` through the memories."""
+    name = f"{OPENED}{inner}"
+    AttentionInterface.register(name, partial(_attend, inner))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    return name
 
 
 def _positions(mask: Tensor, times: Tensor | None = None) -> Tensor:
@@ -612,7 +938,7 @@ def _attend(
         return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2), None
     run = _RUN.get()
     layer = getattr(module, "_memlm_layer", -1)
-    if run is None or ("heads", layer) not in run.cells:
+    if run is None or run.heads != layer:
         spared = 0 if run is None or run.wanted is None else query.shape[2] - run.wanted
         if spared and attention_mask is not None and attention_mask.ndim == 4:
             query, attention_mask = query[:, :, spared:], attention_mask[:, :, spared:]
@@ -625,7 +951,7 @@ def _attend(
         seen = attention_mask
         if extra:
             if mask is None:
-                mask = run._mask_of(x.k.shape[2])
+                mask = run.mask_for(QKV(x.k, x.k, x.v))
             seen = _with_keys_in_front(attention_mask, mask, x, extra)
         q, k = x.q, x.k
         cos = None
@@ -707,25 +1033,37 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def find_layers(base: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of `base`, by structure. ValueError when there is no such list."""
+    return _unwrapped(_layer_list(base))
+
+
+def _layer_list(base: PreTrainedModel) -> nn.ModuleList:
     count = base.config.get_text_config(decoder=True).num_hidden_layers
     lists = [
         (name, module)
         for name, module in base.get_decoder().named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in _unwrapped(module))
     ]
-    layers = [
-        (name, module)
-        for name, module in lists
-        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    ]
-    if not layers:
+    if not lists:
         raise ValueError(
             f"base={type(base).__name__} has no list of {count} decoder layers; "
             "use a decoder-only causal language model of transformers"
         )
-    return list(min(layers, key=lambda found: found[0].count("."))[1])
+    return min(lists, key=lambda found: found[0].count("."))[1]
 
 
 def find_attention(layer: nn.Module) -> list[nn.Module]:
     """The self-attention modules of a decoder layer (one in all families met so far)."""
-    return [child for child in layer.children() if "Attention" in type(child).__name__]
+    return [child for child in _unwrapped(layer) if "Attention" in type(child).__name__]
+
+
+def _unwrapped(parent: nn.Module) -> list[nn.Module]:
+    """The children of `parent`, each without the modules around it that add nothing but a call."""
+    return [_inside(child) for child in parent.children()]
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    while isinstance(module, ActivationWrapper):
+        (module,) = module.children()
+    return module

@@ -6,6 +6,8 @@ torch and transformers are imported when a command needs them, so that `--help` 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,15 @@ examples:
 """
 
 
+# What a recipe may say of an evaluation, and what holds where it does not.
+EVALUATED = {
+    "tasks": ["qa1"],
+    "lengths": ["0k", "4k"],
+    "samples": 100,
+    "haystack": "builtin",
+    "batch_size": 8,
+}
+
 COMMANDS_OF_TWO = (
     "eval compare",
     "eval report",
@@ -39,15 +50,9 @@ COMMANDS_OF_TWO = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0 done, 1 failed, 2 a mistake of the user, 130 interrupted."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
-    late = getattr(arguments, "late", None)
-    if rest and (late is None or any(value.startswith("-") for value in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if late is not None:
-        # argparse gives up on a list of positionals once an option has interrupted it.
-        setattr(arguments, late, [*getattr(arguments, late), *map(arguments.kind_of_late, rest)])
+    arguments = argparse.Namespace(debug=False)
     try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
         return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
         print("\nmemlm: interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -63,10 +68,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """What was typed. SystemExit on what cannot be understood, and behind --help and --keys."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(_joined(argv))
+    late = getattr(arguments, "late", None)
+    if rest and (late is None or any(value.startswith("-") for value in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late is not None:
+        # argparse gives up on a list of positionals once an option has interrupted it.
+        setattr(arguments, late, [*getattr(arguments, late), *map(arguments.kind_of_late, rest)])
+    return arguments
+
+
 def _joined(argv: Sequence[str]) -> list[str]:
-    """Make one word of `eval compare` and the like, which argparse takes for a command and a model."""
+    """Make one word of `eval compare` and the like, which argparse takes for a command and a model.
+
+    Each of them is told of a folder at least, so where none follows and a model lies in a folder of that
+    name, it is the model that is meant.
+    """
     two = " ".join(argv[:2])
-    return [two, *argv[2:]] if two in COMMANDS_OF_TWO else list(argv)
+    if two not in COMMANDS_OF_TWO:
+        return list(argv)
+    named = (Path(argv[1]) / "config.json").is_file()
+    if named and (len(argv) == 2 or argv[2].startswith("-")):
+        return list(argv)
+    return [two, *argv[2:]]
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says defaults, but for those that the help says in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Keys(argparse.Action):
+    """Prints the keys of a recipe, whatever else is given, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from memlm.train import Recipe
+
+        print(Recipe.describe())
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
             help=help,
             description=help[0].upper() + help[1:] + ".",
             parents=[shared],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
             **kwargs,
         )
         sub.set_defaults(run=run)
@@ -103,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start over in a folder that holds a run, instead of going on with it",
     )
-    train.add_argument("--keys", action="store_true", help="print every key of a recipe and exit")
+    train.add_argument("--keys", action=_Keys, nargs=0, help="print every key of a recipe and exit")
 
     evaluate = command(
         "eval",
@@ -111,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         _evaluate,
     )
     evaluate.add_argument("model", help="folder or hub id of a model, with or without memory")
-    _add_samples(evaluate, tasks=["qa1"], lengths=["0k", "4k"])
+    _add_samples(evaluate, "the recipe's that the model was trained by, else ")
     evaluate.add_argument(
         "--data",
         help="samples in the published layout, a folder or hub id such as RMT-team/babilong, in place "
@@ -129,16 +175,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--retrieval", type=int, metavar="K", help="recall K passages in front of the question"
     )
-    evaluate.add_argument("--chunk-size", type=int, default=64, help="words of a passage")
-    evaluate.add_argument("--hops", type=int, default=1, help="searches for each question")
+    evaluate.add_argument("--chunk-size", type=int, help="words of a passage (default: 64)")
+    evaluate.add_argument("--hops", type=int, help="searches for each question (default: 1)")
     evaluate.add_argument(
         "--prompt",
         help="answer (document, then question), instruction, chat, or a YAML file of prompts "
         "(default: answer for models of memlm, chat or instruction for others)",
     )
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="samples read side by side")
-    evaluate.add_argument("--max-new-tokens", type=int, default=20, help="longest answer")
+    evaluate.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples read side by side (default: the recipe's that the model was trained by, else 8)",
+    )
+    evaluate.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="longest answer (default: what a run in --out has, else 20)",
+    )
     _add_device(evaluate)
 
     compare = command(
@@ -212,14 +266,19 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("query", nargs="+", help="what to look for; each is searched by itself")
     search.add_argument("-k", type=int, default=5, help="chunks for each query")
     search.add_argument(
-        "--where", nargs="+", default=[], metavar="KEY=VALUE", help="only chunks with this metadata"
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only chunks with this metadata; of one KEY given twice either VALUE will do",
     )
     info = command("index info", "say what an index holds", _index_info)
     info.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
 
     data = command("data", "write a data set in the layout others read", _data)
     data.add_argument("kind", choices=["babilong"], help="which data set")
-    _add_samples(data, tasks=["qa1"], lengths=["0k", "4k"])
+    _add_samples(data)
+    data.set_defaults(**{name: value for name, value in EVALUATED.items() if name != "batch_size"})
     data.add_argument("--out", type=Path, required=True, help="folder for data/TASK/LENGTH.json")
     data.add_argument(
         "--tokenizer", default="words", help="folder or hub id whose tokens count, or 'words'"
@@ -232,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         "--share",
         type=float,
         default=1.0,
-        help="share of the length that facts may take (RMT: 0.125, ARMT: 0.2)",
+        help="facts and questions allowed for each token of the rest (published: 0.125, ARMT: 0.2)",
     )
     data.add_argument("--overwrite", action="store_true", help="make files again that are there")
 
@@ -249,19 +308,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_samples(parser: argparse.ArgumentParser, tasks: list[str], lengths: list[str]) -> None:
+def _add_samples(parser: argparse.ArgumentParser, first: str = "") -> None:
+    """first: where defaults are looked for before `EVALUATED`."""
+
+    def default(name: str) -> str:
+        value = EVALUATED[name]
+        return f" (default: {first}{' '.join(value) if isinstance(value, list) else value})"
+
     parser.add_argument(
         "--tasks",
         nargs="+",
-        default=tasks,
-        help="qa1 to qa20, or probes: passkey recall-8 s-niah-1",
+        help="qa1 to qa20, or probes: passkey recall-8 s-niah-1" + default("tasks"),
     )
     parser.add_argument(
-        "--lengths", nargs="+", default=lengths, help="tokens of context: 0k 4k 128k 1M ..."
+        "--lengths",
+        nargs="+",
+        help="tokens of context: 0k 4k 128k 1M ..." + default("lengths"),
     )
-    parser.add_argument("--samples", type=int, default=100, help="samples per task and length")
     parser.add_argument(
-        "--haystack", default="builtin", help="builtin, a text file or folder, or hub:ID"
+        "--samples", type=int, help="samples per task and length" + default("samples")
+    )
+    parser.add_argument(
+        "--haystack", help="builtin, a text file or folder, or hub:ID" + default("haystack")
     )
     parser.add_argument(
         "--stories", default="generated", help="generated, or a folder of bAbI's own files"
@@ -278,6 +346,13 @@ def _add_samples(parser: argparse.ArgumentParser, tasks: list[str], lengths: lis
     parser.add_argument(
         "--distance", type=int, help="tokens from the earliest supporting fact to the question"
     )
+    parser.add_argument(
+        "--composition",
+        choices=["exact", "published"],
+        default="exact",
+        help="exact: 4k is 4,096 tokens of facts and noise; published: lengths, facts and noise by the "
+        "rules of the published code (4k is 4,000 less 300)",
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -288,9 +363,6 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from memlm.train import Recipe, train
 
-    if arguments.keys:
-        print(Recipe.describe())
-        return
     recipe = Recipe.load(arguments.recipe, overrides=arguments.overrides)
     result = train(recipe, arguments.out, resume=False if arguments.no_resume else "auto")
     if not result.finished:
@@ -333,22 +405,17 @@ def _load(arguments: argparse.Namespace, memory: bool = True) -> tuple[Any, Any]
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from memlm.eval import evaluate
-    from memlm.retrieval.retriever import RetrievalConfig
 
-    recalled = arguments.retrieval
-    if recalled is None and arguments.baseline == "retrieval":
-        recalled = 5
-    retrieval = None
-    if recalled is not None:
-        retrieval = RetrievalConfig(k=recalled, size=arguments.chunk_size, hops=arguments.hops)
+    retrieval = _passages(arguments)
+    asked = _asked(arguments)
     model, tokenizer = _load(arguments, memory=False)
     report = evaluate(
         model,
         tokenizer,
-        tasks=arguments.tasks,
-        lengths=arguments.lengths,
-        samples=arguments.samples,
-        haystack=arguments.haystack,
+        tasks=asked["tasks"],
+        lengths=asked["lengths"],
+        samples=asked["samples"],
+        haystack=asked["haystack"],
         stories=arguments.stories,
         data=arguments.data,
         out=arguments.out,
@@ -357,8 +424,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         prompt=arguments.prompt,
         position=tuple(arguments.position),
         distance=arguments.distance,
+        composition=arguments.composition,
         retrieval=retrieval,
-        batch_size=arguments.batch_size,
+        batch_size=asked["batch_size"],
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
         progress=True,
@@ -367,21 +435,59 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _written(report.files)
 
 
+def _passages(arguments: argparse.Namespace) -> Any:
+    """What is recalled in front of a question; None for nothing."""
+    from memlm.eval.running.runner import RECALLED
+    from memlm.retrieval.retriever import RetrievalConfig
+
+    k = arguments.retrieval
+    if k is None and arguments.baseline == "retrieval":
+        k = RECALLED
+    how = {"size": arguments.chunk_size, "hops": arguments.hops}
+    given = {name: value for name, value in how.items() if value is not None}
+    if k is None and given:
+        raise ValueError(
+            "--chunk-size and --hops say how passages are recalled, and none are; add --retrieval K, or "
+            "leave them out"
+        )
+    return None if k is None else RetrievalConfig(k=k, **given)
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is asked: what was typed, else the recipe in the model's folder, else `EVALUATED`."""
+    typed = {name: getattr(arguments, name) for name in EVALUATED}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    path = Path(arguments.model) / "recipe.yaml"
+    if not path.is_file():
+        return {**EVALUATED, **typed}
+    from memlm.train.recipe import EvalSection, build, plain, read_yaml
+
+    said = read_yaml(path).get("eval") or {}
+    section = build(EvalSection, said, "eval")
+    found = {name: plain(getattr(section, name)) for name in said if name not in typed}
+    if arguments.data is not None:
+        found.pop("haystack", None)
+    if found:
+        told = ", ".join(f"{name} {value}" for name, value in found.items())
+        print(f"memlm: as {path} says: {told}", file=sys.stderr)
+    return {**EVALUATED, **found, **typed}
+
+
 def _compare(arguments: argparse.Namespace) -> None:
-    from memlm.eval.compare import compare
+    from memlm.eval.reporting.compare import compare
 
     print(compare(arguments.a, arguments.b).to_markdown())
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from memlm.eval.page import write_report
-    from memlm.eval.report import name_runs
+    from memlm.eval.reporting.page import write_report
+    from memlm.eval.reporting.report import name_runs
 
     _written(write_report(name_runs(arguments.runs), arguments.out))
 
 
 def _perplexity(arguments: argparse.Namespace) -> None:
-    from memlm.eval.perplexity import perplexity
+    from memlm.eval.losses.measure import perplexity
 
     model, tokenizer = _load(arguments, memory=False)
     report = perplexity(
@@ -500,12 +606,12 @@ def _index_files(index: Any, arguments: argparse.Namespace) -> None:
 def _index_search(arguments: argparse.Namespace) -> None:
     from memlm.retrieval import ChunkIndex, HashingEmbedder
 
-    where: dict[str, Any] = {}
+    where: dict[str, list[Any]] = {}
     for pair in arguments.where:
         key, mark, value = pair.partition("=")
         if not key or not mark:
             raise ValueError(f"where={pair!r} must be KEY=VALUE")
-        where[key] = value
+        where.setdefault(key, []).extend(_meant(value))
     index = ChunkIndex.load(arguments.index, HashingEmbedder())
     found = index.search(arguments.query, k=arguments.k, where=where or None)
     for query, hits in zip(arguments.query, found, strict=True):
@@ -513,6 +619,16 @@ def _index_search(arguments: argparse.Namespace) -> None:
         for hit in hits:
             place = _where(hit.metadata.get("document"), hit.metadata.get("start"))
             print(f"  {hit.score:.4f}  {place}: {_short(hit.text)}")
+
+
+def _meant(typed: str) -> list[Any]:
+    """What a word may stand for in metadata: itself, and the number, flag or nothing it names."""
+    try:
+        value = json.loads(typed)
+    except ValueError:
+        return [typed]
+    plain = value is None or (isinstance(value, bool | int | float) and math.isfinite(value))
+    return [typed, value] if plain else [typed]
 
 
 def _index_info(arguments: argparse.Namespace) -> None:
@@ -532,7 +648,7 @@ def _short(text: str) -> str:
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from memlm.eval import babilong
+    from memlm.tasks import babilong
 
     _written(
         babilong.write(
@@ -549,6 +665,7 @@ def _data(arguments: argparse.Namespace) -> None:
             distance=arguments.distance,
             reserve=arguments.reserve,
             share=arguments.share,
+            composition=arguments.composition,
             overwrite=arguments.overwrite,
         )
     )

@@ -17,6 +17,8 @@ RECALL_TEMPLATE = "\nRecalled: {text}"
 # Read by trainers, trackers and evaluation harnesses off the top-level config.
 _MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _MIRRORED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What a file means that was written before there was the field.
+_BEFORE: dict[str, Any] = {"memory_dtype": "base"}
 
 
 class MemLMConfig(PreTrainedConfig):
@@ -28,7 +30,11 @@ class MemLMConfig(PreTrainedConfig):
     {question} in it; the answer follows after a space. question_segment: "open" when a question follows
     the document in its last, open segment, "own" when that segment ends and the question is read in one of
     its own, from memory alone: as the model was trained. recall_template: how a passage recalled from an
-    index stands in front of the question, with {text} in it.
+    index stands in front of the question, with {text} in it. memory_dtype: "float32" keeps the memories'
+    parameters in it where the base model is in half precision (in a wider base model they are as wide as
+    it is), so that small steps of training are not lost; "base" keeps them in the base model's dtype.
+    logits_with_labels: whether a call with labels for more than one segment keeps all logits beside the
+    loss, as trainers want that compute metrics of predictions.
     """
 
     model_type = "memlm"
@@ -49,6 +55,8 @@ class MemLMConfig(PreTrainedConfig):
     question_template: str = QUESTION_TEMPLATE
     question_segment: str = "open"
     recall_template: str = RECALL_TEMPLATE
+    memory_dtype: str = "float32"
+    logits_with_labels: bool = False
     memlm_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 
@@ -86,6 +94,10 @@ class MemLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"question_segment={self.question_segment!r} is unknown; use 'open' or 'own'"
             )
+        if self.memory_dtype not in ("float32", "base"):
+            raise ValueError(
+                f"memory_dtype={self.memory_dtype!r} is unknown; use 'float32' or 'base'"
+            )
         if "{question}" not in self.question_template:
             raise ValueError(
                 f"question_template={self.question_template!r} has no place for the question; "
@@ -96,6 +108,11 @@ class MemLMConfig(PreTrainedConfig):
                 f"recall_template={self.recall_template!r} has no place for the passage; "
                 "put {text} into it"
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does; a field that an older file does not have means what it meant then."""
+        return super().from_dict({**_BEFORE, **config_dict}, **kwargs)
 
 
 AutoConfig.register(MemLMConfig.model_type, MemLMConfig, exist_ok=True)

@@ -141,7 +141,7 @@ def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _cells(work: dict[str, Any]) -> dict[str, Any]:
-    from memlm.eval.report import Cell
+    from memlm.eval.reporting.report import Cell
 
     return {cell["length"]: Cell(**cell) for cell in work["cells"]}
 
@@ -168,7 +168,7 @@ def _table(work: dict[str, dict[str, Any]]) -> str:
 
 
 def _plot(out: Path) -> Path:
-    from memlm.eval.report import Report, plot_lines
+    from memlm.eval.reporting.report import Report, plot_lines
 
     reports = {}
     for name in RECIPES:
@@ -192,9 +192,9 @@ def _stream(
     from tqdm import tqdm
 
     from memlm import DocumentStream
-    from memlm.eval import babi
-    from memlm.eval.babilong import compose
-    from memlm.eval.haystack import Haystack
+    from memlm.tasks import babi
+    from memlm.tasks.babilong import compose
+    from memlm.tasks.haystack import Haystack
 
     model, tokenizer = load(out / "armt")
     story = next(babi.generate("qa1", seed + 1))

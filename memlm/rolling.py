@@ -28,13 +28,27 @@ class RollingMemory:
 
     Rows are found by their content, not by their number: beam search exchanges rows between steps, and
     a row's committed state is a function of its tokens (and of the document it began in) alone.
+
+    prompts: (count, width) of the prompts, when they are known: the first `width` columns are then the same
+    at every step, and rows change places among those of one prompt only, so that what follows is all there
+    is to compare. None compares whole rows.
     """
 
-    def __init__(self, model: Reader, state: MemoryState | None) -> None:
+    def __init__(
+        self,
+        model: Reader,
+        state: MemoryState | None,
+        prompts: tuple[int, int] | None = None,
+    ) -> None:
         self.model = model
         self.initial = state
+        count, self.width = (None, 0) if prompts is None else prompts
+        self.documents: int | None = count if state is None else state.batch_size
         self.state: MemoryState | None = None
+        # Tokens of each row within the prompts' columns, and behind them those that are committed.
+        self.prompts: list[Tensor] = []
         self.committed: list[Tensor] = []
+        self.done: list[int] = []
 
     def advance(
         self, input_ids: Tensor, attention_mask: Tensor | None
@@ -43,31 +57,35 @@ class RollingMemory:
 
         Returns the open segments (B, T') padded on the left, their mask, and the committed state.
         """
-        rows = [
-            ids if attention_mask is None else ids[mask.to(torch.bool)]
-            for ids, mask in zip(
-                input_ids,
-                input_ids if attention_mask is None else attention_mask,
-                strict=True,
-            )
-        ]
-        if any(len(row) == 0 for row in rows):
+        if not self.prompts or not self.width:
+            self.prompts = _rows(input_ids, attention_mask, slice(0, self.width))
+        rows = _rows(input_ids, attention_mask, slice(self.width, None))
+        sizes = [len(prompt) + len(row) for prompt, row in zip(self.prompts, rows, strict=True)]
+        if 0 in sizes:
             raise ValueError(
                 "input_ids has a prompt without a token; give at least one token a row"
             )
         length = self.model.segment_length
-        start = self._initial(len(rows))
-        group = max(1, len(rows) // (self.initial.batch_size if self.initial else len(rows)))
-        state, done = self._align(rows, start, group)
-        goal = [(len(row) - 1) // length * length for row in rows]
-        pending = [row[a:b] for row, a, b in zip(rows, done, goal, strict=True)]
-        if any(len(piece) for piece in pending):
-            ids, mask = _padded(pending, left=False)
+        state, done = self._align(rows)
+        goal = [(size - 1) // length * length for size in sizes]
+        if any(a < b for a, b in zip(done, goal, strict=True)):
+            ids, mask = _padded(self._between(rows, done, goal), left=False)
             state = self.model.read(cut(ids, mask.to(torch.bool), None, length), state)
-        self.state = state
-        self.committed = [row[:b] for row, b in zip(rows, goal, strict=True)]
-        ids, mask = _padded([row[b:] for row, b in zip(rows, goal, strict=True)], left=True)
+        self.state, self.done = state, goal
+        self.committed = [
+            row[: max(0, end - len(prompt))]
+            for prompt, row, end in zip(self.prompts, rows, goal, strict=True)
+        ]
+        ids, mask = _padded(self._between(rows, goal, sizes), left=True)
         return ids, mask, state
+
+    def _between(self, rows: list[Tensor], begin: list[int], end: list[int]) -> list[Tensor]:
+        """Tokens `begin` to `end` of each row, counted from its prompt's first."""
+        found = []
+        for prompt, row, a, b in zip(self.prompts, rows, begin, end, strict=True):
+            size = len(prompt)
+            found.append(torch.cat([prompt[a:b], row[max(0, a - size) : max(0, b - size)]]))
+        return found
 
     def _initial(self, count: int) -> MemoryState:
         if self.initial is None:
@@ -80,33 +98,43 @@ class RollingMemory:
         repeat = count // self.initial.batch_size
         return self.initial.select([row // repeat for row in range(count)])
 
-    def _align(
-        self, rows: list[Tensor], start: MemoryState, group: int
-    ) -> tuple[MemoryState, list[int]]:
+    def _align(self, rows: list[Tensor]) -> tuple[MemoryState, list[int]]:
         """For each row the committed state that is its own, and how many tokens that holds."""
+        count = len(rows)
         if self.state is None:
-            return start, [0] * len(rows)
-        source, done = [], []
-        for index, row in enumerate(rows):
-            candidates = [index, *(i for i in range(len(rows)) if i != index)]
-            found = -1
-            for other in candidates:
-                same_document = self.initial is None or other // group == index // group
-                prefix = self.committed[other]
-                if (
-                    same_document
-                    and len(prefix) <= len(row)
-                    and torch.equal(prefix, row[: len(prefix)])
-                ):
-                    found = other
-                    break
-            source.append(found)
-            done.append(len(self.committed[found]) if found >= 0 else 0)
-        if source == list(range(len(rows))):
-            return self.state, done
+            return self._initial(count), [0] * count
+        group = count if self.documents is None else max(1, count // self.documents)
+        source = [
+            self._source(index, row, index // group * group, group)
+            for index, row in enumerate(rows)
+        ]
+        if source == list(range(count)):
+            return self.state, self.done
         picked = self.state.select([max(i, 0) for i in source])
-        known = torch.tensor([i >= 0 for i in source], device=rows[0].device)
-        return picked.where(known, start), done
+        done = [self.done[i] if i >= 0 else 0 for i in source]
+        if -1 in source:
+            known = torch.tensor([i >= 0 for i in source], device=rows[0].device)
+            picked = picked.where(known, self._initial(count))
+        return picked, done
+
+    def _source(self, index: int, row: Tensor, first: int, group: int) -> int:
+        """The row of the step before, rather `index`, that had committed what `row` begins with; or -1."""
+        for other in (index, *range(first, first + group)):
+            prefix = self.committed[other]
+            if len(prefix) <= len(row) and torch.equal(prefix, row[: len(prefix)]):
+                return other
+        return -1
+
+
+def _rows(input_ids: Tensor, attention_mask: Tensor | None, columns: slice) -> list[Tensor]:
+    """The real tokens of each row in some columns of a batch (B, N)."""
+    ids = input_ids[:, columns]
+    if attention_mask is None:
+        return list(ids)
+    mask = attention_mask[:, columns].to(torch.bool)
+    return (
+        list(ids) if bool(mask.all()) else [row[real] for row, real in zip(ids, mask, strict=True)]
+    )
 
 
 def _padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:

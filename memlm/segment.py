@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+# The arguments by which flattening collators tell the documents in a row apart (`documents_in`).
+BORDERS = (
+    "position_ids",
+    "seq_idx",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,11 @@ class Segment:
         """(B,) bool: rows with at least one real token here; None when that is all of them."""
         return None if self.mask is None else self.mask.any(dim=1)
 
+    @property
+    def rows(self) -> Tensor | int:
+        """How many rows have a real token here; a tensor where the device has to count them."""
+        return self.ids.shape[0] if self.mask is None else self.mask.any(dim=1).sum()
+
 
 def shift_labels(labels: Tensor) -> Tensor:
     """Label of token t becomes the token at t + 1; the last has none. (B, N) -> (B, N)."""
@@ -51,36 +65,136 @@ def shift_labels(labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the rows of a padded batch were moved to the left, and how to move results back.
+    """Where the documents of a batch (B, N) stand, and how to give each a row of its own, from the left.
 
-    order (B, N): column of the original batch each packed column came from. length: the number of
-    packed columns that hold a real token in some row.
+    source (D, length): the place in the batch, counted through all its rows, that each packed place came
+    from; 0 where mask (D, length) says that it holds no token. shape: (B, N).
     """
 
-    order: Tensor
+    source: Tensor
     mask: Tensor
-    length: int
+    shape: tuple[int, int]
 
     @classmethod
-    def of(cls, attention_mask: Tensor) -> Packing:
-        """Find the packing of `attention_mask` (B, N), any pattern of zeros."""
+    def of(cls, attention_mask: Tensor, documents: Tensor | None = None) -> Packing:
+        """Find the packing of `attention_mask` (B, N), any pattern of zeros.
+
+        documents (B, N): the number of each token's document, counted from 0 in the order of reading
+        (`documents_in`); None when every row is one document, which may then be without a token.
+        """
         real = attention_mask.to(torch.bool)
-        order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
-        packed = real.gather(1, order)
-        return cls(order, packed, int(real.sum(dim=1).max()))
+        batch, total = real.shape
+        places = real.flatten().nonzero().squeeze(1)
+        number = places // total if documents is None else documents.flatten()[places]
+        count = batch if documents is None else int(number.max()) + 1
+        lengths = number.new_zeros(count).index_add_(0, number, torch.ones_like(number))
+        begins = lengths.cumsum(0) - lengths
+        source = places.new_zeros(count, int(lengths.max()))
+        at = torch.arange(source.shape[1], device=real.device)
+        source[number, torch.arange(len(places), device=real.device) - begins[number]] = places
+        return cls(source, at < lengths.unsqueeze(1), (batch, total))
 
-    def pack(self, values: Tensor) -> Tensor:
-        """(B, N) -> (B, length), real tokens first."""
-        return values.gather(1, self.order)[:, : self.length]
+    @property
+    def length(self) -> int:
+        """Tokens of the longest document."""
+        return self.source.shape[1]
 
-    def unpack(self, values: Tensor) -> Tensor:
-        """(B, length, ...) -> (B, N, ...): back where the tokens stood, zeros on padding."""
-        batch, total = self.order.shape
-        tail = values.shape[2:]
-        full = values.new_zeros((batch, total, *tail))
-        index = self.order[:, : self.length].reshape(batch, self.length, *(1 for _ in tail))
-        real = self.mask[:, : self.length].reshape(batch, self.length, *(1 for _ in tail))
-        return full.scatter(1, index.expand_as(values), values * real.to(values.dtype))
+    def pack(self, values: Tensor, fill: int) -> Tensor:
+        """(B, N) -> (D, length), a document per row, `fill` behind its end."""
+        return values.flatten()[self.source].masked_fill(~self.mask, fill)
+
+    def places(self) -> Tensor:
+        """(B, N): the place, counted through all packed rows, that each token went to; -1 on padding."""
+        found = self.source.new_full((self.shape[0] * self.shape[1],), -1)
+        found[self.source[self.mask]] = self.mask.flatten().nonzero().squeeze(1)
+        return found.view(self.shape)
+
+
+def documents_in(
+    ids: Tensor,
+    mask: Tensor | None,
+    *,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: Tensor | int | None = None,
+    max_length_k: Tensor | int | None = None,
+) -> Tensor | None:
+    """The documents that stand behind one another in rows (B, N), numbered as `Packing.of` takes them.
+
+    mask (B, N) bool: the real tokens, None when all are. Each of the others says in its own way where a
+    document begins, as transformers' flattening collators do: position_ids (B, N) or (1, N) fall back there
+    instead of going on by one; seq_idx (B, N) changes; cu_seq_lens_q (D + 1,) are the borders in a single
+    row, and its companions repeat it. None when every row is one document. ValueError when they contradict
+    each other, or positions leave some out.
+    """
+    if cu_seq_lens_q is None:
+        if not (cu_seq_lens_k is None and max_length_q is None and max_length_k is None):
+            raise ValueError(
+                "cu_seq_lens_k, max_length_q and max_length_k say nothing without cu_seq_lens_q; give it"
+            )
+        if position_ids is None and seq_idx is None:
+            return None
+    elif cu_seq_lens_k is not None and not torch.equal(cu_seq_lens_q, cu_seq_lens_k):
+        raise ValueError(
+            "cu_seq_lens_k differs from cu_seq_lens_q; a document's keys are its own, give both alike"
+        )
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    begins: dict[str, Tensor] = {}
+    if position_ids is not None:
+        later, step = _steps("position_ids", position_ids, mask)
+        if bool((step > 1).any()):
+            raise ValueError(
+                f"position_ids goes up by {int(step.max())} between two tokens; memories number positions "
+                "themselves, so leave it out, or let it go on by one and restart with each document"
+            )
+        begins["position_ids"] = later[step < 1]
+    if seq_idx is not None:
+        later, step = _steps("seq_idx", seq_idx, mask)
+        begins["seq_idx"] = later[step != 0]
+    if cu_seq_lens_q is not None:
+        begins["cu_seq_lens_q"] = _borders(cu_seq_lens_q, mask)
+    (name, first), *others = begins.items()
+    for other, value in others:
+        if not torch.equal(first, value):
+            raise ValueError(
+                f"{name} and {other} let documents begin at different tokens; give one of them"
+            )
+    if not len(first):
+        return None
+    # The first token of a row begins a document as well.
+    starts = mask & (mask.cumsum(dim=1) == 1)
+    starts.view(-1)[first] = True
+    return (starts.flatten().cumsum(0) - 1).view(mask.shape)
+
+
+def _steps(name: str, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Each real token but the first of its row, by place, and how far its value is above the one before."""
+    values = values.unsqueeze(0) if values.ndim == 1 else values
+    if values.shape[-1] != mask.shape[1] or values.shape not in (mask.shape, (1, mask.shape[1])):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}, but input_ids has shape {tuple(mask.shape)}; give "
+            "both the same shape"
+        )
+    places = mask.flatten().nonzero().squeeze(1)
+    rows = places // mask.shape[1]
+    steps = values.expand(mask.shape).flatten()[places].long().diff()
+    same = rows[1:] == rows[:-1]
+    return places[1:][same], steps[same]
+
+
+def _borders(cu_seq_lens: Tensor, mask: Tensor) -> Tensor:
+    """The places where documents begin behind the first, from borders (D + 1,) of a row without padding."""
+    borders = cu_seq_lens.long()
+    total = mask.shape[1]
+    fits = borders.ndim == 1 and len(borders) > 1 and bool((borders.diff() > 0).all())
+    if not fits or borders[[0, -1]].tolist() != [0, total] or len(mask) > 1 or not bool(mask.all()):
+        raise ValueError(
+            f"cu_seq_lens_q={cu_seq_lens.tolist()} does not cut input_ids of shape {tuple(mask.shape)}; "
+            f"give a single row without padding, and rising borders from 0 to {total}"
+        )
+    return borders[1:-1]
 
 
 def cut(

@@ -5,15 +5,15 @@ A state is a value. Every method returns a new one; nothing in the package chang
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from memlm.files import write_atomically
 
 FORMAT = "memlm-state"
 VERSION = 1
@@ -88,6 +88,10 @@ class MemoryState:
             f"nbytes={self.nbytes})"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryState:
+        """An independent copy, detached where it hangs on a graph, which no copy can be part of."""
+        return self.fork()
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
@@ -112,7 +116,8 @@ class MemoryState:
         if not found:
             return torch.zeros(0)
         if found[0].is_cuda:
-            return torch.stack([n.double() for n in torch._foreach_norm(found, float("inf"))])
+            norms = torch._foreach_norm(found, float("inf"))
+            return torch.stack([norm.double().to(found[0].device) for norm in norms])
         # One kernel for all is slow on a CPU, by a factor of ten and more.
         return torch.stack([value.abs().amax().double() for value in found])
 
@@ -224,25 +229,4 @@ class MemoryState:
 
 def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`new` on rows where `rows` (B,) is True, `old` elsewhere; both (B, ...)."""
-    return torch.where(rows.reshape(-1, *(1 for _ in new.shape[1:])), new, old)
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON, atomically, with sorted keys left as given and a final newline."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return torch.where(rows.to(new.device).reshape(-1, *(1 for _ in new.shape[1:])), new, old)

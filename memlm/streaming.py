@@ -1,8 +1,8 @@
 """DocumentStream: write text of any length into a model's memory, and ask in between.
 
 Text becomes tokens in blocks whose borders depend on the text alone, never on how it was handed over:
-a document written character by character leaves the state of one write. Each block is tokenised with
-the end of the one before it in front, so that the tokens are those of the whole text.
+a document written character by character leaves the state of one write, and its tokens are those of the
+whole text (memlm/tokens.py says when they may differ).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,25 @@ from memlm.modeling import MemLMForCausalLM
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.index import ChunkIndex
-from memlm.retrieval.retriever import Retriever, as_retriever, render
+from memlm.retrieval.retriever import Retriever, as_retriever, render_parts
 from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
-from memlm.text import leading_tokens
+from memlm.tokens import (
+    Part,
+    encode_behind,
+    encode_parts,
+    encode_texts,
+    fill,
+    leading_tokens,
+    next_block,
+    tokens_begun,
+)
 
 FILE = "stream.safetensors"
 INDEX = "index"
-VERSION = 1
+VERSION = 2
 # Characters a block: large enough that tokenising costs little, small enough to be no delay.
 BLOCK = 4096
-# Characters of the block before that a tokeniser sees again; no pre-tokeniser looks further back.
-CONTEXT = 64
 
 
 class Answer(str):
@@ -52,8 +60,13 @@ class DocumentStream:
 
     model: a MemLMForCausalLM (put into evaluation mode). tokenizer: its tokenizer, with an end token.
     retrieval: a ChunkIndex, or a Retriever around one: what is written is stored in it as it is written,
-    and `ask` shows the model the passages it recalls, before the question. ValueError when they do not fit
-    each other.
+    and `ask` shows the model the passages it recalls, before the question. split_special_tokens: control
+    tokens written out in documents, questions and passages ("</s>") are read as text; False makes them
+    control tokens. Those of the model's own templates always are. ValueError when they do not fit each
+    other.
+
+    Threads may use one stream at once. A `write` is one stretch of the document, whatever others write
+    meanwhile; what is asked, scored, forked or saved during a write stands behind the last block it read.
     """
 
     def __init__(
@@ -61,6 +74,8 @@ class DocumentStream:
         model: MemLMForCausalLM,
         tokenizer: Any,
         retrieval: ChunkIndex | Retriever | None = None,
+        *,
+        split_special_tokens: bool = True,
     ) -> None:
         if not isinstance(model, MemLMForCausalLM):
             raise TypeError(
@@ -77,12 +92,15 @@ class DocumentStream:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.split_special_tokens = split_special_tokens
+        self._make_locks()
         self._state = model.init_state(1).detach()
         self._committed = 0
         # Tokens behind the last committed segment; at most one segment between two calls, and never
         # none once something was read: the last token is what predicts the next one.
         self._open: list[int] = []
-        # Text that is no tokens yet, and the text in front of it.
+        # Text that is no tokens yet, and the text in front of it that it is tokenised behind; None at
+        # the document's start.
         self._text = ""
         self._context: str | None = None
         self.retriever = as_retriever(retrieval)
@@ -97,16 +115,13 @@ class DocumentStream:
             raise TypeError(
                 "text is bytes; decode it first, for instance with text.decode('utf-8')"
             )
-        for piece in (text,) if isinstance(text, str) else text:
-            if not isinstance(piece, str):
-                raise TypeError(f"text holds a {type(piece).__name__}; give strings")
-            if self.retriever is not None:
-                self.retriever.write(piece, document)
-            self._text += piece
-            while (at := _border(self._text)) is not None:
-                block, self._text = self._text[:at], self._text[at:]
-                self._read(self._encode(block))
-                self._context = ((self._context or "") + block)[-CONTEXT:]
+        with self._writing:
+            for piece in (text,) if isinstance(text, str) else text:
+                if not isinstance(piece, str):
+                    raise TypeError(f"text holds a {type(piece).__name__}; give strings")
+                # A long piece by parts: what is left of a string is copied each time a block leaves it.
+                for at in range(0, max(len(piece), 1), BLOCK):
+                    self._take(piece[at : at + BLOCK], document)
 
     @torch.no_grad()
     def ask(self, question: str, max_new_tokens: int = 32) -> Answer:
@@ -114,22 +129,23 @@ class DocumentStream:
 
         The question follows the document as the model's `question_template` says, passages that are
         recalled stand before it as `recall_template` says and are the answer's `sources`; decoding is
-        greedy, up to the end token or `max_new_tokens`. ValueError when nothing was written, and there is
+        greedy, up to an end token, the tokenizer's or one of the model's `generation_config`, or to
+        `max_new_tokens`. ValueError when nothing was written, and there is
         nothing to recall.
         """
         if not question.strip():
             raise ValueError(f"question={question!r} is empty; ask something")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        sources = [] if self.retriever is None else self.retriever.recall(question.strip())
-        tail = self._open + self._encode(self._text)
-        if not self._committed and not tail and not sources:
+        with self._lock:
+            sources = [] if self.retriever is None else self.retriever.recall(question.strip())
+            tail = self._open + self._encode(self._text)
+            state, empty = self._state, not self._committed and not tail
+        if empty and not sources:
             raise ValueError("the stream is empty, nothing was written; write a document first")
         config = self.model.config
-        recalled = render(sources, config.recall_template)
-        prompt = self._plain(recalled) if recalled else []
-        prompt += self._plain(config.question_template.replace("{question}", question.strip()))
-        state = self._state
+        prompt = self._filled(render_parts(sources, config.recall_template))
+        prompt += self._filled(fill(config.question_template, question=question.strip()))
         if config.question_segment == "own" and tail:
             state = self.model.read(
                 cut(self._tensor(tail), None, None, config.segment_length), state
@@ -144,7 +160,7 @@ class DocumentStream:
             memory_state=state,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self._ends(),
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
         )
         text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
@@ -157,25 +173,25 @@ class DocumentStream:
         The stream stays as it is. In an empty stream the first token is predicted by nothing, and is
         not counted. ValueError when no token is left to count.
         """
-        ids, starts = self._encode_with_starts(self._text + text)
-        known = sum(start < len(self._text) for start in starts)
-        known += len(ids) - len(starts) if self._context is None else 0
-        before = self._open + ids[:known]
+        with self._lock:
+            state, whole, at = self._state, self._text + text, len(self._text)
+            ids = self._encode(whole)
+            known = tokens_begun(self._encode, whole, at) if at else len(self._leading())
+            before = self._open + ids[:known]
         after = ids[known:]
         counted = len(after) - (0 if before else 1)
         if counted < 1:
             raise ValueError(f"text={text!r} has no token to score; give a longer text")
         tokens = self._tensor(before + after)
         labels = self._tensor([IGNORE] * len(before) + after)
-        out = self.model(
-            input_ids=tokens, labels=labels, memory_state=self._state, logits_to_keep=None
-        )
+        out = self.model(input_ids=tokens, labels=labels, memory_state=state, logits_to_keep=None)
         return float(out.loss)
 
     @property
     def tokens_seen(self) -> int:
         """Tokens written so far, with the special tokens a document begins with."""
-        return self._committed + len(self._open) + len(self._encode(self._text))
+        with self._lock:
+            return self._committed + len(self._open) + len(self._encode(self._text))
 
     @property
     def memory_bytes(self) -> int:
@@ -184,10 +200,12 @@ class DocumentStream:
 
     def fork(self) -> DocumentStream:
         """A second stream that goes on from here on its own; model and tokenizer are shared."""
-        other = copy.copy(self)
-        other._state = self._state.fork()
-        other._open = list(self._open)
-        other.retriever = None if self.retriever is None else self.retriever.fork()
+        with self._lock:
+            other = copy.copy(self)
+            other._make_locks()
+            other._state = self._state.fork()
+            other._open = list(self._open)
+            other.retriever = None if self.retriever is None else self.retriever.fork()
         return other
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -195,25 +213,22 @@ class DocumentStream:
 
         With retrieval its index is saved beside it, first; a kill in between loses nothing.
         """
-        retrieval = None
-        if self.retriever is not None:
-            retrieval = self.retriever.state()
-            self.retriever.index.save(Path(directory) / INDEX)
-        extra = {
-            "stream_version": str(VERSION),
-            "stream": json.dumps(
-                {
-                    "committed": self._committed,
-                    "open": self._open,
-                    "text": self._text,
-                    "context": self._context,
-                    "retrieval": retrieval,
-                    "segment_length": self.model.segment_length,
-                    "vocabulary": len(self.tokenizer),
-                }
-            ),
-        }
-        self._state.save(Path(directory) / FILE, extra)
+        with self._lock:
+            saved = {
+                "committed": self._committed,
+                "open": self._open,
+                "text": self._text,
+                "context": self._context,
+                "split_special_tokens": self.split_special_tokens,
+                "retrieval": None if self.retriever is None else self.retriever.state(),
+                "segment_length": self.model.segment_length,
+                "vocabulary": len(self.tokenizer),
+            }
+            # What cannot be written is found out before anything is.
+            extra = {"stream_version": str(VERSION), "stream": json.dumps(saved)}
+            if self.retriever is not None:
+                self.retriever.index.save(Path(directory) / INDEX)
+            self._state.save(Path(directory) / FILE, extra)
 
     @classmethod
     def load(
@@ -254,69 +269,60 @@ class DocumentStream:
         if saved.get("retrieval") is not None:
             index = ChunkIndex.load(Path(directory) / INDEX, embedder or HashingEmbedder())
             retriever = Retriever.restore(index, saved["retrieval"])
-        stream = cls(model, tokenizer, retriever)
+        # Up to version 1 a control token in a text was one.
+        split = saved.get("split_special_tokens", False)
+        stream = cls(model, tokenizer, retriever, split_special_tokens=split)
         stream._state = model._admit(state, 1)
         stream._committed, stream._open = saved["committed"], saved["open"]
         stream._text, stream._context = saved["text"], saved["context"]
         return stream
 
+    def _make_locks(self) -> None:
+        # The first is held for a whole write, the second while what the stream consists of changes.
+        self._writing, self._lock = threading.RLock(), threading.RLock()
+
+    def _take(self, text: str, document: str | None) -> None:
+        """Take text in, and read the blocks that are complete by now."""
+        with self._lock:
+            if self.retriever is not None:
+                self.retriever.write(text, document)
+            self._text += text
+            while taken := next_block(self._tokens, self._context, self._text, BLOCK):
+                # First the model: where it fails, the text is still there.
+                self._read(self._leading() + taken[0])
+                _, self._context, self._text = taken
+
     def _read(self, ids: list[int]) -> None:
         """Take tokens, and commit every segment that another token follows."""
-        self._open += ids
+        ids, state = self._open + ids, self._state
         length = self.model.segment_length
-        full = (len(self._open) - 1) // length * length
-        if full > 0:
-            whole = self._tensor(self._open[:full])
-            self._state = self.model.read(cut(whole, None, None, length), self._state)
-        self._open = self._open[max(full, 0) :]
-        self._committed += max(full, 0)
+        full = max(0, (len(ids) - 1) // length * length)
+        if full:
+            state = self.model.read(cut(self._tensor(ids[:full]), None, None, length), state)
+        self._state, self._open = state, ids[full:]
+        self._committed += full
+
+    def _ends(self) -> list[int]:
+        """What ends an answer: the tokenizer's end token, and those the model was made with."""
+        made = self.model.generation_config.eos_token_id
+        made = made if isinstance(made, list) else [] if made is None else [made]
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *made]))
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], dtype=torch.long, device=self.model.backbone.device)
 
-    def _plain(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _tokens(self, text: str) -> list[int]:
+        return encode_texts(self.tokenizer, [text], self.split_special_tokens)[0]
+
+    def _filled(self, parts: Iterable[Part]) -> list[int]:
+        return encode_parts(self.tokenizer, parts, self.split_special_tokens)
+
+    def _leading(self) -> list[int]:
+        """The special tokens in front of the text that comes next."""
+        return leading_tokens(self.tokenizer) if self._context is None else []
 
     def _encode(self, text: str) -> list[int]:
-        return self._encode_with_starts(text)[0]
-
-    def _encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Tokens of `text` behind what was read, and where each starts; special tokens have no start."""
+        """Tokens of `text` behind what was read, with the special tokens a document begins with."""
         if not text:
-            return [], []
-        first = self._context is None
-        if not self.tokenizer.is_fast:
-            # Without offsets the context cannot be told from the text.
-            ids = self._plain(text)
-            starts = [i * len(text) // len(ids) for i in range(len(ids))]
-        else:
-            context = self._context or ""
-            encoded = self.tokenizer(
-                context + text, add_special_tokens=False, return_offsets_mapping=True
-            )
-            found = [
-                (token, start - len(context))
-                for token, (start, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-                if start >= len(context)
-            ]
-            ids = [token for token, _ in found]
-            starts = [start for _, start in found]
-        return (leading_tokens(self.tokenizer) + ids if first else ids), starts
-
-
-def _border(text: str) -> int | None:
-    """Where the first block of `text` ends; None while the block is not complete.
-
-    In front of a single space between words, where every tokeniser splits; else in front of white space;
-    else anywhere. It depends on the block alone, not on how much text follows.
-    """
-    if len(text) <= BLOCK:
-        return None
-    back = range(BLOCK - 1, BLOCK // 2, -1)
-    for at in back:
-        if text[at] == " " and not (text[at - 1].isspace() or text[at + 1].isspace()):
-            return at
-    for at in back:
-        if text[at].isspace() and not text[at - 1].isspace():
-            return at
-    return BLOCK
+            return []
+        return self._leading() + encode_behind(self._tokens, self._context, text)

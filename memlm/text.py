@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 PIECE = 1 << 16
 # Text without full stops is cut here, so that facts find gaps in it.
@@ -72,13 +71,6 @@ def read_text(
         raise PermissionError(
             f"file {str(path)!r} may not be read; change its permissions"
         ) from error
-
-
-def leading_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens a tokenizer puts in front of a document."""
-    whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    at = next((i for i, token in enumerate(whole) if token == bare[0]), 0) if bare else 0
-    return list(whole[:at])
 
 
 def split_sentences(text: str) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -245,3 +247,51 @@ def test_any_module_may_be_imported_first(module: str) -> None:
         "assert AutoModelForCausalLM._model_mapping[type(config)] is MemLMForCausalLM\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+OPTIONS = {
+    "armt": {"initial_gate": 1.0, "value_std": 0.1, "shared_start": True, "write_cost": 0.5},
+    "compressive": {"reconstruction_weight": 0.0},
+    "knn": {"top_k": 2, "min_similarity": 0.1},
+    "rmt-r": {"recall": 2},
+    "titans-mal": {"initial_rate": 0.1, "output_std": 0.2},
+}
+SHAPING = {
+    "armt": {"correction": False},
+    "infini": {"update": "linear"},
+    "knn": {"capacity": 30},
+    "transformer-xl": {"memory_length": 7},
+}
+
+
+def stacked(config) -> MemLMForCausalLM:
+    return MemLMForCausalLM.from_base(base_model("llama"), memory=config, segment_length=SEGMENT)
+
+
+@pytest.mark.parametrize("memory", OPTIONS)
+def test_a_state_goes_on_under_other_options(memory: str) -> None:
+    """How parameters start, what training costs and how much is read is no part of a state."""
+    state = stacked(CASES[memory])(tokens(1, SEGMENT)).memory_state
+    other = stacked(replace(CASES[memory], **OPTIONS[memory]))
+    assert other(tokens(1, SEGMENT), memory_state=state).memory_state.batch_size == 1
+
+
+@pytest.mark.parametrize("memory", SHAPING)
+def test_a_state_of_another_meaning_is_refused(memory: str) -> None:
+    state = stacked(CASES[memory])(tokens(1, SEGMENT)).memory_state
+    other = stacked(replace(CASES[memory], **SHAPING[memory]))
+    with pytest.raises(ValueError, match="another model's"):
+        other(tokens(1, SEGMENT), memory_state=state)
+
+
+def test_signatures_of_the_first_version_are_read() -> None:
+    """They held every field; one that came later had no say then, and has its default."""
+    model = stacked(CASES["armt"])
+    old = json.dumps([*model.memory.configs, 32, 2])
+    assert old != model.memory.signature and model.memory.signed(old)
+    fewer = [{k: v for k, v in model.memory.configs[0].items() if k != "nu"}]
+    assert model.memory.signed(json.dumps([*fewer, 32, 2]))
+    wider = [{**model.memory.configs[0], "d_mem": 9}]
+    unknown = [{**model.memory.configs[0], "of_tomorrow": 1}]
+    for other in (json.dumps([*wider, 32, 2]), json.dumps([*unknown, 32, 2]), "[]", "no JSON", "5"):
+        assert not model.memory.signed(other)

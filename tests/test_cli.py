@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +109,127 @@ def test_eval_writes_its_files_and_data_its_layout(folder, noise, tmp_path, caps
     assert summary["counts"]["qa1"]["200"]["samples"] == 2
 
 
+# Options of `memlm eval` that change no answer: where things are, and what the machine does.
+ELSEWHERE = {"help", "debug", "model", "out", "device"}
+
+
+def test_the_command_that_repeats_a_run_has_every_option_that_decides_it(
+    folder, noise, tmp_path, capsys
+) -> None:
+    from memlm.cli import _parse, _parser
+    from memlm.eval.reporting.page import _Run
+
+    (tmp_path / "qa1_single_test.txt").write_text(
+        "1 Mary moved to the office.\n2 Where is Mary? \toffice\t1\n"
+    )
+    (tmp_path / "words.yaml").write_text("tasks: {qa1: {instruction: Read.}}")
+    (tmp_path / "data/qa1").mkdir(parents=True)
+    row = {"input": "Mary moved to the office.", "question": "Where is Mary?", "target": "office"}
+    (tmp_path / "data/qa1/0k.json").write_text(json.dumps([row]))
+    common = ["--samples", "1", "--max-new-tokens", "2"]
+    cases = [
+        [
+            *("--tasks", "qa1", "passkey", "--lengths", "0k", "150", "--haystack", str(noise)),
+            *("--stories", str(tmp_path), "--seed", "3", "--position", "0.2", "0.7"),
+            *("--retrieval", "2", "--chunk-size", "9", "--hops", "2", "--dtype", "float64"),
+            *("--prompt", str(tmp_path / "words.yaml"), "--batch-size", "3"),
+        ],
+        [
+            *("--lengths", "1k", "--haystack", str(noise), "--composition", "published"),
+            *("--baseline", "window", "--window", "24"),
+        ],
+        ["--lengths", "150", "--haystack", str(noise), "--distance", "60", "--baseline", "none"],
+        ["--lengths", "0k", "--data", str(tmp_path / "data"), "--baseline", "retrieval"],
+    ]
+    parts = _parser()._subparsers._group_actions[0].choices["eval"]._actions
+    wanted = {action.dest for action in parts} - ELSEWHERE
+    given: set[str] = set()
+    for number, case in enumerate(cases):
+        out = tmp_path / f"out{number}"
+        typed = ["eval", str(folder), *common, *case, "--out", str(out)]
+        assert main(typed) == 0, capsys.readouterr().err
+        run = _Run.load("again", out)
+        (command,) = run.commands
+        words = shlex.split(command)
+        assert words[:3] == ["memlm", "eval", "MODEL"] and "#" not in command
+        again, first = _parse(words[1:]), _parse(typed)
+        given |= {name for name in wanted if f"--{name.replace('_', '-')}" in words}
+        # What was not typed stands in the command as what it came to.
+        for name in wanted:
+            value = getattr(first, name)
+            if f"--{name.replace('_', '-')}" in typed:
+                assert getattr(again, name) == value, name
+    assert given == wanted
+    summary = json.loads((tmp_path / "out3/summary.json").read_text())["settings"]
+    assert summary["retrieval"]["k"] == 5 and summary["dtype"] == "float32"
+
+
+def test_a_model_in_a_folder_named_like_a_command_is_evaluated(
+    folder, noise, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["--samples", "1", "--haystack", str(noise), "--max-new-tokens", "2"]
+    for name in ("report", "compare", "perplexity"):
+        shutil.copytree(folder, tmp_path / name)
+        assert main(["eval", name, "--lengths", "0k", *common, "--out", f"of-{name}"]) == 0
+        assert (tmp_path / f"of-{name}/summary.json").is_file()
+    capsys.readouterr()
+    assert main(["eval", "compare", "of-report", "of-compare"]) == 0
+    assert "no significant difference" in capsys.readouterr().out
+    assert main(["eval", "report", "of-report", "--out", "page"]) == 0
+    assert (tmp_path / "page/report.html").is_file()
+    # Without a model of that name it is the command, which says what it lacks.
+    monkeypatch.chdir(tmp_path / "page")
+    with pytest.raises(SystemExit):
+        main(["eval", "report", "--out", "page"])
+    assert "usage: memlm eval report" in capsys.readouterr().err
+
+
+def test_a_model_is_asked_what_its_recipe_says_unless_told_otherwise(
+    folder, noise, tmp_path, capsys
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    recipe = f"eval: {{tasks: [qa6], lengths: [0k, '120'], samples: 2, haystack: {noise}}}"
+    (tmp_path / "run/recipe.yaml").write_text(recipe)
+    model, out = str(tmp_path / "run"), tmp_path / "out"
+    assert main(["eval", model, "--max-new-tokens", "2", "--out", str(out)]) == 0
+    assert "recipe.yaml says: tasks ['qa6'], lengths" in capsys.readouterr().err
+    summary = json.loads((out / "summary.json").read_text())
+    assert {task: set(found) for task, found in summary["counts"].items()} == {"qa6": {"0k", "120"}}
+    assert summary["settings"]["haystack"] == str(noise)
+    arguments = ["--tasks", "qa1", "--lengths", "0k", "--samples", "1", "--max-new-tokens", "2"]
+    assert main(["eval", model, *arguments, "--out", str(tmp_path / "other")]) == 0
+    summary = json.loads((tmp_path / "other/summary.json").read_text())
+    assert summary["counts"] == {"qa1": {"0k": {"correct": 0, "samples": 1}}}
+
+
+def test_an_answer_is_as_long_as_the_folders_answers(folder, noise, tmp_path) -> None:
+    from memlm.eval import evaluate
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    given = {"haystack": str(noise), "samples": 1, "progress": False}
+    evaluate(model, tokenizer("byte-bpe"), ["qa1"], ["0k"], out=tmp_path / "a", **given)
+    common = ["--tasks", "qa1", "--haystack", str(noise), "--samples", "1"]
+    # What Python began with its default, the command goes on with.
+    arguments = ["eval", str(folder), *common, "--lengths", "0k", "90"]
+    assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    assert json.loads((tmp_path / "a/run.json").read_text())["max_new_tokens"] == 20
+    # A folder of version 0.1, whose default was 8 in Python, goes on with its own.
+    settings = json.loads((tmp_path / "a/run.json").read_text())
+    for name in ("position", "distance", "composition"):
+        del settings[name]
+    (tmp_path / "a/run.json").write_text(json.dumps({**settings, "max_new_tokens": 8}))
+    assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    assert json.loads((tmp_path / "a/summary.json").read_text())["settings"]["max_new_tokens"] == 8
+    assert main([*arguments, "--max-new-tokens", "20", "--out", str(tmp_path / "a")]) == 2
+
+
+def test_keys_of_recipes_are_printed_without_one(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--keys"])
+    assert stop.value.code == 0 and "model.segment_length" in capsys.readouterr().out
+
+
 def test_baselines_are_compared_and_reported(folder, noise, tmp_path, capsys) -> None:
     common = ["--tasks", "qa6", "passkey", "--lengths", "150", "--samples", "3"]
     common += ["--haystack", str(noise), "--max-new-tokens", "2"]
@@ -164,6 +287,13 @@ def test_an_index_is_built_added_to_searched_and_asked(folder, tmp_path, capsys)
     assert main(["index", "search", library, "golden lamp", "--where", where]) == 0
     out = capsys.readouterr().out
     assert "b.txt" in out and "a.txt" not in out
+    # Metadata has numbers, a command line words; of a key given twice either value will do.
+    assert main(["index", "search", library, "golden lamp", "--where", "start=0"]) == 0
+    assert "a.txt" in capsys.readouterr().out
+    both = ["--where", where, f"document={tmp_path / 'a.txt'}"]
+    assert main(["index", "search", library, "golden lamp", *both]) == 0
+    out = capsys.readouterr().out
+    assert "b.txt" in out and "a.txt" in out
     assert main(["index", "info", library]) == 0
     assert "Flat" in capsys.readouterr().out
     question = ["-q", "Who keeps the spoon?", "--max-new-tokens", "2"]
@@ -193,6 +323,40 @@ def test_an_index_is_built_added_to_searched_and_asked(folder, tmp_path, capsys)
         (["index", "search", "{tmp}", "Where?"], "manifest"),
         (["ask", "{model}", "--index", "{tmp}/none", "-q", "Where?"], "none"),
         (["eval", "{model}", "--window", "9", "--out", "{tmp}/o"], "window=9"),
+        (["eval", "{model}", "--chunk-size", "9", "--out", "{tmp}/o"], "add --retrieval K"),
+        (["eval", "{model}", "--hops", "2", "--out", "{tmp}/o"], "add --retrieval K"),
+        (["eval", "{model}", "--data", "x/y", "--seed", "1", "--out", "{tmp}/o"], "seed=1 says"),
+        (["eval", "{model}", "--data", "x/y", "--distance", "9", "--out", "{tmp}/o"], "distance=9"),
+        (
+            ["eval", "{model}", "--data", "x/y", "--haystack", "{tmp}", "--out", "{tmp}/o"],
+            "brings them ready-made",
+        ),
+        (
+            [
+                "eval",
+                "{model}",
+                "--composition",
+                "published",
+                "--distance",
+                "9",
+                "--out",
+                "{tmp}/o",
+            ],
+            "distance=9 places facts",
+        ),
+        (
+            [
+                "data",
+                "babilong",
+                "--composition",
+                "published",
+                "--share",
+                "0.2",
+                "--out",
+                "{tmp}/o",
+            ],
+            "share=0.2 given beside composition='published'",
+        ),
         (["eval", "{model}", "--prompt", "shout", "--out", "{tmp}/o"], "shout"),
         (["eval", "{model}", "--data", "{tmp}/none", "--out", "{tmp}/o"], "none"),
         (["eval", "{model}", "--distance", "-1", "--out", "{tmp}/o"], "distance"),

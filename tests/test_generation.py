@@ -144,3 +144,46 @@ def test_a_committed_prefix_of_another_document_is_not_taken() -> None:
     fresh = RollingMemory(model, state).advance(swapped, None)[2]
     for name, tensor in fresh.tensors.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}])
+def test_a_token_costs_the_same_after_a_long_prompt(monkeypatch, search: dict) -> None:
+    """No token compares the prompt or builds a state: both would cost most of a long document's time."""
+    model, compared, built = memory_model("llama", "armt"), [], []
+    equal, init_state = torch.equal, type(model.memory).init_state
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> bool:
+        compared.append(a.numel())
+        return equal(a, b)
+
+    def noted(self, batch_size: int):
+        built.append(batch_size)
+        return init_state(self, batch_size)
+
+    monkeypatch.setattr("memlm.rolling.torch.equal", counted)
+    monkeypatch.setattr(type(model.memory), "init_state", noted)
+    model.generate(tokens(2, 20 * SEGMENT + 1), **{**GREEDY, **search})
+    rows = 2 * search.get("num_beams", 1)
+    assert built == [rows]
+    assert compared and max(compared) <= NEW
+
+
+def test_admitting_a_state_builds_none(monkeypatch) -> None:
+    model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT)
+    state = model(ids).memory_state
+    monkeypatch.setattr(type(model.memory), "init_state", None)
+    assert model(ids, memory_state=state).memory_state.batch_size == 2
+
+
+def test_prompts_that_differ_in_padding_keep_their_own_memory_in_beam_search() -> None:
+    """Ragged prompts in one batch, each searched as alone."""
+    model = memory_model("llama", "armt")
+    long, short = tokens(1, 2 * SEGMENT + 3, seed=4), tokens(1, SEGMENT + 1, seed=5)
+    ids, mask = torch.zeros(2, long.shape[1], dtype=torch.long), torch.zeros(2, long.shape[1])
+    ids[0], mask[0] = long[0], 1
+    ids[1, -short.shape[1] :], mask[1, -short.shape[1] :] = short[0], 1
+    search = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    both = model.generate(ids, attention_mask=mask, **search)[:, long.shape[1] :]
+    for index, row in enumerate((long, short)):
+        alone = model.generate(row, **search)[:, row.shape[1] :]
+        assert torch.equal(both[2 * index : 2 * index + 2], alone)

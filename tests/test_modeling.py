@@ -261,3 +261,42 @@ def test_auto_classes_know_the_model_after_import_memlm(tmp_path, order: str) ->
     code = f"{order}\nprint(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "MemLMForCausalLM"
+
+
+@pytest.mark.parametrize("how", ["missing", "unexpected", "shape", "kind"])
+def test_a_memory_that_is_refused_changes_nothing(tmp_path, how: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = memory_model("llama", ["armt", "infini"])
+    model.save_memory(tmp_path)
+    tensors = load_file(tmp_path / "memory.safetensors")
+    last = sorted(tensors)[-1]
+    if how == "missing":
+        del tensors[last]
+    elif how == "unexpected":
+        tensors["attached.other"] = torch.zeros(1)
+    elif how == "shape":
+        tensors[last] = torch.zeros(2, *tensors[last].shape)
+    else:
+        tensors[last] = torch.zeros(tensors[last].shape, dtype=torch.int8)
+    save_file(tensors, tmp_path / "memory.safetensors")
+    randomise(model.memory, seed=4)
+    before = {n: p.clone() for n, p in model.memory.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit"):
+        model.load_memory(tmp_path)
+    assert all(torch.equal(before[n], p) for n, p in model.memory.state_dict().items())
+
+
+def test_a_field_the_file_does_not_name_takes_its_default(tmp_path) -> None:
+    """A later version's field must not shut out what an earlier one wrote."""
+    model = memory_model("llama", "armt")
+    model.save_memory(tmp_path)
+    path = tmp_path / "memlm_config.json"
+    described = json.loads(path.read_text())
+    del described["memory"][0]["write_cost"]
+    path.write_text(json.dumps(described))
+    model.load_memory(tmp_path)
+    described["memory"][0]["d_mem"] = 5
+    path.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="memory="):
+        model.load_memory(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from memlm import MemoryState
-from memlm.state import write_atomically
+from memlm.files import write_atomically
 
 
 @pytest.fixture
@@ -107,3 +108,13 @@ def test_a_failing_write_leaves_the_old_file(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, fail)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
+
+
+def test_a_deep_copy_is_detached_and_independent() -> None:
+    leaf = torch.ones(2, 3, requires_grad=True)
+    state = MemoryState({"a": leaf * 2}, 2, "some")
+    again = copy.deepcopy({"state": state})["state"]
+    assert torch.equal(again["a"], state["a"]) and not again["a"].requires_grad
+    assert (again.batch_size, again.signature) == (2, "some")
+    again["a"].zero_()
+    assert float(state["a"].detach().sum()) == 12.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 
 import pytest
 import torch
@@ -11,6 +13,10 @@ from transformers import LlamaConfig
 import memlm.streaming
 from memlm import DocumentStream, MemLMForCausalLM, MemoryState
 from memlm.memory import available_memories
+from memlm.retrieval import ChunkIndex, HashingEmbedder
+from memlm.retrieval.retriever import RetrievalConfig, Retriever
+from memlm.tokens import AHEAD
+from tests import test_tokens
 from tests.cases import CASES, FAMILIES, randomise
 from tests.tokenizers import TEXT, tokenizer
 
@@ -171,7 +177,7 @@ def test_memory_is_constant_and_a_generator_is_read_lazily(small_blocks) -> None
         for number in range(50):
             alive.append(number)
             yield TEXT[:100]
-            assert len(stream._text) <= 41 and len(stream._open) <= SEGMENT
+            assert len(stream._text) < 40 + AHEAD and len(stream._open) <= SEGMENT
 
     stream.write(pages())
     assert len(alive) == 50 and stream.memory_bytes == size
@@ -242,3 +248,251 @@ def test_bad_input_is_refused_by_name() -> None:
     endless = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer)
     with pytest.raises(ValueError, match="no end token"):
         DocumentStream(model_for(), endless)
+
+
+def tokens_of(stream: DocumentStream, text: str | list[str]) -> list[int]:
+    """The tokens a stream reads of a text, and those it would read if the text ended there."""
+    read: list[int] = []
+    stream._read = read.extend  # type: ignore[method-assign]
+    stream.write(text)
+    return read + stream._encode(stream._text)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama2", "unigram", "wordpiece", "bytes"])
+def test_any_text_in_any_pieces_has_the_tokens_of_the_whole_text(monkeypatch, kind) -> None:
+    monkeypatch.setattr(memlm.streaming, "BLOCK", 300)
+    made, rng = test_tokens.tokenizer(kind), random.Random(1)
+    parts = [text for name, text in test_tokens.texts(2, 150).items() if name != "control tokens"]
+    text = "".join(rng.sample(parts, len(parts)))
+    model = model_for("none", vocab_size=len(made))
+    whole = made(text, add_special_tokens=False).input_ids
+    for size in (1, 700, len(text)):
+        pieces, rest = [], text
+        while rest:
+            at = rng.randint(1, size)
+            pieces.append(rest[:at])
+            rest = rest[at:]
+        assert tokens_of(DocumentStream(model, made), pieces) == whole
+    assert tokens_of(DocumentStream(model, made), text) == whole
+
+
+def test_a_long_string_is_not_copied_for_every_block() -> None:
+    stream = DocumentStream(model_for(), tokenizer("byte-bpe"))
+    longest = 0
+    tokens = stream._tokens
+
+    def watching(text: str) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(stream._text))
+        return tokens(text)
+
+    stream._tokens, stream._read = watching, lambda ids: None  # type: ignore[method-assign]
+    stream.write(TEXT * 200)
+    assert 0 < longest <= 2 * memlm.streaming.BLOCK + AHEAD
+
+
+def prompts(model: MemLMForCausalLM, monkeypatch) -> list[list[int]]:
+    """Collects the ids the model is asked to go on from."""
+    heard: list[list[int]] = []
+    generate = model.generate
+
+    def listening(ids, **kwargs):
+        heard.append(ids[0].tolist())
+        return generate(ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", listening)
+    return heard
+
+
+def test_control_tokens_in_a_text_are_text_unless_asked_otherwise(tmp_path, monkeypatch) -> None:
+    tok, model = tokenizer("byte-bpe"), model_for()
+    model.config.question_template = "<bos>{question}<eos>"
+    heard = prompts(model, monkeypatch)
+    text = "Mary said <eos>. " * 3
+    ends = []
+    for split in (True, False):
+        index = ChunkIndex(HashingEmbedder(dim=64))
+        index.add(["A <eos> ends."])
+        stream = DocumentStream(model, tok, index, split_special_tokens=split)
+        stream.write(text)
+        stream.ask("What is <eos>?", max_new_tokens=1)
+        ends.append(heard[-1].count(tok.eos_token_id))
+        assert heard[-1].count(tok.bos_token_id) == 1
+        stream.save(tmp_path / str(split))
+        again = DocumentStream.load(tmp_path / str(split), model, tok, HashingEmbedder(dim=64))
+        assert again.split_special_tokens == split and same(again, stream)
+    # The template's own; and one of each: three of the text, one of the passage, one of the question.
+    assert ends == [1, 6]
+
+
+def states(text: str, block: int) -> dict[int, DocumentStream]:
+    """A stream at every place where it may stand while `text` is written, by the tokens it has read."""
+    stream = DocumentStream(model_for(), tokenizer("byte-bpe"))
+    found = {0: stream.fork()}
+    for at in range(0, len(text), block):
+        stream.write(text[at : at + block])
+        found[stream.tokens_seen] = stream.fork()
+    return found
+
+
+def during(stream: DocumentStream, act) -> list[threading.Thread]:
+    """Let two other threads `act` just before and just behind the reading of the third block."""
+    calls, read = [], stream._read
+    threads = [threading.Thread(target=act, daemon=True) for _ in range(2)]
+
+    def watched(ids: list[int]) -> None:
+        calls.append(1)
+        third = len(calls) == 3
+        # As much time as it needs when nothing holds it.
+        if third:
+            threads[0].start()
+            threads[0].join(0.2)
+        read(ids)
+        if third:
+            threads[1].start()
+            threads[1].join(0.2)
+
+    stream._read = watched  # type: ignore[method-assign]
+    return threads
+
+
+@pytest.mark.parametrize("act", ["fork", "save", "seen", "ask", "score"])
+def test_a_stream_is_whole_while_it_is_written(small_blocks, monkeypatch, tmp_path, act) -> None:
+    text = TEXT[:420]
+    expected = states(text, 40)
+    stream = DocumentStream(model_for(), tokenizer("byte-bpe"))
+    found: list[object] = []
+
+    def ask(one: DocumentStream) -> object:
+        with monkeypatch.context() as patched:
+            heard = prompts(one.model, patched)
+            one.ask("Where is Mary?", max_new_tokens=1)
+        return tuple(heard[-1])
+
+    acts = {
+        "fork": lambda: stream.fork(),
+        "save": lambda: stream.save(tmp_path),
+        "seen": lambda: stream.tokens_seen,
+        "ask": lambda: ask(stream),
+        "score": lambda: round(stream.score(" and so on"), 9),
+    }
+    threads = during(stream, lambda: found.append(acts[act]()))
+    stream.write(text)
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 2
+    if act == "seen":
+        assert set(found) <= expected.keys()
+    elif act in ("fork", "save"):
+        if act == "save":
+            found = [DocumentStream.load(tmp_path, model_for(), tokenizer("byte-bpe"))]
+        for got in found:
+            assert isinstance(got, DocumentStream) and same(got, expected[got.tokens_seen])
+    else:
+        # The third block is read when little of the text is left.
+        every = list(expected.values())[-4:]
+        said = {ask(one) if act == "ask" else round(one.score(" and so on"), 9) for one in every}
+        assert set(found) <= said
+    assert same(stream, written(text))
+
+
+def test_writers_do_not_write_into_each_others_text(small_blocks) -> None:
+    stream = DocumentStream(model_for("none"), tokenizer("byte-bpe"))
+    read: list[int] = []
+    stream._read = read.extend  # type: ignore[method-assign]
+    told = [f"{letter * 30} " * 20 for letter in "abcd"]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=stream.write, args=([*text],)) for text in told]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(before)
+    whole = tokenizer("byte-bpe").decode(read + stream._encode(stream._text))
+    assert len(whole) == sum(map(len, told)) and all(text in whole for text in told)
+
+
+def test_what_cannot_be_saved_is_known_before_anything_is(tmp_path) -> None:
+    index = ChunkIndex(HashingEmbedder(dim=64))
+    index.add(["One.", "Two."], metadata=[{"year": 1}, {"year": 3}])
+    where = {"year": {1, 2}}
+    stream = DocumentStream(
+        model_for(), tokenizer("byte-bpe"), Retriever(index, RetrievalConfig(where=where))
+    )
+    stream.save(tmp_path / "a")
+    loaded = DocumentStream.load(
+        tmp_path / "a", model_for(), tokenizer("byte-bpe"), HashingEmbedder(dim=64)
+    )
+    assert [p.text for p in loaded.retriever.recall("One or two?")] == ["One."]
+    object.__setattr__(stream.retriever.config, "where", {"year": object()})
+    with pytest.raises(TypeError):
+        stream.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_threads_may_read_a_stream_that_is_written(small_blocks) -> None:
+    stream = DocumentStream(model_for(), tokenizer("byte-bpe"), ChunkIndex(HashingEmbedder(dim=64)))
+    stream.write("Once upon a time. ")
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        try:
+            while not done.is_set():
+                fork = stream.fork()
+                fork.write("A fork goes on alone. ")
+                stream.ask("Where is Mary?", max_new_tokens=1)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        stream.write(TEXT[at : at + 7] for at in range(0, len(TEXT), 7))
+    finally:
+        done.set()
+        thread.join(60)
+    assert not errors and not thread.is_alive()
+    assert same(stream, written("Once upon a time. " + TEXT))
+    assert any("Mary" in p.text for p in stream.ask("Where is Mary?", max_new_tokens=1).sources)
+
+
+def test_a_failing_model_loses_no_text(small_blocks, monkeypatch) -> None:
+    stream = DocumentStream(model_for(), tokenizer("byte-bpe"))
+    with monkeypatch.context() as patched:
+        patched.setattr(stream.model, "read", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stream.write([TEXT])
+    # All of the block that failed is there, as far as it was taken in.
+    taken = len(stream._text)
+    assert taken > 40
+    stream.write(TEXT[taken:])
+    assert same(stream, written(TEXT))
+
+
+def test_every_end_token_of_the_model_ends_an_answer(monkeypatch) -> None:
+    """Chat models end a turn with another token than a text; they were made to end at both."""
+    stream, answered = written(TEXT), []
+    generate = MemLMForCausalLM.generate
+
+    def kept(model, ids, **arguments):
+        out = generate(model, ids, **arguments)
+        answered.append(out[0, ids.shape[1] :].tolist())
+        return out
+
+    monkeypatch.setattr(MemLMForCausalLM, "generate", kept)
+
+    def answer(ends: int | list[int] | None) -> list[int]:
+        stream.model.generation_config.eos_token_id = ends
+        stream.ask("Where is Mary?", max_new_tokens=8)
+        return answered[-1]
+
+    free = answer(None)
+    assert len(free) == 8
+    # A token that the model says by itself.
+    end = free[2]
+    until = free[: free.index(end) + 1]
+    assert answer(end) == answer([1, end]) == until

@@ -1,6 +1,7 @@
-"""Evaluation: bAbI stories, haystacks, BABILong composition, metrics and the streaming runner.
+"""Evaluation: a model is asked, what it answered is scored, and what was found is shown and compared.
 
 Names are imported on first use, so that importing this package loads neither torch nor transformers.
+What is asked is in `memlm.tasks`; the names of it that an evaluation needs are here as well.
 """
 
 from __future__ import annotations
@@ -9,24 +10,44 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memlm.eval import babi, babilong, haystack, metrics
-    from memlm.eval.haystack import Haystack
-    from memlm.eval.report import Report
-    from memlm.eval.runner import evaluate
+    from memlm.eval import metrics
+    from memlm.eval.losses.measure import perplexity
+    from memlm.eval.reporting.compare import compare
+    from memlm.eval.reporting.report import Report
+    from memlm.eval.running.runner import evaluate
+    from memlm.tasks import babi, babilong, haystack
+    from memlm.tasks.haystack import Haystack
 
-_MODULES = ("babi", "babilong", "haystack", "metrics", "report", "runner")
+_MODULES = {
+    "babi": "memlm.tasks.babi",
+    "babilong": "memlm.tasks.babilong",
+    "haystack": "memlm.tasks.haystack",
+    "metrics": "memlm.eval.metrics",
+}
 _NAMES = {
-    "Haystack": "memlm.eval.haystack",
-    "Report": "memlm.eval.report",
-    "evaluate": "memlm.eval.runner",
+    "Haystack": "memlm.tasks.haystack",
+    "Report": "memlm.eval.reporting.report",
+    "compare": "memlm.eval.reporting.compare",
+    "evaluate": "memlm.eval.running.runner",
+    "perplexity": "memlm.eval.losses.measure",
 }
 
-__all__ = ["Haystack", "Report", "babi", "babilong", "evaluate", "haystack", "metrics"]
+__all__ = [
+    "Haystack",
+    "Report",
+    "babi",
+    "babilong",
+    "compare",
+    "evaluate",
+    "haystack",
+    "metrics",
+    "perplexity",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"memlm.eval.{name}")
+        return importlib.import_module(_MODULES[name])
     if name in _NAMES:
         return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'memlm.eval' has no attribute {name!r}")

@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from memlm.files import write_json
 from memlm.modeling import MemLMForCausalLM
 from memlm.segment import Segment
-from memlm.state import MemoryState, write_json
+from memlm.state import MemoryState
 
 try:
     # Before ours: the harness lists its own models only while it knows none.
@@ -436,13 +437,13 @@ def write_babilong_tasks(
 ) -> list[str]:
     """Give lm_eval's BABILong tasks the samples in a folder instead of the hub's; return their names.
 
-    source: what `memlm.eval.babilong.write` wrote, `data/TASK/LENGTH.json`. out: a folder for
+    source: what `memlm.tasks.babilong.write` wrote, `data/TASK/LENGTH.json`. out: a folder for
     `--include_path`, with a task `memlm_babilong_TASK_LENGTH` a file, prompts and metric unchanged.
     """
     import lm_eval.tasks
 
-    from memlm.eval.babi.story import check_task
-    from memlm.eval.babilong import format_length
+    from memlm.tasks.babi.story import check_task
+    from memlm.tasks.babilong import format_length
 
     theirs = Path(lm_eval.tasks.__file__).parent / "babilong"
     names = []

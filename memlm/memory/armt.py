@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype, option
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.feature_maps import dpfp
 
@@ -36,21 +36,21 @@ class ARMTConfig(MemoryConfig):
     memory tokens at the start; None takes the embeddings'. shared_start: W_k starts as a copy of W_q, so
     that what is the same is found by the same features before anything is learnt.
     gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
-    gate for good; None leaves it free, as the paper does. write_cost: added to the training loss for
-    every full segment (a shorter one pays by its length), times the mean gate: what is not worth
-    remembering is not written (not in the paper).
+    gate for good; None leaves it free, as the paper does. write_cost: added to the training loss times
+    the mean gate over segments and layers (a segment that is not full pays by its length): what is not
+    worth remembering is not written (not in the paper).
     """
 
     num_memory_tokens: int | None = None
     d_mem: int = 64
     nu: int = 3
     correction: bool = True
-    initial_gate: float = 0.0
-    value_std: float = 0.0
-    token_std: float | None = None
-    shared_start: bool = False
+    initial_gate: float = option(0.0)
+    value_std: float = option(0.0)
+    token_std: float | None = option(None)
+    shared_start: bool = option(False)
     gate_limit: float | None = None
-    write_cost: float = 0.0
+    write_cost: float = option(0.0)
 
 
 class ARMTState(NamedTuple):

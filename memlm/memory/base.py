@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
@@ -79,9 +79,21 @@ class Dims:
         return max(0, self.max_positions - self.segment_length)
 
 
+def option(default: Any) -> Any:
+    """A config's field that changes neither the shape nor the meaning of a state.
+
+    How parameters start, what training costs, how much is read: a state is the same without it, and so
+    goes from a model with one value to a model with another.
+    """
+    return field(default=default, metadata={"in_state": False})
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """Fields every mechanism has. `layers`: which decoder layers it is attached to; None means all."""
+    """Fields every mechanism has. `layers`: which decoder layers it is attached to; None means all.
+
+    A field added later has the default that does what was done before it: files without it go on loading.
+    """
 
     layers: tuple[int, ...] | None = None
 
@@ -91,8 +103,13 @@ class MemoryConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def state_fields(self) -> dict[str, Any]:
+        """Those of `to_dict` that change a state's shape or meaning: all but an `option`."""
+        shaping = [one.name for one in fields(self) if one.metadata.get("in_state", True)]
+        return {name: value for name, value in self.to_dict().items() if name in shaping}
 
 
 class Memory(nn.Module, ABC):
@@ -114,12 +131,17 @@ class Memory(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.dims = dims
-        # Moves with the module: where, and in which dtype, a memory without parameters lives.
+        # Where the memory lives, and in which dtype the stage it wraps computes: that of the base model,
+        # while the parameters may be wider.
         self.register_buffer("place", torch.empty(0), persistent=False)
 
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Zeros on the module's device, in its dtype unless another is given."""
+        """Zeros on the module's device, in the base model's dtype unless another is given."""
         return cast(Tensor, self.place).new_zeros(shape, dtype=dtype)
+
+    def rows_of(self, vectors: Tensor, batch_size: int) -> Tensor:
+        """Learned `vectors` (M, D) as the start of each row, in the base model's dtype: (B, M, D)."""
+        return vectors.to(cast(Tensor, self.place).dtype).expand(batch_size, -1, -1)
 
     @classmethod
     def resolve(cls, config: Any, dims: Dims) -> Any:
@@ -167,7 +189,8 @@ class Memory(nn.Module, ABC):
     def auxiliary_loss(self, before: Any, after: Any) -> Tensor | None:
         """(B,) what one segment's change of state costs in training, a function of both; None: nothing.
 
-        Summed over segments, averaged over rows, and added to the loss as it is.
+        Averaged over real segments, rows and the layers of this memory, and added to the loss as it is: how
+        long a document is, how deep the model and how a batch is split do not change its weight.
         """
         return None
 

@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.base import (
+    QKV,
+    Dims,
+    Inner,
+    Memory,
+    MemoryConfig,
+    Site,
+    accumulator_dtype,
+    option,
+)
 from memlm.memory.parts.cache import appended, cleared, held, pick, push
 
 COMPRESSIONS = ("conv", "mean", "max", "most-used")
@@ -41,7 +50,7 @@ class CompressiveConfig(MemoryConfig):
     compressed_length: int | None = None
     compression_rate: int = 4
     compression: str = "conv"
-    reconstruction_weight: float = 1.0
+    reconstruction_weight: float = option(1.0)
 
 
 class CompressiveState(NamedTuple):

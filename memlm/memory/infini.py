@@ -17,7 +17,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.base import (
+    QKV,
+    Dims,
+    Inner,
+    Memory,
+    MemoryConfig,
+    Site,
+    accumulator_dtype,
+    option,
+)
 from memlm.memory.parts.feature_maps import elu_plus_one
 
 UPDATES = ("delta", "linear")
@@ -32,7 +41,7 @@ class InfiniConfig(MemoryConfig):
     """
 
     update: str = "delta"
-    initial_gate: float = 0.0
+    initial_gate: float = option(0.0)
 
 
 class InfiniState(NamedTuple):

@@ -34,6 +34,7 @@ from memlm.memory.base import (
     MemoryConfig,
     Site,
     accumulator_dtype,
+    option,
 )
 from memlm.memory.parts.cache import held, push
 
@@ -55,11 +56,11 @@ class KNNConfig(MemoryConfig):
     """
 
     capacity: int = 8192
-    top_k: int = 32
+    top_k: int = option(32)
     similarity: str = "cosine"
     combine: str = "gate"
-    min_similarity: float | None = None
-    initial_gate: float = 0.0
+    min_similarity: float | None = option(None)
+    initial_gate: float = option(0.0)
 
 
 class KNNState(NamedTuple):

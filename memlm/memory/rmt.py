@@ -57,7 +57,7 @@ class RMT(Memory):
         nn.init.normal_(self.initial_memory, std=embedding_std)
 
     def init_state(self, batch_size: int) -> RMTState:
-        return RMTState(self.initial_memory.expand(batch_size, -1, -1))
+        return RMTState(self.rows_of(self.initial_memory, batch_size))
 
     def forward(
         self, x: Tensor, state: RMTState, inner: Inner, *, mask: Tensor | None, write: bool = True

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site
+from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, option
 from memlm.memory.parts.cache import held
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.memory_tokens import around, check_decoder_memory
@@ -40,7 +40,7 @@ class RMTRConfig(MemoryConfig):
     num_memory_tokens: int | None = None
     bank_size: int = 32
     archive_size: int = 0
-    recall: int = 4
+    recall: int = option(4)
 
 
 class RMTRState(NamedTuple):
@@ -124,7 +124,7 @@ class RMTR(Memory):
     def init_state(self, batch_size: int) -> RMTRState:
         shape = (self.num_memory_tokens, self.dims.hidden_size)
         return RMTRState(
-            self.initial_memory.expand(batch_size, -1, -1),
+            self.rows_of(self.initial_memory, batch_size),
             self.zeros(batch_size, self.bank_size, *shape),
             self.zeros(batch_size, self.archive_size, *shape),
             self.zeros(batch_size, dtype=torch.long),

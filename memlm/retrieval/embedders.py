@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import threading
 import unicodedata
 import zipfile
 import zlib
@@ -76,7 +77,7 @@ class HashingEmbedder:
     In 14,000 chunks 4: .75 / .95, 8: .96 / 1.00, 12: .99 / 1.00; with dim 4096 and 8: 1.00 / 1.00.
     Character n-grams beside the words gained .02 at most, for several times the work.
 
-    Not for several threads at once; give each its own.
+    Threads may share one; they wait for each other.
     """
 
     def __init__(self, dim: int = 2048, hashes: int = 12) -> None:
@@ -88,6 +89,7 @@ class HashingEmbedder:
         self.hashes = hashes
         self._idf: NDArray[np.float32] | None = None
         self._words = _Numbers()
+        self._lock = threading.Lock()
         self._forget()
         self.fingerprint = self._describe()
 
@@ -117,10 +119,12 @@ class HashingEmbedder:
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         for begin in range(0, len(texts), _TEXTS_AT_ONCE):
             batch = texts[begin : begin + _TEXTS_AT_ONCE]
-            rows, words, counts = self._count(batch)
+            with self._lock:
+                rows, words, counts = self._count(batch)
+                weights, buckets = self._values[words], self._buckets[words]
             # Whole numbers, so that the order of the words cannot show in the sums.
-            values = np.rint(self._values[words] * (1.0 + np.log(counts))[:, None] / _UNIT)
-            places = rows[:, None] * self.dim + self._buckets[words]
+            values = np.rint(weights * (1.0 + np.log(counts))[:, None] / _UNIT)
+            places = rows[:, None] * self.dim + buckets
             sums = np.bincount(places.ravel(), values.ravel(), len(batch) * self.dim)
             sums = sums.reshape(len(batch), self.dim)
             norms = np.sqrt(np.square(sums).sum(axis=1, keepdims=True))
@@ -136,9 +140,15 @@ class HashingEmbedder:
         """The same as `encode`: a question's words are looked for as they are."""
         return self.encode(texts)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write settings and word weights into one .npz file, atomically."""
-        from memlm.state import write_atomically
+        from memlm.files import write_atomically
 
         settings = {"version": VERSION, "dim": self.dim, "hashes": self.hashes}
         arrays: dict[str, NDArray[Any]] = {

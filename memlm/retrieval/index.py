@@ -1,6 +1,7 @@
 """An index of chunks: found by meaning (faiss) and by word (BM25), filtered by metadata.
 
-One lock a `ChunkIndex`: threads may add and search at will, and wait for each other. After `fork()` faiss
+One lock per `ChunkIndex`, held while its embedder works, too, as few embedders allow for several threads:
+threads may add and search at will, and wait for each other. After `fork()` faiss
 can hang when the parent has searched with more than one thread: in forked workers use threads=1 on both
 sides, or open the index in the worker. On macOS two OpenMP libraries in a process (torch's and faiss's)
 can end it; use threads=1 there.
@@ -173,14 +174,10 @@ class ChunkIndex:
         self._writable()
         texts = check_texts(texts, "texts")
         given = None if ids is None else self._given(ids, texts)
-        with self._lock:
-            self._refuse_known(given or [])
         notes = check_metadata(metadata, len(texts))
-        fingerprint = self.embedder.fingerprint
-        vectors = self._embed(texts, self.embedder.encode)
         with self._lock:
-            self._accept(fingerprint)
             self._refuse_known(given or [])
+            vectors = self._embed(texts, self.embedder.encode)
             names = given if given is not None else self._make_ids(len(texts))
             self._insert(list(zip(names, texts, notes, strict=True)), vectors)
         return [id_of(name) for name in names]
@@ -197,12 +194,8 @@ class ChunkIndex:
         names = self._given(ids, texts)
         notes = check_metadata(metadata, len(texts))
         with self._lock:
-            self._find(names)
-        fingerprint = self.embedder.fingerprint
-        vectors = self._embed(texts, self.embedder.encode)
-        with self._lock:
-            self._accept(fingerprint)
             old = self._find(names)
+            vectors = self._embed(texts, self.embedder.encode)
             if metadata is None:
                 notes = [self._rows[row][2] for row in old]
             self._insert(list(zip(names, texts, notes, strict=True)), vectors)
@@ -221,11 +214,7 @@ class ChunkIndex:
         texts = check_texts(texts, "texts")
         with self._lock:
             self._vectors.check_trainable(len(texts))
-        fingerprint = self.embedder.fingerprint
-        vectors = self._embed(texts, self.embedder.encode)
-        with self._lock:
-            self._accept(fingerprint)
-            self._vectors.check_trainable(len(texts))
+            vectors = self._embed(texts, self.embedder.encode)
             self._vectors.train(vectors)
             self._rewrite = True
 
@@ -259,10 +248,8 @@ class ChunkIndex:
             raise ValueError("hybrid=True, but the index was made with hybrid=False; make it anew")
         if not queries or not len(self):
             return [[] for _ in queries]
-        fingerprint = self.embedder.fingerprint
-        vectors = self._embed(queries, self.embedder.encode_queries)
         with self._lock:
-            self._accept(fingerprint)
+            vectors = self._embed(queries, self.embedder.encode_queries)
             mask = self._rows.allowed(wanted)
             alive = self._rows.alive[: self._rows.next_row]
             depth = k if lexical is None else max(2 * k, 50)
@@ -274,6 +261,11 @@ class ChunkIndex:
                 self._fuse(found, lexical.search(query, depth, mask), k)
                 for query, found in zip(queries, dense, strict=True)
             ]
+
+    def likeness(self, query: str, texts: Sequence[str]) -> Floats:
+        """(n,) how like texts, which need not be in the index, are to a query: the embedder's product."""
+        with self._lock:
+            return self.embedder.encode(texts) @ self.embedder.encode_queries([query])[0]
 
     def _fuse(
         self, dense: list[tuple[int, float]], lexical: list[tuple[int, float]], k: int
@@ -358,6 +350,7 @@ class ChunkIndex:
 
     def _embed(self, texts: list[str], encode: Any) -> Floats:
         """(n, dim) C-contiguous float32, normalised for cosine. ValueError when unusable."""
+        self._accept(self.embedder.fingerprint)
         if not texts:
             return np.zeros((0, self._vectors.dim), np.float32)
         vectors = np.asarray(encode(texts))

@@ -7,7 +7,6 @@ same index: what it sees is its own chunks and those of no retriever, a library 
 from __future__ import annotations
 
 import itertools
-import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from memlm.config import RECALL_TEMPLATE
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.chunks import Chunk, Chunker
 from memlm.retrieval.index import ChunkIndex, Hit
-from memlm.retrieval.rows import ABSENT
+from memlm.retrieval.rows import ABSENT, check_where
 from memlm.text import split_sentences
+from memlm.tokens import Part, fill, joined
 
 # Chunks embedded at once: one at a time would cost several times as much.
 BATCH = 256
@@ -27,7 +27,6 @@ BATCH = 256
 CLUES = 4
 CLUE_SHARE = 0.5
 _OWNER = "memlm_stream"
-_PLACES = re.compile(r"\{(document|start|text)\}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Recalled:
     document: str | None
     start: int | None
     end: int | None
-    id: str
+    id: str | int
     score: float
 
 
@@ -67,6 +66,9 @@ class RetrievalConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if self.where is not None:
+            # As JSON can hold it: a stream saves its settings.
+            object.__setattr__(self, "where", check_where(self.where))
 
 
 class Retriever:
@@ -105,7 +107,7 @@ class Retriever:
         self.flush()
         wanted = self.config.k if k is None else k
         where = {**(self.config.where or {}), _OWNER: [ABSENT, *self._owners]}
-        found: dict[str, Hit] = {}
+        found: dict[str | int, Hit] = {}
         queries = [question]
         for hop in range(self.config.hops):
             # Every hop adds its part, the last one what is left.
@@ -114,7 +116,7 @@ class Retriever:
             ranks = zip_longest(*self.index.search(queries, k=wanted, where=where))
             for hit in (hit for rank in ranks for hit in rank if hit is not None):
                 if len(found) < share:
-                    found.setdefault(str(hit.id), hit)
+                    found.setdefault(hit.id, hit)
             if hop + 1 < self.config.hops:
                 queries = self._clues(question, list(found.values())) or queries
         ordered = sorted(found.values(), key=_place)
@@ -124,7 +126,7 @@ class Retriever:
                 hit.metadata.get("document"),
                 hit.metadata.get("start"),
                 hit.metadata.get("end"),
-                str(hit.id),
+                hit.id,
                 float(hit.score),
             )
             for hit in ordered
@@ -138,8 +140,7 @@ class Retriever:
         sentences = list(dict.fromkeys(s for hit in hits for s in split_sentences(hit.text)))
         if not sentences:
             return []
-        embedder = self.index.embedder
-        likeness = embedder.encode(sentences) @ embedder.encode_queries([question])[0]
+        likeness = self.index.likeness(question, sentences)
         best = sorted(range(len(sentences)), key=lambda n: -likeness[n])[:CLUES]
         return [
             sentences[n] for n in best if likeness[n] > max(0.0, CLUE_SHARE * likeness[best[0]])
@@ -225,17 +226,21 @@ def as_retriever(retrieval: ChunkIndex | Retriever | None) -> Retriever | None:
 
 def render(recalled: Iterable[Recalled], template: str = RECALL_TEMPLATE) -> str:
     """The text that shows recalled passages to a model, in front of the question."""
-    return "".join(_shown(passage, template) for passage in recalled)
+    return joined(render_parts(recalled, template))
 
 
-def _shown(passage: Recalled, template: str) -> str:
-    named = {
-        "document": passage.document or "",
-        "start": "" if passage.start is None else str(passage.start),
-        "text": " ".join(passage.text.split()),
-    }
-    # In one pass: a passage may say "{start}" itself.
-    return _PLACES.sub(lambda match: named[match[1]], template)
+def render_parts(recalled: Iterable[Recalled], template: str = RECALL_TEMPLATE) -> list[Part]:
+    """`render`, in parts that tell the template from what fills it."""
+    return [
+        part
+        for passage in recalled
+        for part in fill(
+            template,
+            document=passage.document or "",
+            start="" if passage.start is None else str(passage.start),
+            text=" ".join(passage.text.split()),
+        )
+    ]
 
 
 def read_document(

@@ -133,7 +133,7 @@ def write_part(
     directory: Path, kind: str, rows: tuple[int, int], count: int, write: Callable[[Path], Any]
 ) -> Part:
     """Let `write` fill a file under a new name, on disk when this returns."""
-    from memlm.state import write_atomically
+    from memlm.files import write_atomically
 
     path = directory / f"{kind}-{secrets.token_hex(8)}.{_SUFFIX[kind]}"
     found: tuple[int, str] = (0, "")
@@ -155,7 +155,7 @@ def commit(
 
     before: generation of the manifest replaced, None for none. ValueError when it changed meanwhile.
     """
-    from memlm.state import write_atomically
+    from memlm.files import write_atomically
 
     parts = list(parts)
     manifest = {

@@ -16,20 +16,28 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import islice
 
 import numpy as np
 
-from memlm.eval import babi
-from memlm.eval.babi.generators.events import DIALECTS
-from memlm.eval.babi.generators.world import World
-from memlm.eval.babilong import FACT_TEMPLATE, Sample, compose, encode_answer, encode_question
-from memlm.eval.haystack import TokenHaystack, encode_texts
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.embedders import HashingEmbedder
-from memlm.retrieval.retriever import RetrievalConfig, read_document, render
+from memlm.retrieval.retriever import RetrievalConfig, read_document, render_parts
 from memlm.segment import IGNORE
+from memlm.tasks import babi
+from memlm.tasks.babi.generators.events import DIALECTS
+from memlm.tasks.babi.generators.world import World
+from memlm.tasks.babilong import (
+    ANSWER_TEMPLATE,
+    FACT_TEMPLATE,
+    Sample,
+    compose,
+    encode_answer,
+    encode_question,
+)
+from memlm.tasks.haystack import TokenHaystack
+from memlm.tokens import encode_parts
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted
 from memlm.train.options import BabilongOptions
@@ -54,10 +62,9 @@ class BabilongSource:
         self.segment_length = segment_length
         self.options = options or BabilongOptions()
         self.seed = seed
-        tokenizer = haystack.tokenizer
-        template = self.options.question_template
-        self.prompt = cache(partial(encode_question, tokenizer, template=template))
-        self.answer = cache(partial(encode_answer, tokenizer))
+        # Encoded now: a tokenizer without an end token is refused before any document is made.
+        self._end = encode_answer(haystack.tokenizer, "")[-1:]
+        self._prompts: dict[str, np.ndarray] = {}
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:
         """Whether documents end with their first piece in all of `stages`."""
@@ -85,6 +92,20 @@ class BabilongSource:
     def encode(self, fact: str) -> np.ndarray:
         """A fact as it stands in a document, behind one space."""
         return self.haystack.encode(FACT_TEMPLATE.format(fact=fact))
+
+    # Remembered in a dict, not by a cached function: this object is sent to spawned data workers.
+
+    def prompt(self, question: str) -> np.ndarray:
+        """What `encode_question` gives."""
+        if question not in self._prompts:
+            template = self.options.question_template
+            self._prompts[question] = encode_question(self.haystack.tokenizer, question, template)
+        return self._prompts[question]
+
+    def answer(self, answer: str) -> np.ndarray:
+        """What `encode_answer` gives."""
+        ids = self.haystack.encode(ANSWER_TEMPLATE.format(answer=answer))
+        return np.concatenate([ids, self._end])
 
     # Layout "story".
 
@@ -134,8 +155,8 @@ class BabilongSource:
         retriever = read_document(sample, self.embedder, config)
         found = []
         for question, answer in asked:
-            text = render(retriever.recall(question), options.recall_template)
-            recalled = encode_texts(self.haystack.tokenizer, [text])[0][: options.retrieval_tokens]
+            shown = render_parts(retriever.recall(question), options.recall_template)
+            recalled = encode_parts(self.haystack.tokenizer, shown)[: options.retrieval_tokens]
             prompt, reply = self.prompt(question), self.answer(answer)
             ids = np.concatenate([np.array(recalled, dtype=np.int32), prompt, reply])
             found.append(Question(segment, ids, len(reply)))

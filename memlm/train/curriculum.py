@@ -50,7 +50,10 @@ class Stage:
     )
     auxiliary_weight: float = field(
         default=1.0,
-        metadata={"help": "factor on the auxiliary losses of memories, such as armt's write_cost"},
+        metadata={
+            "help": "factor on the auxiliary losses: of memories, such as armt's write_cost, and of the "
+            "routers of a base with experts"
+        },
     )
     data: dict[str, Any] = field(
         default_factory=dict,
@@ -65,6 +68,10 @@ class Stage:
             )
         if self.auxiliary_weight < 0:
             raise ValueError(f"auxiliary_weight={self.auxiliary_weight} must be 0 or more")
+        for name in ("learning_rate", "final_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and rate < 0:
+                raise ValueError(f"{name}={rate} would climb the loss; give 0 or more")
         for name in ("steps", "min_steps", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and value < (1 if name == "steps" else 0):
@@ -79,7 +86,7 @@ class Stage:
 
     def learning_rate_at(self, step: int, peak: float) -> float:
         """The learning rate at `step` steps into the stage."""
-        peak = self.learning_rate or peak
+        peak = peak if self.learning_rate is None else self.learning_rate
         if step < self.warmup_steps:
             return peak * (step + 1) / self.warmup_steps
         if self.final_learning_rate is None:
@@ -137,7 +144,9 @@ class Curriculum:
     def sets_learning_rate(self) -> bool:
         """Whether stages say what the learning rate is, instead of the trainer's schedule."""
         return any(
-            stage.learning_rate or stage.warmup_steps or stage.final_learning_rate is not None
+            stage.learning_rate is not None
+            or stage.warmup_steps
+            or stage.final_learning_rate is not None
             for stage in self.stages
         )
 

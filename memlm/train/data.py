@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from memlm.scan import Anchor, first_window
 from memlm.segment import IGNORE
 from memlm.train.curriculum import Curriculum, Stage
 
@@ -89,14 +90,18 @@ class PieceSource:
 class Windows:
     """The documents of another source, cut where a window with a target ends.
 
-    Batches of these, read on from one to the next, are one optimiser step a window. Windows without
-    a target join the next one; what follows the last target of a document is dropped.
+    Batches of these, read on from one to the next, are one optimiser step per window. Windows without
+    a target join the next one; what follows the last target of a piece is dropped, and from the end
+    (`anchor`), windows are counted back from it.
     """
 
-    def __init__(self, source: Source, window: int, segment_length: int) -> None:
+    def __init__(
+        self, source: Source, window: int, segment_length: int, anchor: Anchor = "end"
+    ) -> None:
         self.source = source
         self.window = window
         self.segment_length = segment_length
+        self.anchor = anchor
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:
         """A piece is a window here."""
@@ -109,18 +114,19 @@ class Windows:
 
     def _cut(self, piece: Piece) -> Iterator[Piece]:
         segment = piece.segment_length or self.segment_length
-        tokens = self.window * segment
-        asked = {question.segment // self.window for question in piece.questions}
-        begin = 0
-        for index, start in enumerate(range(0, len(piece.ids), tokens)):
-            at = slice(start, start + tokens)
-            aimed = piece.targets is not None and bool((piece.targets[at] != IGNORE).any())
-            if index not in asked and not aimed:
+        aimed = {question.segment for question in piece.questions}
+        if piece.targets is not None:
+            aimed |= {int(at) // segment for at in np.flatnonzero(piece.targets != IGNORE)}
+        count = max(aimed, default=-1) + 1
+        first, last = 0, first_window(max(count, 1), self.window, self.anchor)
+        while first < count:
+            if not any(first <= place < last for place in aimed):
+                last += self.window
                 continue
-            first, last = begin // segment, (start + tokens) // segment
+            at = slice(first * segment, last * segment)
             yield Piece(
-                piece.ids[begin : start + tokens],
-                None if piece.targets is None else piece.targets[begin : start + tokens],
+                piece.ids[at],
+                None if piece.targets is None else piece.targets[at],
                 tuple(
                     replace(question, segment=question.segment - first)
                     for question in piece.questions
@@ -128,7 +134,7 @@ class Windows:
                 ),
                 piece.segment_length,
             )
-            begin = start + tokens
+            first, last = last, last + self.window
 
 
 class Collator:

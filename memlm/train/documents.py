@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from memlm.eval.haystack import encode_texts, open_dataset, parse_hub, text_column
+from memlm.tasks.haystack.sources import open_dataset, parse_hub, text_column
 from memlm.text import read_text
+from memlm.tokens import encode_texts
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, shifted
+
+_NO_TEXT = "texts holds no document with text in it; give at least one"
 
 
 class DocumentSource:
@@ -24,7 +27,8 @@ class DocumentSource:
 
     texts: a sequence of (name, text), shuffled anew every epoch, or an iterable of such, read in
     its order and started over at its end. skip_empty: pass over documents without text instead of
-    refusing them.
+    refusing them. split_special_tokens: control tokens written out in a text are text; False makes them
+    control tokens.
     """
 
     def __init__(
@@ -34,19 +38,27 @@ class DocumentSource:
         segment_length: int,
         seed: int = 0,
         skip_empty: bool = False,
+        split_special_tokens: bool = True,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
         if isinstance(texts, Sequence) and not texts:
             raise ValueError("texts is empty; give at least one document")
+        if isinstance(texts, Sequence) and skip_empty:
+            texts = _with_text(texts)
         self.texts = texts
         self.tokenizer = tokenizer
         self.segment_length = segment_length
         self.seed = seed
         self.skip_empty = skip_empty
+        self.split_special_tokens = split_special_tokens
         self._order: tuple[int, np.ndarray] | None = None
         self._stream: Iterator[tuple[str, str]] | None = None
         self._read = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A data worker that is spawned is sent the texts, and reads them from their start by itself.
+        return {**self.__dict__, "_stream": None, "_read": 0}
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:
         """Documents are read on until they end."""
@@ -71,7 +83,7 @@ class DocumentSource:
             raise ValueError(
                 f"document {name!r} is empty; remove it, or set skip_empty to pass over such"
             )
-        ids = encode_texts(self.tokenizer, [text])[0]
+        ids = encode_texts(self.tokenizer, [text], self.split_special_tokens)[0]
         return np.array([*ids, self.tokenizer.eos_token_id], dtype=np.int64)
 
     def _text(self, ordinal: int) -> tuple[str, str]:
@@ -100,20 +112,29 @@ class DocumentSource:
                     found = True
                     yield name, text
             if not found:
-                raise ValueError("texts holds no document with text in it; give at least one")
+                raise ValueError(_NO_TEXT)
 
 
 class TextFiles(Sequence[tuple[str, str]]):
-    """The UTF-8 text files of a folder, or one file: (name, text), read when asked for."""
+    """The UTF-8 text files of a folder, or one file: (name, text), read when asked for.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        root = Path(path)
+    skip_empty: leave out files without text, for which each is read up to its first letter; else a file
+    of no bytes is refused.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], skip_empty: bool = False) -> None:
+        self.path = root = Path(path)
         if not root.exists():
             raise FileNotFoundError(f"path {str(root)!r} does not exist; name a file or a folder")
         files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
         self.files = [p for p in files if not p.name.startswith(".")]
         if not self.files:
             raise ValueError(f"folder {str(root)!r} holds no file; give a folder of text files")
+        self.skip_empty = skip_empty
+        if skip_empty:
+            self.files = [file for file in self.files if any(map(str.strip, read_text(file)))]
+            if not self.files:
+                raise ValueError(_NO_TEXT)
         empty = [str(file) for file in self.files if file.stat().st_size == 0]
         if empty:
             raise ValueError(f"document {empty[0]!r} is empty; remove it")
@@ -124,6 +145,16 @@ class TextFiles(Sequence[tuple[str, str]]):
     def __getitem__(self, index: Any) -> Any:
         file = self.files[index]
         return str(file), "".join(read_text(file))
+
+
+def _with_text(texts: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    """Those of `texts` that hold text; files that were looked at when they were listed as they are."""
+    if isinstance(texts, TextFiles):
+        return texts if texts.skip_empty else TextFiles(texts.path, skip_empty=True)
+    found = [(name, text) for name, text in texts if text.strip()]
+    if not found:
+        raise ValueError(_NO_TEXT)
+    return found
 
 
 class Rows:
@@ -144,10 +175,15 @@ class Rows:
             yield f"row {number}", str(row[column] or "")
 
 
-def open_texts(path: str) -> Sequence[tuple[str, str]] | Iterable[tuple[str, str]]:
-    """A text file, a folder of them, or "hub:ID[@CONFIG][:COLUMN]" streamed through `datasets`."""
+def open_texts(
+    path: str, skip_empty: bool = False
+) -> Sequence[tuple[str, str]] | Iterable[tuple[str, str]]:
+    """A text file, a folder of them, or "hub:ID[@CONFIG][:COLUMN]" streamed through `datasets`.
+
+    skip_empty: of a folder's files, leave out those without text.
+    """
     if not path.startswith("hub:"):
-        return TextFiles(path)
+        return TextFiles(path, skip_empty)
     name, config, column = parse_hub(path)
     splits = open_dataset(path, name, config)
     return Rows(splits["train" if "train" in splits else next(iter(splits))], column)

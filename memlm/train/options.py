@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from memlm.eval import babi
-from memlm.eval.babi.generators.events import DIALECTS
+from memlm.tasks import babi
+from memlm.tasks.babi.generators.events import DIALECTS
+
+# Options that documents of some layouts alone are made by, and those that only say how to recall.
+READ_BY = {
+    "max_facts": ("story",),
+    "facts_per_segment": ("aligned",),
+    "gap_tokens": ("flowing",),
+    "no_gap": ("flowing",),
+    "ask_every": ("aligned", "flowing"),
+    "end_probability": ("aligned", "flowing"),
+    "distinct_actors": ("aligned", "flowing"),
+}
+RECALLING = ("retrieval_size", "retrieval_hops", "retrieval_tokens")
 
 
 def described(help: str, default: Any) -> Any:
@@ -71,6 +83,12 @@ class BabilongOptions:
         "remembers it",
         " {text}",
     )
+
+    def reads(self, name: str) -> bool:
+        """Whether documents of this layout depend on the option `name`."""
+        if name in RECALLING:
+            return self.retrieval > 0
+        return self.layout in READ_BY.get(name, (self.layout,))
 
     def __post_init__(self) -> None:
         for name in ("tasks", "facts_per_segment", "gap_tokens"):

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from memlm.eval.haystack import check_source
+from memlm.tasks.haystack import check_source
 from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
 
@@ -81,7 +81,13 @@ class DataSection(BabilongOptions):
     path: str | None = described(
         "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]", None
     )
-    skip_empty: bool = described("documents: pass over empty rows instead of refusing them", False)
+    skip_empty: bool = described(
+        "documents: pass over empty rows and files instead of refusing them", False
+    )
+    split_special_tokens: bool = described(
+        "documents: control tokens written out in a text are text; false makes them control tokens",
+        True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +175,46 @@ class Recipe:
         own = {f.name: getattr(self.data, f.name) for f in fields(BabilongOptions)}
         return build(BabilongOptions, {**own, **stage.data}, where)
 
+    def unread(self) -> list[str]:
+        """What is set to no effect, as "key: why"; what is as it is by default is not set."""
+        data, stages = self.data, self.curriculum.stages
+        changed = [f.name for f in fields(data) if getattr(data, f.name) != f.default]
+        composing = {"haystack", *(f.name for f in fields(BabilongOptions))}
+        if data.source == "documents":
+            of_stages = [
+                f"curriculum.stages.{i}.data" for i, stage in enumerate(stages) if stage.data
+            ]
+            keys = [f"data.{name}" for name in changed if name in composing] + of_stages
+            found = [f"{key}: is for data.source='babilong'" for key in keys]
+        else:
+            documents = [name for name in changed if name in ("path", "skip_empty")]
+            found = [f"data.{name}: is for data.source='documents'" for name in documents]
+            made = [self.options_of(stage, "") for stage in stages]
+            found += [
+                f"data.{name}: no stage's layout and retrieval read it"
+                for name in changed
+                if name in composing and not any(options.reads(name) for options in made)
+            ]
+            found += [
+                f"curriculum.stages.{i}.data.{name}: its layout and retrieval do not read it"
+                for i, (stage, options) in enumerate(zip(stages, made, strict=True))
+                for name in stage.data
+                if not options.reads(name)
+            ]
+        return found
+
+    def asking(self) -> tuple[Literal["own", "open"], str]:
+        """How the finished model is asked: the question's segment, and the template of passages.
+
+        As the last stage asked it, and as the last that recalled passages showed them.
+        """
+        stages = [self.options_of(stage, "") for stage in self.curriculum.stages]
+        last = stages[-1]
+        shown = next((options for options in reversed(stages) if options.retrieval), last)
+        # In a story without passages, the question is the last words of the document itself.
+        own = last.layout != "story" or bool(last.retrieval)
+        return "own" if own else "open", shown.recall_template
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
         """Read a recipe, or a shipped one by its name; `overrides` are "section.key=value".
@@ -192,7 +238,7 @@ class Recipe:
         """Write the recipe, defaults included."""
         import yaml
 
-        from memlm.state import write_atomically
+        from memlm.files import write_atomically
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

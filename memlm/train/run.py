@@ -31,16 +31,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from memlm.eval.haystack import Haystack
-from memlm.eval.haystack_cache import tokenized_haystack
+from memlm.files import write_atomically, write_json
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
-from memlm.state import write_atomically, write_json
+from memlm.tasks.haystack import Haystack
+from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.babilong import BabilongSource
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Piece, Source, TrainingStream
 from memlm.train.documents import DocumentSource, open_texts
-from memlm.train.recipe import Recipe, nearest
+from memlm.train.recipe import ModelSection, Recipe, nearest, plain
 from memlm.train.tokenizer import babi_words, train_tokenizer
 from memlm.train.trainer import MemLMTrainer, MemLMTrainingArguments
 
@@ -95,6 +95,11 @@ def train(
     done, checkpoint = prepare_folder(recipe, out, resume)
     if done is not None:
         return done
+    # A run that was begun goes on, whatever older versions let pass.
+    if checkpoint is None and (unread := recipe.unread()):
+        raise ValueError(
+            f"the recipe sets what nothing reads ({'; '.join(unread[:3])}); leave it out"
+        )
     began, cpu = time.perf_counter(), time.process_time()
     check_model(recipe)
     curriculum = Curriculum(
@@ -257,6 +262,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
                 f"model.init_from={section.init_from!r} is a {type(model).__name__} without "
                 "memory; give it as model.base"
             )
+        check_same_model(section, model)
     elif section.base is not None:
         model = MemLMForCausalLM.from_base(
             section.base,
@@ -281,9 +287,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
     if recipe.data.source == "babilong":
         # How the model is asked later is how it learns to be asked.
         model.config.question_template = recipe.data.question_template
-        model.config.recall_template = recipe.data.recall_template
-        if recipe.data.layout != "story" or recipe.data.retrieval:
-            model.config.question_segment = "own"
+        model.config.question_segment, model.config.recall_template = recipe.asking()
     reinitialise(model, section.init_std)
     rows = len(model.get_input_embeddings().state_dict()["weight"])
     if len(tokenizer) > rows:
@@ -294,6 +298,32 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
     if section.freeze_base:
         model.freeze_base()
     return model
+
+
+def check_same_model(section: ModelSection, model: MemLMForCausalLM) -> None:
+    """Refuse what a recipe says of a model that is there already and says otherwise."""
+    default = ModelSection()
+    length = model.segment_length
+    if section.segment_length not in (default.segment_length, length):
+        raise ValueError(
+            f"model.segment_length={section.segment_length}, but the model of init_from="
+            f"{section.init_from!r} has {length}; leave it out"
+        )
+    if section.memory == default.memory:
+        return
+    entries = section.memory if isinstance(section.memory, list) else [section.memory]
+    given = [entry if isinstance(entry, dict) else {"name": entry} for entry in entries]
+    given = [entry for entry in given if entry["name"] not in (None, "none")]
+    own = [{**entry} for entry in model.config.memory or ()]
+    if len(given) != len(own) or any(
+        plain(has.get(key)) != plain(value)
+        for entry, has in zip(given, own, strict=True)
+        for key, value in entry.items()
+    ):
+        raise ValueError(
+            f"model.memory={section.memory!r}, but the model of init_from={section.init_from!r} has "
+            f"{[entry['name'] for entry in own]} with settings of its own; leave it out"
+        )
 
 
 def reinitialise(model: MemLMForCausalLM, stds: dict[str, float]) -> None:
@@ -331,11 +361,12 @@ def make_source(
     seed = recipe.seed if seed is None else seed
     if recipe.data.source == "documents":
         return DocumentSource(
-            open_texts(recipe.data.path or ""),
+            open_texts(recipe.data.path or "", recipe.data.skip_empty),
             tokenizer,
             segment_length,
             seed=seed,
             skip_empty=recipe.data.skip_empty,
+            split_special_tokens=recipe.data.split_special_tokens,
         )
     return BabilongSource(haystack, segment_length, recipe.options(), seed=seed)
 

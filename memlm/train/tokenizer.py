@@ -56,7 +56,7 @@ MAIN_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 
 def babi_words(tasks: Iterable[str] = (), stories: int = 400) -> list[str]:
     """Every word of BABILong's five main tasks and of `tasks`, answers and questions included."""
-    from memlm.eval import babi
+    from memlm.tasks import babi
 
     words: set[str] = set()
     for task in {*MAIN_TASKS, *tasks}:

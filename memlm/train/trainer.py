@@ -8,28 +8,42 @@ own.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import count as count_up
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from zlib import crc32
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
+from memlm.files import write_json
 from memlm.modeling import MemLMForCausalLM
-from memlm.scan import scan
-from memlm.segment import IGNORE, Packing, Segment, cut, shift_labels
-from memlm.state import MemoryState, write_json
+from memlm.scan import Anchor, first_window, scan
+from memlm.segment import (
+    BORDERS,
+    IGNORE,
+    Packing,
+    Segment,
+    cut,
+    documents_in,
+    shift_labels,
+)
+from memlm.state import MemoryState
 from memlm.train.data import Collator, TrainingStream, Windows
 
 CURRICULUM_FILE = "curriculum.json"
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -39,6 +53,13 @@ class MemLMTrainingArguments(TrainingArguments):
     bptt_depth: int | None = field(
         default=None,
         metadata={"help": "segments a gradient reaches back; null: the whole document"},
+    )
+    bptt_anchor: str = field(
+        default="end",
+        metadata={
+            "help": "windows of bptt_depth segments are counted back from the last target ('end'), or "
+            "on from the document's 'start'"
+        },
     )
     window_step: str = field(
         default="document",
@@ -53,12 +74,17 @@ class MemLMTrainingArguments(TrainingArguments):
 
     skip_nonfinite: bool = field(
         default=True,
-        metadata={"help": "leave out steps whose gradient, and memories whose values, overflow"},
+        metadata={
+            "help": "leave out batches whose memory or loss, and steps whose gradient, overflow, and "
+            "log their number as 'skipped'; false, and under FSDP: memories that overflow end the run"
+        },
     )
 
     def __post_init__(self) -> None:
         if self.bptt_depth is not None and self.bptt_depth < 1:
             raise ValueError(f"bptt_depth={self.bptt_depth} must be at least 1 segment, or None")
+        if self.bptt_anchor not in ("end", "start"):
+            raise ValueError(f"bptt_anchor={self.bptt_anchor!r} is unknown; use 'end' or 'start'")
         if self.window_step not in ("document", "window"):
             raise ValueError(
                 f"window_step={self.window_step!r} is unknown; use 'document' or 'window'"
@@ -71,6 +97,12 @@ class MemLMTrainingArguments(TrainingArguments):
                     f"gradient_accumulation_steps={self.gradient_accumulation_steps} puts off the "
                     "step that window_step='window' asks for; use 1"
                 )
+        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+        if self.deepspeed is not None or launched:
+            raise ValueError(
+                "deepspeed steps its optimiser at every backward, and a document has one per window of "
+                "bptt_depth segments; use DDP or FSDP, and leave deepspeed out"
+            )
         # The batches hold more than the columns of a data set the Trainer would keep.
         self.remove_unused_columns = False
         # Every window gives every parameter a gradient, and a memory model has no buffers that
@@ -112,6 +144,70 @@ class AskedSegment(Segment):
     def has_labels(self) -> bool:
         """Whether a token of the segment itself has a target."""
         return self.labels is not None and bool((self.labels != IGNORE).any())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is run: its segments in windows of `depth` each, but `first` in the first of them.
+
+    learned: the windows with a target, by number. scale: factor on the loss, 0 where there is no
+    target.
+    """
+
+    segments: list[AskedSegment]
+    depth: int
+    first: int
+    learned: frozenset[int]
+    scale: float
+
+    @property
+    def calls(self) -> list[tuple[int, bool, bool, bool]]:
+        """The calls the model gets: by segment, its window, learned from or not, targets, questions."""
+        found = []
+        for index, segment in enumerate(self.segments):
+            window = window_of(index, self.depth, self.first)
+            asked = segment.questions is not None
+            found.append((window, window in self.learned, segment.has_labels, asked))
+        return found
+
+    @property
+    def last(self) -> int:
+        """The last window that is learned from; -1 for none."""
+        return max(self.learned, default=-1)
+
+    @property
+    def learned_rows(self) -> Tensor | int:
+        """Real rows of all segments that are learned from."""
+        windows = (window_of(i, self.depth, self.first) for i in range(len(self.segments)))
+        return sum(
+            segment.rows
+            for segment, window in zip(self.segments, windows, strict=True)
+            if window in self.learned
+        )
+
+
+@dataclass
+class Report:
+    """What steps asked for besides their loss, and how much of them was left out."""
+
+    auxiliary: Tensor | float = 0.0
+    skipped: int = 0
+    steps: int = 0
+
+    def add(self, other: Report) -> None:
+        self.auxiliary = self.auxiliary + other.auxiliary
+        self.skipped += other.skipped
+        self.steps += other.steps
+
+
+class BeforeStep(TrainerCallback):
+    """Tells a trainer that a step's gradients are complete."""
+
+    def __init__(self, trainer: MemLMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.before_step()
 
 
 @dataclass
@@ -167,9 +263,18 @@ class MemLMTrainer(Trainer):
             if self.args.window_step == "window" and not windowed:
                 assert self.args.bptt_depth is not None
                 self._stream.source = Windows(
-                    self._stream.source, self.args.bptt_depth, self._model.segment_length
+                    self._stream.source,
+                    self.args.bptt_depth,
+                    self._model.segment_length,
+                    cast(Anchor, self.args.bptt_anchor),
                 )
         self._carried: dict[int, MemoryState] = {}
+        # Rows of segments learned from in the present step, over all its batches and processes; None
+        # where it has but one of each.
+        self._learned_rows: Tensor | int | None = None
+        self._step_report, self._log_report = Report(), Report()
+        self.skipped = 0
+        self.add_callback(BeforeStep(self))
         self._step_tally, self._log_tally, self._eval_tally = Tally(), Tally(), Tally()
         self._logged_at = time.perf_counter()
         self._parameter_count: int | None = None
@@ -218,10 +323,16 @@ class MemLMTrainer(Trainer):
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
         # Targets of questions count as well; a document counts once, however it is windowed.
-        count = torch.tensor(sum(count_targets(batch) for batch in batch_samples), device=device)
+        count = sum(count_targets(batch) for batch in batch_samples)
+        if len(batch_samples) == 1 and self.args.world_size == 1:
+            self._learned_rows = None  # The batch's own, which is found when it is run.
+            return torch.tensor(count, device=device)
+        rows = sum(int(self._plan(batch, train=True).learned_rows) for batch in batch_samples)
+        counts = torch.tensor([[count, rows]], device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return count
+            counts = self.accelerator.gather(counts)
+        total, self._learned_rows = counts.sum(dim=0)
+        return total
 
     # A batch.
 
@@ -273,6 +384,15 @@ class MemLMTrainer(Trainer):
                 self._stream.curriculum.record_score(self._stream.step, right / asked)
         return metrics
 
+    def _plan(self, batch: dict[str, Any], *, train: bool) -> Plan:
+        return plan_of(
+            batch,
+            batch.get("segment_length") or self._model.segment_length,
+            self.args.bptt_depth,
+            cast(Anchor, self.args.bptt_anchor),
+            train=train,
+        )
+
     def _run(
         self, model: nn.Module, batch: dict[str, Any], count: Tensor | int, *, train: bool
     ) -> tuple[Tensor, Tally]:
@@ -280,52 +400,102 @@ class MemLMTrainer(Trainer):
 
         What memories ask for besides is added for windows that are learned from.
         """
+        plan = self._plan(batch, train=train)
+        self._check_in_step(plan)
         length = batch.get("segment_length") or self._model.segment_length
-        segments = segments_of(batch, length)
-        tally = Tally(tokens=sum(tokens_in(segment) for segment in segments))
         continued = batch.get("continued")
-        state = self._start(continued, segments[0].ids.shape[0])
-        depth = self.args.bptt_depth or len(segments)
-        scale = 1.0
-        if train and not any(segment.aimed for segment in segments):
-            # All processes reduce gradients once a batch: one without a target gives zeros.
-            segments[-1], scale = with_target(segments[-1]), 0.0
-        aimed_segments = [index for index, segment in enumerate(segments) if segment.aimed]
-        aimed = {index // depth for index in aimed_segments}
-        last = max(aimed, default=-1)
-        if continued is None:
-            # Nothing behind the last target is learned from, nor remembered.
-            segments = segments[: max(aimed_segments, default=-1) + 1]
+        # Documents packed into one row have rows of their own.
+        rows = len(plan.segments[0].ids if plan.segments else batch["input_ids"])
+        tally = Tally(tokens=sum(tokens_in(segment) for segment in plan.segments))
+        state = self._start(continued, rows)
+        scale = plan.scale
+        # A mean over all that is learned from, and no share of all targets.
+        weight = self._auxiliary_weight / self._rows_of(plan) if train else 0.0
         if train and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes, but `count` is the sum over them.
-            scale *= self.args.world_size
+            scale, weight = scale * self.args.world_size, weight * self.args.world_size
         total = torch.zeros((), device=self.args.device)
-        windows = count_up()
+        windows, reduced = count_up(), False
 
         def run_window(
             window: list[Any], state: MemoryState
         ) -> tuple[tuple[Tensor | None, Tally], MemoryState]:
+            nonlocal reduced
             index = next(windows)
-            learn = train and index in aimed
-            with self._context(model, learn, index == last):
+            learn = train and index in plan.learned
+            with self._context(model, learn, index == plan.last):
                 loss, extra, score, state = self._window(model, window, state, count, length)
                 if loss is not None:
                     loss = loss * scale
-                if loss is not None and extra is not None:
-                    # A mean over rows, and no share of all targets.
-                    loss = loss + extra * (self._auxiliary_weight / self._micro_batches)
                 if loss is not None and learn:
-                    self.accelerator.backward(loss)
+                    asked = loss if extra is None else loss + extra * weight
+                    if self._may_skip and not bool(asked.isfinite()):
+                        raise FloatingPointError("the loss is not finite")
+                    if extra is not None:
+                        self._step_report.auxiliary += extra.detach() * weight
+                    self.accelerator.backward(asked)
+                    reduced = index == plan.last
             return (None if loss is None else loss.detach(), score), state
 
-        for (loss, score), behind in scan(run_window, segments, state, depth):
-            if loss is not None:
-                total = total + loss
-            tally.add(score)
-            state = behind
+        try:
+            for (loss, score), behind in scan(
+                run_window, plan.segments, state, plan.depth, plan.first
+            ):
+                if loss is not None:
+                    total = total + loss
+                tally.add(score)
+                state = behind
+        except FloatingPointError as error:
+            self._skip(error)
+            if not train:
+                return torch.full_like(total, torch.nan), tally
+            if not reduced:
+                self._reduce_nothing(model, batch["input_ids"][:1, :1])
+            state = self._model.init_state(rows)
         if continued is not None and train:
             self._carried[self._slot] = self._sound(state.detach())
         return total, tally
+
+    def _check_in_step(self, plan: Plan) -> None:
+        """Refuse what FSDP, which gathers weights at every call, would wait for without end."""
+        if not self._sharded:
+            return
+        mark = torch.tensor([crc32(repr(plan.calls).encode())], device=self.args.device)
+        marks = self.accelerator.gather(mark)
+        if bool((marks != marks[0]).any()):
+            raise ValueError(
+                f"the processes' documents at step {self.state.global_step} differ in how many segments "
+                "they have or behind which of them are targets and questions, and under FSDP every "
+                "process must run the same calls; give all documents the same (min_segments = "
+                "max_segments, one ask_every), or use DDP"
+            )
+
+    @property
+    def _sharded(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def _may_skip(self) -> bool:
+        # Under FSDP the other processes would wait for this one's next call.
+        return self.args.skip_nonfinite and not self._sharded
+
+    def _rows_of(self, plan: Plan) -> Tensor | int:
+        return plan.learned_rows if self._learned_rows is None else self._learned_rows
+
+    def _skip(self, error: FloatingPointError) -> None:
+        """Count a batch that is left out from here on. Raises where that would not help."""
+        sound = all(bool(p.isfinite().all()) for p in self._model.parameters())
+        # Weights that overflowed would spoil every batch to come.
+        if not self._may_skip or not sound:
+            raise error
+        self._step_report.skipped += 1
+        logger.warning(f"A batch of step {self.state.global_step} is left out: {error}")
+
+    def _reduce_nothing(self, model: nn.Module, ids: Tensor) -> None:
+        """Take part in the gradients' reduction with zeros: other processes wait for it."""
+        if self.args.world_size > 1:
+            loss = model(ids, shift_labels=ids, logits_to_keep=None, write=False).loss
+            self.accelerator.backward(loss * 0.0)
 
     def _window(
         self,
@@ -335,7 +505,7 @@ class MemLMTrainer(Trainer):
         count: Tensor | int,
         length: int,
     ) -> tuple[Tensor | None, Tensor | None, Tally, MemoryState]:
-        """The loss of one window, what its memories ask for besides, and the state behind it."""
+        """The loss of one window, what its memories ask for, summed over rows, and the state behind."""
         total: Tensor | None = None
         extra: Tensor | None = None
         tally = Tally()
@@ -351,15 +521,17 @@ class MemLMTrainer(Trainer):
                     shift_labels=labels,
                     memory_state=state,
                     logits_to_keep=None,
-                    num_items_in_batch=count,
                 )
             state = out.memory_state
             # Without targets of its own a segment still has what its memories ask for.
             cost = out.auxiliary_loss
             if cost is not None:
+                cost = cost * sum(segment.rows for segment in run)
                 extra = cost if extra is None else extra + cost
-            if out.loss is not None:
-                loss = out.loss if cost is None else out.loss - cost
+            if labels is not None:
+                # Means of a call, each of them: shares of the batch's targets are another matter.
+                loss = out.loss if cost is None else out.loss - out.auxiliary_loss
+                loss = loss * ((labels != IGNORE).sum() / count)
                 total = loss if total is None else total + loss
             if labels is not None and predicted is not None:
                 tally.add(answers(labels, predicted, length))
@@ -412,17 +584,26 @@ class MemLMTrainer(Trainer):
             return state
         return state.where(sound, self._model.init_state(state.batch_size)).detach()
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        finite = not isinstance(norm, Tensor) or bool(norm.isfinite())
-        if self.args.skip_nonfinite and not finite:
-            for parameter in model.parameters():
+    def before_step(self) -> None:
+        """Drop a gradient that is not finite, in all processes alike, and add up their reports."""
+        report, self._step_report, dropped = self._step_report, Report(), False
+        # A loss scaler looks for itself, lowers its scale and leaves the step out.
+        if self.args.skip_nonfinite and self.accelerator.scaler is None:
+            gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            dropped = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if self.args.world_size > 1:
+            mine = torch.tensor([[float(report.auxiliary), report.skipped, dropped]])
+            auxiliary, skipped, drops = self.accelerator.gather(mine.to(self.args.device)).unbind(1)
+            report = Report(float(auxiliary.mean()), int(skipped.sum()))
+            dropped = bool(drops.any())
+        if dropped:
+            logger.warning(f"Step {self.state.global_step} is left out: its gradient is not finite")
+            for parameter in self.model.parameters():
                 parameter.grad = None
-        return norm
-
-    @property
-    def _micro_batches(self) -> int:
-        return self.args.gradient_accumulation_steps if self.model.training else 1
+            report.skipped += 1
+        self.skipped += report.skipped
+        report.steps = 1
+        self._log_report.add(report)
 
     @property
     def _auxiliary_weight(self) -> float:
@@ -439,12 +620,8 @@ class MemLMTrainer(Trainer):
     def _context(self, model: nn.Module, learn: bool, last: bool) -> AbstractContextManager[Any]:
         if not learn:
             return torch.no_grad()
-        # FSDP keeps whole gradients while it is not synchronising, and DeepSpeed counts backwards.
-        plain = self.accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-        )
-        return nullcontext() if last or plain else self.accelerator.no_sync(model)
+        # FSDP keeps whole gradients while it is not synchronising.
+        return nullcontext() if last or self._sharded else self.accelerator.no_sync(model)
 
     @contextmanager
     def _predictions(self, listen: bool) -> Iterator[list[Tensor] | None]:
@@ -498,23 +675,35 @@ class MemLMTrainer(Trainer):
         if getattr(self, "lr_scheduler", None) is None:
             stream, peak = self._stream, self.args.learning_rate
 
-            def factor(_: int) -> float:
-                return stream.curriculum.learning_rate_at(stream.step, peak) / peak
+            optimizer = self.optimizer if optimizer is None else optimizer
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer if optimizer is None else optimizer, factor
-            )
+            def factor(_: int) -> float:
+                return stream.curriculum.learning_rate_at(stream.step, peak) / (peak or 1.0)
+
+            if peak == 0:
+                # Nothing is a share of nothing: stages with a rate of their own bring all of it.
+                for group in optimizer.param_groups:
+                    group["initial_lr"] = 1.0
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the stage, the answers right and the tokens a second to the training log."""
+        """Add what memories asked for, what was left out, the stage, the answers right and the tokens
+        per second to the training log.
+        """
         if "loss" in logs:
             if self._stream is None:
                 self._log_tally, self._step_tally = self._step_tally, Tally()
             now = time.perf_counter()
             tokens = self._log_tally.tokens * self.args.world_size
             logs["tokens_per_second"] = tokens / max(now - self._logged_at, 1e-9)
+            report, self._log_report = self._log_report, Report()
+            if not isinstance(report.auxiliary, float) or report.auxiliary:
+                # Beside the loss, which is cross-entropy alone, as in evaluation.
+                logs["auxiliary_loss"] = float(report.auxiliary) / max(report.steps, 1)
+            if report.skipped:
+                logs["skipped"] = report.skipped
             if self._log_tally.asked:
                 logs["accuracy"] = self._log_tally.right / self._log_tally.asked
             if self._stream is not None:
@@ -581,18 +770,27 @@ def count_targets(batch: dict[str, Any]) -> int:
 
 
 def packed(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """ids, mask and shifted targets (B, n), real tokens first; the mask None when all are real."""
+    """ids, mask and shifted targets (B, n), real tokens first; the mask None when all are real.
+
+    Documents packed into one row (`documents_in`) get rows of their own.
+    """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     labels, targets = batch.get("labels"), batch.get("shift_labels")
     if labels is None and targets is None:
         raise ValueError("the batch has no labels; give labels, with -100 where there is no target")
     given = targets if targets is not None else labels
     assert given is not None
-    real = None
-    if mask is not None and not bool(mask.all()):
-        packing = Packing.of(mask)
-        ids, given = packing.pack(ids), packing.pack(given.masked_fill(mask == 0, IGNORE))
-        real = packing.mask[:, : packing.length]
+    real = None if mask is None or bool(mask.all()) else mask.to(torch.bool)
+    documents = documents_in(ids, real, **{name: batch.get(name) for name in BORDERS})
+    if documents is not None and "question_at" in batch:
+        raise ValueError(
+            "question_at counts rows of one document, but position_ids, seq_idx or cu_seq_lens_q put "
+            "several into a row; give each a row of its own"
+        )
+    if real is not None or documents is not None:
+        packing = Packing.of(torch.ones_like(ids) if real is None else real, documents)
+        ids, given = packing.pack(ids, 0), packing.pack(given, IGNORE)
+        real = packing.mask
     return ids, real, given if targets is not None else shift_labels(given)
 
 
@@ -621,6 +819,38 @@ def segments_of(batch: dict[str, Any], length: int) -> list[AskedSegment]:
         AskedSegment(segment.ids, segment.mask, segment.labels, asked.get(index))
         for index, segment in enumerate(cut(ids, mask, targets, length))
     ]
+
+
+def window_of(segment: int, depth: int, first: int) -> int:
+    """The window segment number `segment` is in, where the first holds `first`, the others `depth`."""
+    return (segment + depth - first) // depth
+
+
+def plan_of(
+    batch: dict[str, Any], length: int, depth: int | None, anchor: Anchor, *, train: bool
+) -> Plan:
+    """Cut a batch into segments of `length` and windows of `depth` segments; None: one for all.
+
+    Nothing behind the last target is learned from, nor remembered unless a later batch reads on, and
+    from the end, windows are counted back from it. train: a batch without a target gets one that
+    counts nothing, since all processes reduce gradients once a batch.
+    """
+    segments, scale = segments_of(batch, length), 1.0
+    if train and not any(segment.aimed for segment in segments):
+        segments[-1], scale = with_target(segments[-1]), 0.0
+    aimed = [index for index, segment in enumerate(segments) if segment.aimed]
+    end = max(aimed, default=-1) + 1
+    if batch.get("continued") is None:
+        segments = segments[:end]
+    depth = depth or max(len(segments), 1)
+    first = first_window(max(end, 1), depth, anchor)
+    learned = frozenset(window_of(index, depth, first) for index in aimed)
+    return Plan(segments, depth, first, learned, scale)
+
+
+def local(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that may be sharded."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def runs_of(window: Sequence[AskedSegment], whole: bool) -> Iterator[list[AskedSegment]]:

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from memlm.eval import babi
-from memlm.eval.haystack import Haystack, TokenHaystack
+from memlm.tasks import babi
+from memlm.tasks.haystack import Haystack, TokenHaystack
 
 PROSE = (
     "The old harbour was quiet when the boats came home, and nobody spoke of the storm.",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from memlm.eval import babi
-from memlm.eval.babilong import QUESTION_TEMPLATE
 from memlm.segment import Segment
+from memlm.tasks import babi
+from memlm.tasks.babilong import QUESTION_TEMPLATE
 
 _FACT = re.compile(
     r"(?:[A-Z][a-z]+ (?:moved|went|went back|journeyed|travelled) to the \w+\.)"

@@ -19,9 +19,10 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import MODEL_REGISTRY, get_model  # noqa: E402
 
 from memlm import MemLMForCausalLM  # noqa: E402
-from memlm.eval import babilong, evaluate  # noqa: E402
+from memlm.eval import evaluate  # noqa: E402
 from memlm.eval.harness import HarnessModel, write_babilong_tasks  # noqa: E402
-from memlm.eval.haystack import Haystack  # noqa: E402
+from memlm.tasks import babilong  # noqa: E402
+from memlm.tasks.haystack import Haystack  # noqa: E402
 from tests.cases import CASES, SEGMENT, base_model, memory_model  # noqa: E402
 from tests.tokenizers import TEXT  # noqa: E402
 from tests.tokenizers import tokenizer as make_tokenizer  # noqa: E402

@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from memlm.eval import perplexity as module
-from memlm.eval.haystack import Document, Haystack
-from memlm.eval.perplexity import (
-    Estimate,
-    PerplexityReport,
-    choose_texts,
-    perplexity,
-    stream_losses,
-    student_t,
-    summarise,
-)
+from memlm.eval.losses import measure as module
+from memlm.eval.losses import texts as texts_module
+from memlm.eval.losses.measure import perplexity, stream_losses
+from memlm.eval.losses.report import Estimate, PerplexityReport, student_t, summarise
+from memlm.eval.losses.texts import choose_texts
 from memlm.modeling import MemLMForCausalLM
+from memlm.tasks.haystack import Document, Haystack
 from tests.cases import CASES, FAMILIES, SEGMENT, base_model, memory_model, tokens
+from tests.eval.lent import as_it_is
 
 Tokenizer = PreTrainedTokenizerFast
 VOCAB = 700
@@ -190,9 +186,11 @@ def test_texts_count_every_byte_once(tokenizer: Tokenizer) -> None:
 
 
 def test_a_tokenizer_that_knows_no_spans_shares_bytes_evenly() -> None:
-    assert module._bytes_of(" ab cd", 4, None) == [1, 2, 1, 2]
-    assert module._bytes_of("", 0, None) == []
-    assert sum(module._bytes_of(" é x ", 3, [(0, 2), (0, 2), (2, 4)])) == len(" é x ".encode())
+    assert texts_module._bytes_of(" ab cd", 4, None) == [1, 2, 1, 2]
+    assert texts_module._bytes_of("", 0, None) == []
+    assert sum(texts_module._bytes_of(" é x ", 3, [(0, 2), (0, 2), (2, 4)])) == len(
+        " é x ".encode()
+    )
 
 
 def test_long_documents_are_taken_before_short_ones_are_joined(tokenizer: Tokenizer) -> None:
@@ -213,7 +211,7 @@ def test_long_documents_are_taken_before_short_ones_are_joined(tokenizer: Tokeni
 def test_blocks_of_one_file_are_one_document_again(tokenizer: Tokenizer) -> None:
     parts = [Document(f"book.txt#{i}", [f"Part {i} tells of the sea."]) for i in (0, 1, 2, 5, 6)]
     haystack = Haystack("given", [*parts, Document("other.txt#7", ["Other."])])
-    joined = module._rejoined(haystack)
+    joined = texts_module._rejoined(haystack)
     assert [(name, len(text)) for name, text in joined] == [
         ("book.txt#0", 3), ("book.txt#5", 2), ("other.txt#7", 1),
     ]  # fmt: skip
@@ -322,6 +320,17 @@ def test_another_model_reads_in_independent_windows(tokenizer: Tokenizer, prose:
     assert report.overall.gain is None and "gain" not in report.to_markdown().split("\n")[0]
 
 
+def test_another_model_is_left_as_it_was(tokenizer: Tokenizer, prose: Haystack) -> None:
+    base = base_model("llama", vocab_size=VOCAB).train()
+    base.model.norm.eval()
+    before = as_it_is(base)
+    with pytest.raises(ValueError, match="rising positions"):
+        run(base, tokenizer, prose, segment_length=50, bins=[5, 2])
+    assert as_it_is(base) == before
+    run(base, tokenizer, prose, segment_length=50, documents=1)
+    assert as_it_is(base) == before
+
+
 def test_a_model_of_ours_keeps_its_segment_length(
     model: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack
 ) -> None:
@@ -339,6 +348,7 @@ def test_a_model_of_ours_keeps_its_segment_length(
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"haystack": "no/such/folder"}, "haystack 'no/such/folder' is neither"),
+        ({"split": "train"}, "split='train' chooses a part of a source"),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -405,9 +415,7 @@ def test_a_torn_line_is_repaired_and_a_damaged_one_named(
     assert path.read_bytes() == b"rubbish\n" + content
 
 
-@pytest.mark.parametrize(
-    "other", [{"length": 100}, {"seed": 1}, {"bins": [50]}, {"split": "train"}]
-)
+@pytest.mark.parametrize("other", [{"length": 100}, {"seed": 1}, {"bins": [50]}])
 def test_a_folder_of_another_run_is_refused(
     other: dict[str, Any], model: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack,
     tmp_path: Path,

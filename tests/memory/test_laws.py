@@ -101,10 +101,10 @@ def test_rows_of_a_ragged_batch_equal_rows_alone(family: str, memory: str, side:
             at = torch.arange(n) if side == "right" else torch.arange(total - n, total)
         ids[i, at], mask[i, at] = row, 1
     labels = ids.clone()
-    out = model(ids, attention_mask=mask, labels=labels)
+    out = model(ids, attention_mask=mask, labels=labels, logits_to_keep=0)
     summed, count = 0.0, 0
     for i, row in enumerate(rows):
-        alone = model(row[None], labels=row[None])
+        alone = model(row[None], labels=row[None], logits_to_keep=0)
         torch.testing.assert_close(out.logits[i][mask[i].bool()], alone.logits[0], **EXACT)
         assert same_state(out.memory_state.select([i]), alone.memory_state)
         summed, count = summed + float(alone.loss) * (len(row) - 1), count + len(row) - 1
@@ -133,18 +133,25 @@ def test_bptt_depth_cuts_exactly_there(family: str, memory: str) -> None:
     shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
     count = int((shifted != -100).sum())
     full = gradients(model(ids, labels=ids).loss)
-    for depth in (1, 2, 3):
-        cut = gradients(model(ids, labels=ids, bptt_depth=depth).loss)
-        state, total = None, 0.0
-        for start in range(0, ids.shape[1], depth * SEGMENT):
-            at = slice(start, start + depth * SEGMENT)
+    # Five segments, the last of them short: windows counted back from it, and from the start.
+    windows = {
+        (1, "end"): (1, 1, 1, 1, 1),
+        (2, "end"): (1, 2, 2),
+        (3, "end"): (2, 3),
+        (3, "start"): (3, 2),
+    }
+    for (depth, anchor), sizes in windows.items():
+        cut = gradients(model(ids, labels=ids, bptt_depth=depth, bptt_anchor=anchor).loss)
+        state, total, start = None, 0.0, 0
+        for size in sizes:
+            at = slice(start, start + size * SEGMENT)
             out = model(
                 ids[:, at],
                 shift_labels=shifted[:, at],
                 memory_state=state,
                 num_items_in_batch=count,
             )
-            state, total = out.memory_state.detach(), total + out.loss
+            state, total, start = out.memory_state.detach(), total + out.loss, at.stop
         by_hand = gradients(total)
         for a, b in zip(cut, by_hand, strict=True):
             torch.testing.assert_close(a, b, **EXACT)
@@ -154,6 +161,24 @@ def test_bptt_depth_cuts_exactly_there(family: str, memory: str) -> None:
     deep = gradients(model(ids, labels=ids, bptt_depth=5).loss)
     for a, b in zip(deep, full, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+@memories
+@pytest.mark.parametrize("depth", [2, 3])
+def test_an_answer_at_the_end_teaches_writing(memory: str, depth: int) -> None:
+    if not memory_class(memory).differentiable:
+        pytest.skip("no gradient passes through its state")
+    model = memory_model("llama", memory)
+    embeddings = model.get_input_embeddings().weight
+    for count in {2: (2, 3, 4, 5), 3: (4, 5)}[depth]:
+        ids = tokens(1, count * SEGMENT, seed=count).clamp(max=50)
+        # One token that nothing but the second to last segment holds: only its write can teach it.
+        ids[0, (count - 2) * SEGMENT + 3] = 55
+        labels = torch.full_like(ids, -100)
+        labels[:, -2:] = ids[:, -2:]
+        loss = model(ids, labels=labels, bptt_depth=depth).loss
+        (found,) = torch.autograd.grad(loss, embeddings)
+        assert found[55].abs().max() > 1e-9, count
 
 
 @families

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.index import ChunkIndex, Hit
 from memlm.retrieval.lexical import Lexical, words
 from tests.retrieval.fake import WordVectors, corpus
@@ -486,3 +489,79 @@ def test_torch_and_faiss_in_one_process(order: tuple[str, str]) -> None:
         [sys.executable, "-c", TOGETHER, *order], capture_output=True, text=True, timeout=240
     )
     assert run.returncode == 0 and run.stdout.strip() == "done", run.stderr
+
+
+class OneAtATime(WordVectors):
+    """Notes when it is used by two threads at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.busy, self.disturbed = False, 0
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        self.disturbed += self.busy
+        self.busy = True
+        time.sleep(0.002)
+        found = super().encode(texts)
+        self.busy = False
+        return found
+
+
+def in_threads(work: Callable[[int], object], count: int = 4) -> list[BaseException]:
+    """Run `work` with 0, 1, ... at once, the threads taking turns as often as they can."""
+    errors: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=guarded, args=(n,), daemon=True) for n in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        sys.setswitchinterval(before)
+    return errors
+
+
+def test_an_embedder_is_used_by_one_thread_at_a_time() -> None:
+    embedder = OneAtATime()
+    index = ChunkIndex(embedder)
+    index.add(corpus(5))
+
+    def work(number: int) -> None:
+        for n in range(3):
+            ids = index.add(corpus(4, seed=10 * number + n + 1))
+            index.search(["w1"])
+            index.likeness("w1", ["w1", "w2"])
+            index.update(ids[:1], [f"another text {number} {n}"])
+
+    assert in_threads(work) == []
+    assert embedder.disturbed == 0 and len(index) == 5 + 4 * 3 * 4
+
+
+def test_threads_that_add_new_words_lose_no_chunk() -> None:
+    """Words are learned as they come, by indexes that share their embedder as well."""
+    embedder = HashingEmbedder(dim=64)
+    indexes = [ChunkIndex(embedder), ChunkIndex(embedder)]
+
+    def work(number: int) -> None:
+        for n in range(30):
+            texts = [" ".join(f"w{number}x{n}x{t}x{w}" for w in range(12)) for t in range(20)]
+            indexes[number % 2].add(texts)
+
+    assert in_threads(work) == []
+    assert [len(index) for index in indexes] == [1200, 1200]
+    alone = ChunkIndex(HashingEmbedder(dim=64))
+    alone.add(["w1x2x3x4 w1x2x3x5"])
+    query = "w1x2x3x5"
+    assert embedder.encode([query]).tolist() == alone.embedder.encode([query]).tolist()
+    again = pickle.loads(pickle.dumps(embedder))
+    assert again.encode([query]).tolist() == embedder.encode([query]).tolist()

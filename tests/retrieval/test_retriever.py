@@ -191,3 +191,28 @@ def test_other_things_than_an_index_are_refused() -> None:
     assert as_retriever(None) is None
     with pytest.raises(TypeError, match="retrieval is a dict"):
         as_retriever({})
+
+
+def test_an_id_of_digits_and_a_number_are_two() -> None:
+    index = ChunkIndex(HashingEmbedder())
+    index.add(["The lamp is brass.", "The lamp is golden."], ids=[7, "7"])
+    recalled = Retriever(index, RetrievalConfig(k=2)).recall("Which lamp?")
+    assert {(p.id, p.text) for p in recalled} == {
+        (7, "The lamp is brass."),
+        ("7", "The lamp is golden."),
+    }
+    assert all(index.get(passage.id).text == passage.text for passage in recalled)
+
+
+@pytest.mark.parametrize("years", [{1, 2}, (1, 2), frozenset([1, 2]), [1, 2]])
+def test_a_filter_of_several_values_can_be_saved(years: object) -> None:
+    index = ChunkIndex(HashingEmbedder())
+    index.add(["Lamps of one.", "Lamps of three."], metadata=[{"year": 1}, {"year": 3}])
+    state = Retriever(index, RetrievalConfig(where={"year": years})).state()
+    again = Retriever.restore(index, json.loads(json.dumps(state)))
+    assert [passage.text for passage in again.recall("lamps")] == ["Lamps of one."]
+
+
+def test_a_filter_that_is_none_is_refused_when_it_is_made() -> None:
+    with pytest.raises(ValueError, match=r"where\['year'\]"):
+        RetrievalConfig(where={"year": object()})

@@ -103,6 +103,13 @@ def test_learning_rates_rise_and_fall_by_stage() -> None:
     assert found == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.25, 0.25])
 
 
+def test_a_learning_rate_of_nothing_is_nothing() -> None:
+    stages = [Stage(max_segments=1, steps=2, learning_rate=0.0), Stage(max_segments=2)]
+    curriculum = Curriculum(stages)
+    assert curriculum.sets_learning_rate
+    assert [curriculum.learning_rate_at(step, 0.25) for step in range(3)] == [0.0, 0.0, 0.25]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

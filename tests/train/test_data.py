@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from itertools import islice
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from memlm.eval import babi
-from memlm.eval.haystack import Document, TokenHaystack
 from memlm.segment import IGNORE
+from memlm.tasks import babi, babilong
+from memlm.tasks.haystack import Document, TokenHaystack
 from memlm.train import (
     BabilongOptions,
     BabilongSource,
@@ -27,7 +28,7 @@ from memlm.train import (
     TrainingStream,
 )
 from memlm.train.data import Windows, shifted
-from memlm.train.documents import Rows, TextFiles
+from memlm.train.documents import Rows, TextFiles, open_texts
 from tests.tokenizers import tokenizer
 from tests.train.tiny import Endless, answer_piece, ids, stream, text_piece
 
@@ -131,6 +132,53 @@ def test_a_stage_reaches_workers_that_are_running() -> None:
         lengths.append(batch["input_ids"].shape[1] // 6)
         made.curriculum.record(step, 1, 1)
     assert lengths == [1] * 5 + [4] * 4
+
+
+@pytest.mark.parametrize("layout", ["story", "aligned", "flowing"])
+def test_sources_that_were_used_pickle(layout: Any, haystack: TokenHaystack) -> None:
+    options = BabilongOptions(layout=layout, retrieval=int(layout == "story"))
+    rows = Rows([{"text": "Mary went to the office."}, {"text": "John left."}])
+    tok = tokenizer("byte-bpe")
+    for source in (
+        BabilongSource(haystack, LENGTH, options),
+        DocumentSource(rows, tok, LENGTH),
+        DocumentSource([("a", "Mary went to the office.")], tok, LENGTH),
+        PieceSource([text_piece(9)]),
+        Windows(BabilongSource(haystack, LENGTH, options), 2, LENGTH),
+    ):
+        made = deal(stream(source, Stage(min_segments=6, max_segments=6)))
+        expected = next(iter(made))
+        again = pickle.loads(pickle.dumps(made))
+        assert same(next(iter(again)), expected)
+
+
+def test_questions_and_answers_are_those_of_an_evaluation(haystack: TokenHaystack) -> None:
+    template = "\nQuestion:{question}"
+    source = BabilongSource(haystack, LENGTH, BabilongOptions(question_template=template))
+    tok = haystack.tokenizer
+    for text in ("Where is Mary?", "Is John here?"):
+        wanted = babilong.encode_question(tok, text, template).tolist()
+        assert source.prompt(text).tolist() == wanted
+        assert source.answer(text).tolist() == babilong.encode_answer(tok, text).tolist()
+
+
+@pytest.mark.slow
+def test_workers_may_be_spawned(haystack: TokenHaystack) -> None:
+    stages = [Stage(min_segments=6, max_segments=6)]
+    source = BabilongSource(haystack, LENGTH)
+    alone = list(islice(deal(stream(source, *stages)), 3))
+    loader = DataLoader(
+        deal(stream(source, *stages)),
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context="spawn",
+        timeout=120,
+    )
+    batches = iter(loader)
+    try:
+        assert all(same(next(batches), batch) for batch in alone)
+    finally:
+        batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def test_several_workers_cannot_read_on() -> None:
@@ -391,6 +439,44 @@ def test_empty_documents_are_refused_or_passed_over(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"empty\.txt' is empty"):
         TextFiles(tmp_path)
+
+
+@pytest.mark.parametrize("of", ["list", "folder", "folder listed as it is"])
+def test_empty_documents_are_passed_over_in_every_kind_of_source(tmp_path: Path, of: str) -> None:
+    told = {"a": "Mary.", "b": "", "c": " \n ", "d": "John.", "e": "\n"}
+    for name, text in told.items():
+        (tmp_path / name).write_text(text)
+    texts: Any = list(told.items())
+    if of == "folder":
+        texts = open_texts(str(tmp_path), skip_empty=True)
+    elif of != "list":
+        (tmp_path / "b").unlink()
+        (tmp_path / "b").write_text(" ")
+        texts = TextFiles(tmp_path)
+    source = source_of_texts(texts, skip_empty=True)
+    for epoch in range(3):
+        read = [
+            source.tokenizer.decode(
+                next(iter(source.document(2 * epoch + n, Stage(max_segments=1)))).ids
+            )
+            for n in range(2)
+        ]
+        assert sorted(text[:5] for text in read) == ["John.", "Mary."]
+    with pytest.raises(ValueError, match="no document with text"):
+        source_of_texts([("b", " ")], skip_empty=True)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "b").touch()
+    with pytest.raises(ValueError, match="no document with text"):
+        open_texts(str(tmp_path / "none"), skip_empty=True)
+
+
+def test_control_tokens_in_training_texts_are_text_unless_asked_otherwise() -> None:
+    end = tokenizer("byte-bpe").eos_token_id
+    for split, ends in ((True, 1), (False, 3)):
+        source = source_of_texts([("a", "One <eos> two <eos>.")], split_special_tokens=split)
+        ids = np.concatenate([p.ids for p in source.document(0, Stage(max_segments=99))])
+        assert (ids == end).sum() == ends and ids[-1] == end
+    assert source.tokenizer.decode(ids).count("<eos>") == 3
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

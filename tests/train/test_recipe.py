@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from memlm.train import MemLMTrainingArguments, Recipe, Stage
-from memlm.train.recipe import SHIPPED, override, parse_yaml, training_fields
+from memlm.train.recipe import SHIPPED, override, parse_yaml, read_yaml, training_fields
 
 MINIMAL: dict[str, Any] = {
     "model": {"config": {"model_type": "llama"}},
@@ -39,6 +39,44 @@ def test_an_unknown_key_is_refused_with_the_nearest(change: str, words: str) -> 
         recipe(change)
 
 
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        (["data.layout=story", "data.max_facts=5"], []),
+        (["data.layout=aligned", "data.max_facts=5"], ["data.max_facts"]),
+        (["data.layout=flowing", "data.facts_per_segment=[1]"], ["data.facts_per_segment"]),
+        (["data.layout=aligned", "data.no_gap=0.5"], ["data.no_gap"]),
+        (["data.end_probability=0.5", "data.ask_every=2"], ["data.ask_every", "data.end_prob"]),
+        (["data.retrieval_hops=2"], ["data.retrieval_hops"]),
+        (["data.retrieval_hops=2", "data.retrieval=3"], []),
+        (["data.path=somewhere", "data.skip_empty=true"], ["data.path", "data.skip_empty"]),
+        (["data.source=documents", "data.path=x", "data.haystack=y"], ["data.haystack"]),
+        (["data.source=documents", "data.path=x", "data.tasks=[qa2]"], ["data.tasks"]),
+        # One stage that reads it is enough, and a stage's own options are its own alone.
+        (
+            [
+                "data.gap_tokens=[2, 4]",
+                "curriculum.stages=[{max_segments: 1}, {max_segments: 1, data: {layout: flowing}}]",
+            ],
+            [],
+        ),
+        (
+            ["curriculum.stages=[{max_segments: 1, data: {no_gap: 0.2}}]"],
+            ["curriculum.stages.0.data.no_gap"],
+        ),
+    ],
+)
+def test_what_nothing_reads_is_named(changes: list[str], keys: list[str]) -> None:
+    found = recipe(*changes).unread()
+    assert len(found) == len(keys)
+    assert all(said.startswith(key) for said, key in zip(found, keys, strict=True))
+
+
+def test_shipped_recipes_say_nothing_that_is_not_read() -> None:
+    for path in SHIPPED.glob("*.yaml"):
+        assert Recipe.from_dict(read_yaml(path)).unread() == [], path
+
+
 def test_a_stage_s_unknown_data_key_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stages\.0\.data\.layot .*did you mean 'layout'"):
         recipe("curriculum.stages=[{max_segments: 2, data: {layot: aligned}}]")
@@ -61,6 +99,10 @@ def test_a_stage_s_unknown_data_key_is_refused() -> None:
         ("model.segment_length=0", "model.segment_length=0 is no segment"),
         ("data.source=documents", "data.path is missing"),
         ("tokenizer.source=null", "tokenizer.source is missing"),
+        (
+            "curriculum.stages=[{max_segments: 1, learning_rate: -1.0}]",
+            r"stages\.0: learning_rate=-1\.0",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_with_key_value_and_remedy(change: str, words: str) -> None:

@@ -235,6 +235,34 @@ def test_training_goes_on_from_a_trained_model(finished: tuple[Path, Any], tmp_p
         assert torch.equal(value, weights(after)[name]), name
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "model.segment_length=7",
+            "model.segment_length=7, but the model of init_from=.* leave it out",
+        ),
+        ("model.memory=rmt", "model.memory='rmt', but the model"),
+        ("model.memory={name: armt, num_memory_tokens: 77}", "with settings of its own"),
+    ],
+)
+def test_what_a_trained_model_is_already_is_not_said_otherwise(
+    change: str, words: str, finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    source = finished[0] / "out"
+    given = ("model.config=null", f"model.init_from={source}", f"tokenizer.source={source}", change)
+    with pytest.raises(ValueError, match=words):
+        train(recipe(tmp_path, *given), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_nothing_reads_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    made = recipe(tmp_path, "data.layout=story", "data.gap_tokens=[2, 4]")
+    with pytest.raises(ValueError, match=r"sets what nothing reads \(.*data\.gap_tokens: no stage"):
+        train(made, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluations_score_held_out_text(tmp_path: Path) -> None:
     made = recipe(
         tmp_path,
@@ -258,3 +286,23 @@ def test_a_model_that_learns_to_read_passages_remembers_how_it_was_asked() -> No
     assert config.recall_template == " See: {text}" and config.question_segment == "own"
     alone = Recipe.load("tiny-none-recall", ["data.retrieval=0"])
     assert make_model(alone, tokenizer("byte-bpe")).config.question_segment == "open"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "segment", "template"),
+    [
+        ({"layout": "aligned"}, {"layout": "story"}, "open", " {text}"),
+        ({"layout": "story"}, {"layout": "flowing"}, "own", " {text}"),
+        ({}, {"retrieval": 2, "recall_template": " See: {text}"}, "own", " See: {text}"),
+        ({"retrieval": 2, "recall_template": " See: {text}"}, {}, "open", " See: {text}"),
+    ],
+)
+def test_a_model_is_asked_as_its_last_stage_asked(
+    first: dict[str, Any], second: dict[str, Any], segment: str, template: str
+) -> None:
+    recipe = Recipe.load("tiny-none-recall", ["data.retrieval=0"])
+    stages = [{"max_segments": 1, "data": first}, {"max_segments": 2, "data": second}]
+    values = recipe.to_dict()
+    values["curriculum"]["stages"] = stages
+    config = make_model(Recipe.from_dict(values), tokenizer("byte-bpe")).config
+    assert (config.question_segment, config.recall_template) == (segment, template)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from memlm.eval import babi
+from memlm.tasks import babi
 from memlm.train import train_tokenizer
 from memlm.train.tokenizer import MAIN_TASKS, babi_words
 

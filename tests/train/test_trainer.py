@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from memlm.modeling import MemLMForCausalLM
 from memlm.segment import IGNORE
 from memlm.state import MemoryState
 from memlm.train import Collator, Piece, PieceSource, Question, Stage
+from memlm.train.data import shifted
 from memlm.train.trainer import MemLMTrainer, answers, count_targets
 from tests.cases import SEGMENT, memory_model
 from tests.train.tiny import (
@@ -42,17 +44,25 @@ def step(
     return float(loss), gradients(model)
 
 
+def parts(length: int, depth: int) -> list[slice]:
+    """Windows of `depth` segments over `length` tokens, found from the end backwards."""
+    end, found = -(-length // SEGMENT), []
+    while end > 0:
+        found.insert(0, slice(max(end - depth, 0) * SEGMENT, end * SEGMENT))
+        end -= depth
+    return found
+
+
 def by_hand(model: MemLMForCausalLM, batch: dict[str, Any], depth: int) -> dict[str, Tensor]:
-    """Gradients from calls of `depth` segments, the state detached between them."""
+    """Gradients from calls of `depth` segments, the last of them whole, the state detached between."""
     model.zero_grad()
     model.train()
     state: MemoryState | None = None
-    width = depth * SEGMENT
-    for at in range(0, batch["input_ids"].shape[1], width):
+    for at in parts(batch["input_ids"].shape[1], depth):
         out = model(
-            input_ids=batch["input_ids"][:, at : at + width],
-            attention_mask=batch["attention_mask"][:, at : at + width],
-            shift_labels=batch["shift_labels"][:, at : at + width],
+            input_ids=batch["input_ids"][:, at],
+            attention_mask=batch["attention_mask"][:, at],
+            shift_labels=batch["shift_labels"][:, at],
             memory_state=state,
             num_items_in_batch=count_targets(batch),
         )
@@ -81,7 +91,7 @@ def test_a_whole_document_gives_the_plain_backward(model: MemLMForCausalLM, tmp_
     assert_same(found, gradients(model))
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, 2, 3])
 def test_windows_cut_gradients_at_their_borders(
     model: MemLMForCausalLM, tmp_path: Path, depth: int
 ) -> None:
@@ -91,6 +101,43 @@ def test_windows_cut_gradients_at_their_borders(
     assert loss == pytest.approx(whole, rel=1e-6)
     assert_same(found, by_hand(model, batch, depth))
     assert any(not torch.allclose(found[name], full[name]) for name in found)
+
+
+def test_windows_count_back_from_the_last_target(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    # The answer is in the fifth of seven segments; what the fourth writes must be taught by it.
+    long, answer = ids(7 * SEGMENT), 5 * SEGMENT - 2
+    targets = np.full(len(long), IGNORE)
+    targets[answer : answer + 2] = long[answer + 1 : answer + 3]
+    read: list[tuple[int, bool]] = []
+    armt.register_forward_pre_hook(
+        lambda _, __, given: read.append(
+            (given["input_ids"].shape[1] // SEGMENT, torch.is_grad_enabled())
+        ),
+        with_kwargs=True,
+    )
+    batch = Collator()([Piece(long, targets)])
+    for anchor, windows in (("end", [(1, False), (4, True)]), ("start", [(4, False), (1, True)])):
+        read.clear()
+        _, found = step(armt, tmp_path, batch, bptt_depth=4, bptt_anchor=anchor)
+        assert read == windows
+        wrote = [value.abs().max() for name, value in found.items() if "key" in name]
+        assert all((value > 1e-9) == (anchor == "end") for value in wrote) and wrote
+
+
+def test_a_piece_that_is_read_on_is_remembered_to_its_end(
+    armt: MemLMForCausalLM, tmp_path: Path
+) -> None:
+    # Questions behind the second of four segments: two windows to learn from, one to remember.
+    piece = Piece(ids(4 * SEGMENT), questions=(Question(1, ids(4, 9), 2),))
+    batch = {**Collator()([piece]), "continued": torch.tensor([False])}
+    made = trainer(armt, tmp_path, stream(Endless()), bptt_depth=2)
+    seen: list[bool] = []
+    armt.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    made.training_step(armt, batch, 2)
+    assert seen == [True, True, False]
+    state = armt(torch.from_numpy(piece.ids[None])).memory_state
+    for name, value in made._carried[0].tensors.items():
+        torch.testing.assert_close(value, state[name])
 
 
 def test_windows_without_a_target_get_no_gradient(model: MemLMForCausalLM, tmp_path: Path) -> None:
@@ -143,6 +190,25 @@ def test_padding_on_the_left_changes_nothing(armt: MemLMForCausalLM, tmp_path: P
     assert_same(
         step(armt, tmp_path, left, bptt_depth=1)[1], step(armt, tmp_path, right, bptt_depth=1)[1]
     )
+
+
+def test_documents_packed_into_one_row_are_rows_of_their_own(
+    armt: MemLMForCausalLM, tmp_path: Path
+) -> None:
+    rows = [ids(20, 1), ids(3, 2), ids(9, 3)]
+    labels = [torch.tensor([IGNORE, *row[1:].tolist()]) for row in rows]
+    flat = {
+        "input_ids": torch.tensor([t for row in rows for t in row.tolist()])[None],
+        "labels": torch.cat(labels)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+    }
+    expected, apart = step(armt, tmp_path, Collator()([{"input_ids": row} for row in rows]))
+    loss, found = step(armt, tmp_path, flat)
+    assert abs(loss - expected) < 1e-9
+    assert_same(found, apart)
+    asked = {**flat, "question_at": torch.tensor([[0, 0]])}
+    with pytest.raises(ValueError, match="question_at counts rows of one document"):
+        count_targets(asked)
 
 
 def test_recomputed_activations_give_the_same_gradients(
@@ -225,7 +291,9 @@ def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
             stream(PieceSource(pieces), Stage(max_segments=1)),
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=slots,
+            # From the end, a window's place would depend on the longest row of its batch.
             bptt_depth=2,
+            bptt_anchor="start",
         )
         made.train()
         results.append((made.state.log_history[0]["loss"], weights(model)))
@@ -262,8 +330,7 @@ def test_a_step_a_window_equals_the_loop_by_hand(tmp_path: Path) -> None:
     other = memory_model("llama", "armt").train()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     state = None
-    for at in range(0, 26, 2 * SEGMENT):
-        part = slice(at, at + 2 * SEGMENT)
+    for part in parts(26, 2):
         out = other(
             torch.from_numpy(piece.ids[None, part]),
             shift_labels=torch.from_numpy(piece.targets[None, part]),
@@ -322,7 +389,10 @@ def test_evaluation_streams_the_loss_and_counts_answers(tmp_path: Path) -> None:
     batch = Collator()(held_out)
     with torch.no_grad():
         out = model.eval()(
-            batch["input_ids"], batch["attention_mask"], shift_labels=batch["shift_labels"]
+            batch["input_ids"],
+            batch["attention_mask"],
+            shift_labels=batch["shift_labels"],
+            logits_to_keep=0,
         )
     assert metrics["eval_loss"] == pytest.approx(float(out.loss), rel=1e-6)
     guessed, aimed = out.logits.argmax(dim=-1), batch["shift_labels"] != IGNORE
@@ -361,7 +431,8 @@ def test_what_memories_ask_for_is_a_loss(tmp_path: Path) -> None:
         targets = None if piece.targets is None else torch.from_numpy(piece.targets[None])
         out = model(tokens, shift_labels=targets)
         assert float(out.auxiliary_loss.detach()) > 0
-        total = out.auxiliary_loss if targets is None else out.loss
+        auxiliary = out.auxiliary_loss
+        total = auxiliary if targets is None else out.loss
         for question in piece.questions:
             prompt = torch.from_numpy(question.ids[None])
             labels = prompt.clone()
@@ -371,34 +442,135 @@ def test_what_memories_ask_for_is_a_loss(tmp_path: Path) -> None:
                 + model(prompt, labels=labels, memory_state=out.memory_state, write=False).loss
             )
         total.backward()
-        assert loss == pytest.approx(float(total.detach()), rel=1e-6)
+        assert loss == pytest.approx(float((total - auxiliary).detach()), rel=1e-6)
         assert_same(found, gradients(model))
 
 
-def test_what_memories_ask_for_is_a_mean_over_accumulated_rows(tmp_path: Path) -> None:
-    pieces = [text_piece(18, n) for n in range(4)]
+@pytest.mark.parametrize("kind", ["text", "questions"])
+def test_what_memories_ask_for_is_a_mean_over_accumulated_rows(tmp_path: Path, kind: str) -> None:
+    # Documents of unlike lengths: micro-batches hold unlike numbers of segments.
+    pieces = [text_piece(length, length) for length in (20, 8, 15, 3)]
+    if kind == "questions":
+        asked = [Question(len(p.ids) // SEGMENT, ids(4, len(p.ids)), 2) for p in pieces]
+        pieces = [Piece(p.ids, questions=(q,)) for p, q in zip(pieces, asked, strict=True)]
     results = []
     for rows, slots in ((4, 1), (2, 2)):
         model = costly()
-        trainer(
+        made = trainer(
             model,
             tmp_path,
             stream(PieceSource(pieces), Stage(max_segments=1)),
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=slots,
-        ).train()
-        results.append(weights(model))
-    assert_same(*results)
+        )
+        made.train()
+        results.append((made.state.log_history[0], weights(model)))
+    for logged, found in results[1:]:
+        for name in ("loss", "auxiliary_loss"):
+            assert logged[name] == pytest.approx(results[0][0][name], rel=1e-5)
+        assert_same(found, results[0][1])
 
 
-def test_steps_that_overflow_are_left_out(tmp_path: Path) -> None:
+def test_windows_share_what_memories_ask_for_by_their_segments(tmp_path: Path) -> None:
+    model, piece = costly(), text_piece(27)
+    costs = model.train()(torch.from_numpy(piece.ids[None])).auxiliary_loss.detach()
+    data = [{"input_ids": piece.ids}]
+    made = trainer(model, tmp_path, data, bptt_depth=2, per_device_train_batch_size=1)
+    made.train()
+    assert made.state.log_history[0]["auxiliary_loss"] == pytest.approx(float(costs), rel=1e-6)
+
+
+def test_what_memories_ask_for_does_not_grow_with_the_document(tmp_path: Path) -> None:
+    logged = []
+    for count in (2, 16):
+        data = [{"input_ids": ids(count * SEGMENT)}]
+        made = trainer(memory_model("llama", "compressive"), tmp_path, data)
+        made.train()
+        logged.append(made.state.log_history[0]["auxiliary_loss"])
+    assert 0.3 < logged[1] / logged[0] < 1.5
+
+
+def overflowing(memory: Any) -> MemLMForCausalLM:
+    """A model that cannot read token 60: in float32, which norms are taken in, it is infinite."""
+    model = memory_model("llama", memory)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[60] = 1e200
+    return model
+
+
+def bad_piece(length: int, seed: int) -> Piece:
+    tokens = ids(length, seed).clip(max=59)
+    tokens[3 * length // 4] = 60
+    return Piece(tokens, shifted(tokens))
+
+
+@pytest.mark.parametrize("memory", ["armt", "none"])
+def test_one_bad_document_is_left_out(tmp_path: Path, memory: str) -> None:
+    good = ids(15, 1).clip(max=59)
+    pieces = [Piece(good, shifted(good)), bad_piece(20, 2)]
+    model = overflowing(memory)
+    before = weights(model)
+    values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "bptt_depth": 2}
+    made = trainer(model, tmp_path, stream(PieceSource(pieces), Stage(max_segments=1)), **values)
+    made.train()
+    assert made.state.global_step == 1
+    assert made.skipped == made.state.log_history[0]["skipped"] == 1
+
+    # By hand: the good document alone, as its share of all targets. The bad one overflows in its
+    # second window; what its first has taught stays.
+    other = overflowing(memory).train()
+    batch = Collator()([pieces[0]])
+    state = None
+    for part in parts(15, 2):
+        out = other(
+            batch["input_ids"][:, part],
+            shift_labels=batch["shift_labels"][:, part],
+            memory_state=state,
+            num_items_in_batch=14 + 19,
+        )
+        out.loss.backward()
+        state = out.memory_state.detach()
+    bad = Collator()([pieces[1]])
+    at = parts(20, 2)[0]
+    out = other(
+        bad["input_ids"][:, at], shift_labels=bad["shift_labels"][:, at], num_items_in_batch=33
+    )
+    out.loss.backward()
+    for name, parameter in other.named_parameters():
+        before[name] -= 0.1 * parameter.grad
+    assert_same(weights(model), before)
+
+
+def test_a_bad_document_ends_a_run_that_asks_for_it(tmp_path: Path) -> None:
+    made = trainer(overflowing("armt"), tmp_path, [{"input_ids": bad_piece(20, 2).ids}])
+    made.args.skip_nonfinite = False
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        made.train()
+
+
+def test_weights_that_overflowed_end_a_run(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(armt.parameters())[5] = torch.nan
+    data = [{"input_ids": np.full(12, 5)}]
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        trainer(armt, tmp_path, data).train()
+
+
+def test_an_evaluation_says_that_a_document_overflowed(tmp_path: Path) -> None:
+    data = [{"input_ids": bad_piece(20, 2).ids}]
+    made = MemLMTrainer(overflowing("armt"), arguments(tmp_path), eval_dataset=data)
+    assert np.isnan(made.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_steps_that_overflow_are_left_out(tmp_path: Path, limit: float) -> None:
     model = memory_model("llama", "armt")
     made = trainer(
         model,
         tmp_path,
         stream(Endless(pieces=3), Stage(max_segments=1)),
         max_steps=2,
-        max_grad_norm=1.0,
+        max_grad_norm=limit,
     )
     before = weights(model)
     run = made._run
@@ -410,7 +582,7 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path) -> None:
 
     made._run = spoil  # type: ignore[method-assign]
     made.train()
-    assert made.state.global_step == 2
+    assert made.state.global_step == made.skipped == 2
     assert_same(weights(model), before)
 
 
@@ -453,6 +625,50 @@ def test_arguments_that_cannot_be_are_refused(
         arguments(tmp_path, **values)
 
 
+def test_deepspeed_is_refused_before_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="deepspeed steps its optimiser at every backward"):
+        arguments(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="deepspeed"):
+        arguments(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (Piece(ids(12, 2), shifted(ids(12, 2))), True),
+        (Piece(ids(13, 2), shifted(ids(13, 2))), True),
+        (Piece(ids(14, 2), shifted(ids(14, 2))), False),
+        (Piece(ids(12, 2), questions=(Question(1, ids(4, 9), 2),)), False),
+    ],
+)
+def test_sharded_processes_must_run_the_same_calls(
+    armt: MemLMForCausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other: Piece,
+    same: bool,
+) -> None:
+    made = trainer(armt, tmp_path, [{"input_ids": ids(4)}])
+    monkeypatch.setattr(MemLMTrainer, "_sharded", True)
+    marks: list[Tensor] = []
+
+    def gather(mark: Tensor) -> Tensor:
+        marks.append(mark)
+        return torch.cat(marks)
+
+    monkeypatch.setattr(made.accelerator, "gather", gather)
+    plans = [made._plan(Collator()([piece]), train=True) for piece in (text_piece(12), other)]
+    made._check_in_step(plans[0])
+    if same:
+        made._check_in_step(plans[1])
+    else:
+        with pytest.raises(ValueError, match="FSDP every process must run the same calls"):
+            made._check_in_step(plans[1])
+
+
 def test_a_step_a_window_needs_a_stream(armt: MemLMForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TrainingStream"):
         trainer(armt, tmp_path, [text_piece(5)], window_step="window", bptt_depth=1)
@@ -489,6 +705,29 @@ def test_loss_falls(tmp_path: Path) -> None:
     made.train()
     losses = [line["loss"] for line in made.state.log_history if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("peak", [0.1, 0.0])
+def test_a_stage_may_rest(tmp_path: Path, peak: float) -> None:
+    model = memory_model("llama", "armt")
+    stages = [Stage(max_segments=1, steps=2, learning_rate=0.0), Stage(max_segments=1)]
+    stages += [Stage(max_segments=1, learning_rate=0.2)]
+    seen: list[dict[str, Tensor]] = [weights(model)]
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(weights(model))
+
+    data = stream(Endless(pieces=1), stages[0], stages[2 if peak == 0 else 1])
+    made = trainer(model, tmp_path, data, [Keep()], max_steps=3, learning_rate=peak)
+    made.train()
+    assert_same(seen[2], seen[0])
+    assert any((seen[3][name] - seen[2][name]).abs().max() > 1e-6 for name in seen[0])
+    assert [line["learning_rate"] for line in made.state.log_history[:3]] == [
+        0.0,
+        0.0,
+        pytest.approx(peak or 0.2),
+    ]
 
 
 def test_a_stage_weighs_what_memories_ask_for(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from memlm import DocumentStream, MemLMForCausalLM, __version__
+from memlm.files import write_json
 from memlm.retrieval import ChunkIndex, HashingEmbedder
-from memlm.state import write_json
 from memlm.train.tokenizer import train_tokenizer
 from tests.cases import CASES, SEGMENT, VOCAB, randomise, tokens
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype
+from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option
 from memlm.memory.parts.deep_memory import read, read_write
 
 EPSILON = 1e-6
@@ -48,11 +48,11 @@ class TitansConfig(MemoryConfig):
     num_persistent_tokens: int = 0
     conv_size: int = 0
     max_rate: float = 1.0
-    initial_rate: float = 0.05
-    initial_momentum: float = 0.9
-    initial_forgetting: float = 0.01
+    initial_rate: float = option(0.05)
+    initial_momentum: float = option(0.9)
+    initial_forgetting: float = option(0.01)
     max_surprise: float | None = 4.0
-    output_std: float = 0.0
+    output_std: float = option(0.0)
 
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
@@ -181,7 +181,8 @@ class TitansMemory(nn.Module):
         Also the tail of the query's convolution behind `x`, the last of the state's tails.
         """
         order, real = _real_first(x, mask)
-        x = F.rms_norm(_take(x, order), self.norm.shape, self.norm, EPSILON)
+        x = _take(x, order)
+        x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         last = len(self.kernels) - 1
         q, tail = self._project(x, self.query, last, state, real)
         with torch.autocast(x.device.type, enabled=False):
@@ -193,7 +194,8 @@ class TitansMemory(nn.Module):
     ) -> tuple[Tensor, TitansState]:
         """Write `x` (B, T, D) token by token; read at each what is known there, itself included."""
         order, real = _real_first(x, mask)
-        x = F.rms_norm(_take(x, order), self.norm.shape, self.norm, EPSILON)
+        x = _take(x, order)
+        x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         streams = [
             self._project(x, linear, i, state, real)
             for i, linear in enumerate((self.query, self.key, self.value))

@@ -1,0 +1,1 @@
+"""Loss by position in long documents, with and without the memory of the past."""

@@ -1,0 +1,1 @@
+"""What was found: summaries, comparisons, pictures and pages."""

@@ -1,0 +1,116 @@
+"""Baselines: the same base model, without the memory that is being judged.
+
+none: the end of the document alone; full: attention over all of it; window: a sliding window of attention
+(Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from memlm.eval.running.readers import LastReader, MemoryReader, Reader, RecalledReader, WholeReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from memlm.modeling import MemLMForCausalLM
+
+# Tokens a baseline sees of a model that says nothing of its own.
+DEFAULT_WINDOW = 4096
+
+
+def make_reader(
+    model: MemLMForCausalLM | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    baseline: str | None = None,
+    window: int | None = None,
+    own_segment: bool = False,
+    keep_in: str | os.PathLike[str] | None = None,
+) -> Reader:
+    """Say how `model` reads: into its memory where it has one, else with all its attention.
+
+    baseline: a name of `BASELINES`, to read with the base model in that way instead. window: tokens that
+    "none" and "window" see; None is a segment, or what the base's positions allow up to 4,096. A reader
+    may change the model until it is closed.
+    """
+    if baseline is not None and baseline not in BASELINES:
+        raise ValueError(
+            f"baseline={baseline!r} is unknown; use one of {', '.join(BASELINES)}, or none at all"
+        )
+    if window is not None and baseline not in ("none", "window"):
+        raise ValueError(
+            f"window={window} says what the baselines 'none' and 'window' see, but baseline is "
+            f"{baseline!r}; leave it out"
+        )
+    if window is not None and window < 2:
+        raise ValueError(f"window={window} must be at least 2 tokens")
+    if baseline is not None:
+        return BASELINES[baseline](base_of(model), tokenizer, window or default_window(model))
+    if is_memory_model(model):
+        return MemoryReader(model, tokenizer, own_segment, keep_in)  # type: ignore[arg-type]
+    return WholeReader(model, tokenizer)  # type: ignore[arg-type]
+
+
+def is_memory_model(model: Any) -> bool:
+    """Whether the model reads segments into a state."""
+    return callable(getattr(model, "read", None))
+
+
+def base_of(model: Any) -> Any:
+    """The model of transformers that a memory model wraps; others as they are."""
+    return model.base if is_memory_model(model) else model
+
+
+def default_window(model: Any) -> int:
+    """Tokens of a segment; of another model what its positions allow, up to 4,096."""
+    if is_memory_model(model):
+        return int(model.config.segment_length)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
+
+
+def _last(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+    return LastReader(base, tokenizer, window)
+
+
+def _whole(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+    return WholeReader(base, tokenizer)
+
+
+class WindowReader(MemoryReader):
+    """Baseline "window": at every layer a token sees at most `window` tokens, and half of them at least.
+
+    Segments of half a window, behind them the keys and values of as many tokens before.
+    """
+
+    name = "window"
+
+    def __init__(self, base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> None:
+        from memlm.memory.transformer_xl import TransformerXLConfig
+        from memlm.modeling import MemLMForCausalLM
+
+        segment = window // 2
+        memory = TransformerXLConfig(memory_length=window - segment)
+        model = MemLMForCausalLM.from_base(base, memory=memory, segment_length=segment)
+        super().__init__(model.eval(), tokenizer)
+        self.window = window
+
+    def close(self) -> None:
+        self.model.unload()
+
+    def settings(self) -> dict[str, Any]:
+        return {"baseline": self.name, "window": self.window}
+
+
+def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+    return RecalledReader(base, tokenizer)
+
+
+BASELINES: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], Reader]] = {
+    "none": _last,
+    "full": _whole,
+    "window": WindowReader,
+    "retrieval": _recalled,
+}

@@ -1,0 +1,142 @@
+"""What an evaluation has finished, in memory and in a folder: a line a sample, and how it was made.
+
+`run.json` holds the settings, and a folder of other settings is refused; `samples.jsonl` is appended to,
+so that a run that was killed goes on behind its last whole line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+SAMPLES = "samples.jsonl"
+RUN = "run.json"
+# What a run had that does not say it, being of an older version; of anything else, nothing.
+ABSENT: dict[str, Any] = {"position": [0.0, 1.0], "composition": "exact"}
+
+Row = dict[str, Any]
+
+
+class RunLog:
+    """The rows done so far, by their `keys`; with `out`, also in the file `name` of that folder.
+
+    ValueError when the folder holds a run of other settings, or a damaged line that is not the last.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str] | None,
+        settings: dict[str, Any],
+        keys: Sequence[str] = ("task", "length", "index"),
+        name: str = SAMPLES,
+    ) -> None:
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        self.keys = tuple(keys)
+        self._file: IO[str] | None = None
+        self._path: Path | None = None
+        if out is None:
+            return
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / name
+        _check_run(folder, name, settings)
+        for row in read_rows(self._path, self.keys, mend=True):
+            self.rows[self._key(row)] = row
+
+    def __enter__(self) -> Self:
+        if self._path is not None:
+            self._file = self._path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def has(self, *key: Any) -> bool:
+        return key in self.rows
+
+    def append(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.rows[self._key(row)] = row
+        if self._file is not None:
+            self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            self._file.flush()
+
+    def _key(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[key] for key in self.keys)
+
+
+def recorded(out: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The settings of the run in a folder; none where there is no run, or none that can be read."""
+    try:
+        found = json.loads((Path(out or "") / RUN).read_text(encoding="utf-8")) if out else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """Refuse a folder with samples of another run; note the settings in a fresh one."""
+    from memlm.files import write_json
+
+    path = folder / RUN
+    if not path.exists():
+        if (folder / name).exists():
+            raise ValueError(
+                f"out={str(folder)!r} has {name} but no {RUN} to say how they were made; "
+                "use another folder"
+            )
+        write_json(path, settings)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(settings))
+        had, has = ({**ABSENT, **made} for made in (before, wanted))
+        # What one of them alone has counts, too: a run with passages is not gone on with without.
+        different = [key for key in {**has, **had} if had.get(key) != has.get(key)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is not readable JSON; use another folder") from error
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"out={str(folder)!r} holds a run with {key}={had.get(key)!r}, this one has "
+            f"{has.get(key)!r}; use another folder or the same settings"
+        )
+
+
+def read_rows(path: Path, keys: Sequence[str], mend: bool = False) -> list[Row]:
+    """Return the rows on disk; a last line cut short by a kill is left out, with `mend` off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    rows: list[Row] = []
+    good = 0
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("the line has no end")
+            row = json.loads(line)
+            missing = set(keys) - row.keys()
+            if missing:
+                raise ValueError(f"the line lacks {sorted(missing)[0]!r}")
+        except (ValueError, AttributeError) as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{str(path)!r} line {number} is damaged ({error}); remove the line"
+                ) from error
+            if mend:
+                os.truncate(path, good)
+            break
+        rows.append(row)
+        good += len(line)
+    return rows

@@ -1,0 +1,60 @@
+"""What an evaluation is of and ran with, and the model as it must be meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def without_training(model: Any) -> Iterator[None]:
+    """Switch dropout off, and every module back to what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def fingerprint(model: Any) -> str:
+    """Name the model's class, segment length and a digest of some of every parameter's values."""
+    known = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        # The ends of each tensor: reading billions of values would take longer than it is worth.
+        values = parameter.detach().reshape(-1)
+        ends = [*values[:8].float().tolist(), *values[-8:].float().tolist()]
+        known.update(f"{name}{tuple(parameter.shape)}{ends}".encode())
+    length = getattr(model.config, "segment_length", None)
+    segments = "" if length is None else f"/segment_length={length}"
+    return f"{type(model).__name__}{segments}/{known.hexdigest()}"
+
+
+def dtype_of(model: Any) -> str:
+    """The type of the model's first weights that are floating-point, as `--dtype` takes it."""
+    found = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(found).removeprefix("torch.")
+
+
+def versions(model: Any) -> dict[str, str]:
+    import torch
+    import transformers
+
+    import memlm
+
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "memlm": memlm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type} {name}",
+    }

@@ -1,0 +1,458 @@
+"""How a model is given a document and a question: streamed into its memory, or as a baseline reads it.
+
+A reader works in two halves. `pieces` makes arrays of token ids from samples, in a thread ahead of the
+model; `answer` runs the model over them. So no sample ever exists whole but where a reader must have it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from memlm.eval.running.samples import Sampled
+    from memlm.modeling import MemLMForCausalLM
+    from memlm.retrieval.retriever import Recalled
+    from memlm.segment import Segment
+    from memlm.state import MemoryState
+
+# Seconds of reading after which the state of an unfinished document is kept.
+KEEP_SECONDS = 120.0
+# Tokens of a whole prompt a base model takes at once; bounds the attention's and logits' memory.
+PREFILL = 2048
+# How much of the memory that is free a cache of keys and values may take.
+FREE_SHARE = 0.7
+
+Tokens = NDArray[np.int64]
+
+
+class TooLong(Exception):
+    """A document that a baseline cannot take; says why."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One sample as a model sees it: ids before the document, the document, ids behind it.
+
+    recalled: passages whose text is part of `after`.
+    """
+
+    sample: Sampled
+    before: NDArray[np.int32]
+    after: NDArray[np.int32]
+    recalled: tuple[Recalled, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all three."""
+        return len(self.before) + self.sample.tokens + len(self.after)
+
+    def ids(self) -> Iterator[NDArray[np.int32]]:
+        """What comes before the question, in order, in pieces."""
+        return itertools.chain([self.before], self.sample.ids())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a batch side by side: ids (B, T), mask (B, T) bool, None when all are real.
+
+    last: the prompts to go on from, padded on the left; else a segment, padded on the right.
+    """
+
+    ids: Tokens
+    mask: NDArray[np.bool_] | None
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A batch half read: the state behind its first `done` pieces."""
+
+    state: MemoryState
+    done: int
+
+
+@dataclass
+class _Tape:
+    """A sample's tokens, taken as many as wanted at a time."""
+
+    pieces: Iterator[NDArray[np.int32]]
+    rest: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+    def take(self, into: Tokens) -> None:
+        """Fill `into` with the next tokens, which must be there."""
+        filled = 0
+        while filled < len(into):
+            if not len(self.rest):
+                self.rest = next(self.pieces)
+            piece = self.rest[: len(into) - filled]
+            into[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            self.rest = self.rest[len(piece) :]
+
+    def skip(self, count: int) -> None:
+        while count > 0:
+            if not len(self.rest):
+                self.rest = next(self.pieces)
+            passed = min(count, len(self.rest))
+            self.rest = self.rest[passed:]
+            count -= passed
+
+
+class Reader(ABC):
+    """Reads the samples of a batch and answers their questions."""
+
+    name: ClassVar[str]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        # Padding is masked everywhere, so any id serves where the tokenizer names none.
+        pad = tokenizer.pad_token_id
+        self.pad = int(tokenizer.eos_token_id if pad is None else pad)
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model is."""
+
+    def settings(self) -> dict[str, Any]:
+        """What besides the model decides its answers."""
+        return {"baseline": self.name}
+
+    def refuse(self, tokens: int, max_new_tokens: int) -> str | None:
+        """Why a prompt of so many tokens cannot be taken; None when it can."""
+        return None
+
+    def resume(self, batch: Sequence[Asked]) -> Kept | None:
+        """What was kept when the reading of this very batch was broken off."""
+        return None
+
+    def close(self) -> None:
+        """Hand the model back as it was given."""
+        return None
+
+    @abstractmethod
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+        """Make a batch's arrays, the first `done` left out. Runs in a thread: no model, no torch."""
+
+    @abstractmethod
+    def answer(
+        self,
+        batch: Sequence[Asked],
+        pieces: Iterator[Piece],
+        max_new_tokens: int,
+        on_read: Callable[[int], object],
+        kept: Kept | None = None,
+    ) -> list[str]:
+        """Run the model over the pieces of one batch. TooLong when memory runs out meanwhile."""
+
+    def _generate(self, model: Any, piece: Piece, max_new_tokens: int, **kwargs: Any) -> list[str]:
+        """Continue prompts greedily; what was said up to the first end token."""
+        import torch
+
+        mask = np.ones(piece.ids.shape, dtype=bool) if piece.mask is None else piece.mask
+        ends = self._ends(model)
+        said = model.generate(
+            input_ids=torch.from_numpy(piece.ids).to(model.device),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=self.pad,
+            **kwargs,
+        )
+        outputs = []
+        for row in said[:, piece.ids.shape[1] :].tolist():
+            tokens = list(itertools.takewhile(lambda token: token not in ends, row))
+            outputs.append(self.tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        return outputs
+
+    def _ends(self, model: Any) -> list[int]:
+        """The tokens that end an answer: the tokenizer's, and those the model names for its turn."""
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        named = [] if named is None else named if isinstance(named, list) else [named]
+        return sorted({int(self.tokenizer.eos_token_id), *map(int, named)})
+
+    def _prompts(self, rows: Sequence[Tokens]) -> Piece:
+        longest = max(map(len, rows))
+        ids = np.full((len(rows), longest), self.pad, dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=bool)
+        for row, prompt in enumerate(rows):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = True
+        return Piece(ids, mask, last=True)
+
+
+class MemoryReader(Reader):
+    """Reads all whole segments into the model's memory, then the open rest with the question.
+
+    own_segment: for a model that was trained to be asked in a segment of the question's own, the rest is
+    read into its memory, too. keep_in: a folder where the state of an unfinished document is kept now and
+    then, so that a run that was killed goes on in the middle of it.
+    """
+
+    name: ClassVar[str] = "memory"
+
+    def __init__(
+        self,
+        model: MemLMForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        own_segment: bool = False,
+        keep_in: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(tokenizer)
+        self.model = model
+        self.segment = int(model.config.segment_length)
+        self.own_segment = own_segment
+        self._file = None if keep_in is None else Path(keep_in) / "unfinished.safetensors"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def resume(self, batch: Sequence[Asked]) -> Kept | None:
+        from memlm.state import MemoryState
+
+        if self._file is None or not self._file.is_file():
+            return None
+        try:
+            state, extra = MemoryState.load_with_extra(self._file)
+            if extra["batch"] != _mark(batch):
+                return None
+            return Kept(state, int(extra["segments"]))
+        except (ValueError, KeyError):
+            # Only time is lost: the batch is read from its start.
+            return None
+
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+        tapes = [_Tape(asked.ids()) for asked in batch]
+        read = np.array([len(asked.before) + asked.sample.tokens for asked in batch])
+        whole = read if self.own_segment else read // self.segment * self.segment
+        for number, start in enumerate(range(0, int(whole.max()), self.segment)):
+            sizes = np.clip(whole - start, 0, self.segment)
+            if number < done:
+                for tape, size in zip(tapes, sizes.tolist(), strict=True):
+                    tape.skip(size)
+                continue
+            width = int(sizes.max())
+            ids = np.full((len(tapes), width), self.pad, dtype=np.int64)
+            for tape, row, size in zip(tapes, ids, sizes.tolist(), strict=True):
+                tape.take(row[:size])
+            real = np.arange(width)[None, :] < sizes[:, None]
+            yield Piece(ids, None if bool(real.all()) else real)
+        prompts = []
+        for asked, tape, left in zip(batch, tapes, (read - whole).tolist(), strict=True):
+            prompt = np.empty(left + len(asked.after), dtype=np.int64)
+            tape.take(prompt[:left])
+            prompt[left:] = asked.after
+            prompts.append(prompt)
+        yield self._prompts(prompts)
+
+    def answer(
+        self,
+        batch: Sequence[Asked],
+        pieces: Iterator[Piece],
+        max_new_tokens: int,
+        on_read: Callable[[int], object],
+        kept: Kept | None = None,
+    ) -> list[str]:
+        state, done = (None, 0) if kept is None else (kept.state, kept.done)
+        last: list[Piece] = []
+
+        def segments(until: float) -> Iterator[Segment]:
+            nonlocal done
+            for piece in pieces:
+                if piece.last:
+                    last.append(piece)
+                    return
+                yield self._segment(piece)
+                done += 1
+                on_read(piece.ids.size if piece.mask is None else int(piece.mask.sum()))
+                if time.monotonic() > until:
+                    return
+
+        while not last:
+            part = segments(time.monotonic() + KEEP_SECONDS)
+            first = next(part, None)
+            if first is None:
+                break
+            state = self.model.read(itertools.chain([first], part), state)
+            if not last and self._file is not None:
+                state.save(self._file, {"batch": _mark(batch), "segments": str(done)})
+        (prompts,) = last
+        outputs = self._generate(self.model, prompts, max_new_tokens, memory_state=state)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+        return outputs
+
+    def _segment(self, piece: Piece) -> Segment:
+        import torch
+
+        from memlm.segment import Segment
+
+        device = self.model.device
+        mask = None if piece.mask is None else torch.from_numpy(piece.mask).to(device)
+        return Segment(torch.from_numpy(piece.ids).to(device), mask)
+
+
+def _mark(batch: Sequence[Asked]) -> str:
+    """What tells one batch from another."""
+    return json.dumps(
+        [[a.sample.task, a.sample.question, a.tokens, list(a.sample.fact_offsets)] for a in batch]
+    )
+
+
+class BaseReader(Reader):
+    """Reads with a model of transformers alone."""
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        self.base = base
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+
+class LastReader(BaseReader):
+    """Baseline "none": the base model sees the end of the document alone, and the question.
+
+    window: tokens it sees, prompt and question included.
+    """
+
+    name: ClassVar[str] = "none"
+
+    def __init__(
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window: int
+    ) -> None:
+        super().__init__(base, tokenizer)
+        self.window = window
+
+    def settings(self) -> dict[str, Any]:
+        return {"baseline": self.name, "window": self.window}
+
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+        rows = []
+        for asked in batch:
+            around = len(asked.before) + len(asked.after)
+            seen = min(asked.sample.tokens, max(0, self.window - around))
+            row = np.empty(around + seen, dtype=np.int64)
+            row[: len(asked.before)] = asked.before
+            tape = _Tape(asked.sample.ids())
+            tape.skip(asked.sample.tokens - seen)
+            tape.take(row[len(asked.before) : len(asked.before) + seen])
+            row[len(asked.before) + seen :] = asked.after
+            rows.append(row)
+        yield self._prompts(rows)
+
+    def answer(
+        self,
+        batch: Sequence[Asked],
+        pieces: Iterator[Piece],
+        max_new_tokens: int,
+        on_read: Callable[[int], object],
+        kept: Kept | None = None,
+    ) -> list[str]:
+        (prompts,) = pieces
+        return self._generate(self.base, prompts, max_new_tokens)
+
+
+class RecalledReader(LastReader):
+    """Baseline "retrieval": the base model sees the recalled passages and the question alone."""
+
+    name: ClassVar[str] = "retrieval"
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(base, tokenizer, window=0)
+
+    def settings(self) -> dict[str, Any]:
+        return {"baseline": self.name}
+
+
+class WholeReader(BaseReader):
+    """Baseline "full": the base model attends to the whole document, up to its limit or the machine's."""
+
+    name: ClassVar[str] = "full"
+
+    def refuse(self, tokens: int, max_new_tokens: int) -> str | None:
+        config = self.base.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        needed = tokens + max_new_tokens
+        if limit is not None and needed > limit:
+            return f"{needed:,} tokens are more than the model's {limit:,} positions"
+        if self._rows_that_fit(needed) < 1:
+            return (
+                f"the keys and values of {needed:,} tokens take "
+                f"{needed * self._bytes_a_token() / 2**30:,.1f} GiB, more than is free"
+            )
+        return None
+
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+        rows = []
+        for asked in batch:
+            row = np.empty(asked.tokens, dtype=np.int64)
+            _Tape(asked.ids()).take(row[: asked.tokens - len(asked.after)])
+            row[asked.tokens - len(asked.after) :] = asked.after
+            rows.append(row)
+        yield self._prompts(rows)
+
+    def answer(
+        self,
+        batch: Sequence[Asked],
+        pieces: Iterator[Piece],
+        max_new_tokens: int,
+        on_read: Callable[[int], object],
+        kept: Kept | None = None,
+    ) -> list[str]:
+        import torch
+
+        (prompts,) = pieces
+        assert prompts.mask is not None
+        step = max(1, self._rows_that_fit(prompts.ids.shape[1] + max_new_tokens))
+        outputs: list[str] = []
+        for start in range(0, len(prompts.ids), step):
+            ids, mask = prompts.ids[start : start + step], prompts.mask[start : start + step]
+            # Columns that are padding in all these rows.
+            empty = int(mask.any(axis=0).argmax())
+            part = Piece(ids[:, empty:], mask[:, empty:], last=True)
+            long = {"prefill_chunk_size": PREFILL} if part.ids.shape[1] > PREFILL else {}
+            try:
+                outputs += self._generate(self.base, part, max_new_tokens, **long)
+            except torch.OutOfMemoryError as error:
+                raise TooLong(
+                    f"memory ran out at {part.ids.shape[1]:,} tokens in {len(part.ids)} rows"
+                ) from error
+            on_read(int(mask.sum()))
+        return outputs
+
+    def _bytes_a_token(self) -> int:
+        """Of the keys and values of one token in all layers."""
+        config = self.base.config.get_text_config()
+        heads = config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return 2 * config.num_hidden_layers * groups * size * self.base.dtype.itemsize
+
+    def _rows_that_fit(self, tokens: int) -> int:
+        import psutil
+        import torch
+
+        device = self.base.device
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return int(FREE_SHARE * free // (tokens * self._bytes_a_token()))

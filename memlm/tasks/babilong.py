@@ -1,0 +1,41 @@
+"""BABILong (arXiv:2406.10149): bAbI facts scattered through running text, at any length.
+
+Composition "exact": lengths are powers of two of the model's own tokens (4k is 4,096, 1M is 2**20), all
+of them facts and noise. Composition "published" keeps the rules of the published code
+(github.com/booydar/babilong, data/create_tasks.py and babilong_utils.py); see `Composition`. Either way a
+sample depends on its own seed alone, so what one sample leaves of its noise is not carried over to the
+next, and nothing is held in memory but the list of stretches of text a sample is made of.
+"""
+
+from memlm.tasks.compose import Sample, compose, facts_fit
+from memlm.tasks.composition import COMPOSITIONS, Composition, composition_of
+from memlm.tasks.lengths import format_length, parse_length
+from memlm.tasks.published import Record, RecordSample, iterate, load, write
+from memlm.tasks.templates import (
+    ANSWER_TEMPLATE,
+    FACT_TEMPLATE,
+    QUESTION_TEMPLATE,
+    encode_answer,
+    encode_question,
+)
+
+__all__ = [
+    "ANSWER_TEMPLATE",
+    "COMPOSITIONS",
+    "FACT_TEMPLATE",
+    "QUESTION_TEMPLATE",
+    "Composition",
+    "Record",
+    "RecordSample",
+    "Sample",
+    "compose",
+    "composition_of",
+    "encode_answer",
+    "encode_question",
+    "facts_fit",
+    "format_length",
+    "iterate",
+    "load",
+    "parse_length",
+    "write",
+]

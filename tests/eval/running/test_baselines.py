@@ -1,0 +1,295 @@
+"""Baselines: each reads what its name says, on any model, and leaves the memory model as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from memlm import MemLMForCausalLM
+from memlm.eval import Report, evaluate
+from memlm.eval.running import readers
+from memlm.eval.running.samples import Composed
+from memlm.retrieval import HashingEmbedder
+from memlm.retrieval.retriever import RetrievalConfig, read_document, render
+from memlm.tasks.haystack import Haystack
+from tests.eval.lent import as_it_is
+
+Tokenizer = PreTrainedTokenizerFast
+NEW = 6
+
+
+def small(tokenizer: Tokenizer, **over: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, **over,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def run(
+    model: Any, tokenizer: Tokenizer, prose: Haystack, out: Path | None = None, **kwargs: Any
+) -> tuple[Report, list[str]]:
+    settings: dict[str, Any] = {
+        "tasks": ["qa1"], "lengths": [300], "samples": 5, "batch_size": 3, "haystack": prose,
+        "progress": False, "prompt": "answer", "max_new_tokens": NEW,
+    }  # fmt: skip
+    report = evaluate(model, tokenizer, out=out, **(settings | kwargs))
+    if out is None:
+        return report, []
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return report, [row["output"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["plain", "with memory"])
+def test_a_window_leaves_the_model_as_it_was(
+    kind: str, tokenizer: Tokenizer, prose: Haystack
+) -> None:
+    model: Any = small(tokenizer)
+    if kind == "with memory":
+        model = MemLMForCausalLM.from_base(model, memory=["armt", "infini"], segment_length=32)
+    model.train()
+    before = as_it_is(model)
+    for _ in range(2):
+        run(model, tokenizer, prose, baseline="window", window=24, samples=2)
+        assert as_it_is(model) == before
+    with pytest.raises(ValueError, match="no story of qa3"):
+        run(model, tokenizer, prose, baseline="window", window=24, tasks=["qa3"], lengths=[20])
+    assert as_it_is(model) == before
+
+
+def prompts_of(tokenizer: Tokenizer, prose: Haystack, length: int = 300) -> list[list[int]]:
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
+    prompts = []
+    for index in range(5):
+        sample = source.get("qa1", length, index)
+        ids = [int(token) for piece in sample.ids() for token in piece]
+        assert len(ids) == length or length == 0
+        prompts.append(ids + tokenizer(f" {sample.question}", add_special_tokens=False).input_ids)
+    return prompts
+
+
+def continued(model: PreTrainedModel, tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Greedy continuation by whole forward passes, without cache, batch or padding."""
+    said: list[int] = []
+    with torch.no_grad():
+        for _ in range(NEW):
+            token = int(model(torch.tensor([ids + said])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            said.append(token)
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("prefill", [2048, 100])
+def test_full_attends_to_the_whole_document(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path, prefill: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(readers, "PREFILL", prefill)
+    model = small(tokenizer)
+    expected = [continued(model, tokenizer, ids) for ids in prompts_of(tokenizer, prose)]
+    assert len(set(expected)) > 1
+    report, said = run(model, tokenizer, prose, tmp_path)
+    assert said == expected
+    assert report.settings["baseline"] == "full"
+
+
+def test_full_splits_a_batch_that_does_not_fit(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model = small(tokenizer)
+    _, together = run(model, tokenizer, prose, tmp_path / "a", batch_size=5)
+    sizes = []
+    monkeypatch.setattr(readers.WholeReader, "_rows_that_fit", lambda self, tokens: 2)
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model),
+        "generate",
+        lambda self, **kw: sizes.append(len(kw["input_ids"])) or generate(self, **kw),
+    )
+    _, apart = run(model, tokenizer, prose, tmp_path / "b", batch_size=5)
+    assert sizes == [2, 2, 1] and together == apart
+
+
+def test_none_sees_the_end_of_the_document_alone(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model = small(tokenizer)
+    expected = [continued(model, tokenizer, ids[-64:]) for ids in prompts_of(tokenizer, prose)]
+    _, said = run(model, tokenizer, prose, tmp_path, baseline="none", window=64)
+    assert said == expected
+    whole = [continued(model, tokenizer, ids) for ids in prompts_of(tokenizer, prose)]
+    assert said != whole
+
+
+def test_a_window_wider_than_the_document_is_full_attention(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model = small(tokenizer)
+    expected = [continued(model, tokenizer, ids) for ids in prompts_of(tokenizer, prose)]
+    _, wide = run(model, tokenizer, prose, tmp_path / "wide", baseline="window", window=1200)
+    assert wide == expected
+    _, narrow = run(model, tokenizer, prose, tmp_path / "narrow", baseline="window", window=64)
+    assert narrow != expected
+    # The window leaves the model itself as it was.
+    _, after = run(model, tokenizer, prose, tmp_path / "after")
+    assert after == expected
+
+
+def test_a_memory_model_is_judged_without_its_memory_and_keeps_it(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    base = small(tokenizer)
+    expected = [continued(base, tokenizer, ids) for ids in prompts_of(tokenizer, prose)]
+    model = MemLMForCausalLM.from_base(base, memory="armt", segment_length=64)
+    model.config.question_template = " {question}"
+    with torch.no_grad():
+        for parameter in model.memory.parameters():
+            parameter.normal_(std=0.3)
+    _, with_memory = run(model, tokenizer, prose, tmp_path / "memory")
+    for baseline in ("full", "window", "none"):
+        window = {} if baseline == "full" else {"window": 1200}
+        _, said = run(model, tokenizer, prose, tmp_path / baseline, baseline=baseline, **window)
+        # A window of 1200 tokens holds all there is.
+        assert said == expected, baseline
+    _, again = run(model, tokenizer, prose, tmp_path / "again")
+    assert again == with_memory != expected
+
+
+def test_what_a_baseline_cannot_take_is_left_out_with_the_reason(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=256,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    kwargs: dict[str, Any] = {"lengths": [100, 300, 100_000]}
+    report, said = run(model, tokenizer, prose, tmp_path, **kwargs)
+    assert report.accuracy["qa1"].keys() == {"100"} and len(said) == 5
+    assert report.skipped["qa1"].keys() == {"300", "100000"}
+    assert "256 positions" in report.skipped["qa1"]["300"]
+    assert Report.load(tmp_path).skipped == report.skipped
+    # Going on finds the same.
+    again, _ = run(model, tokenizer, prose, tmp_path, **kwargs)
+    assert again.skipped == report.skipped and again.accuracy == report.accuracy
+
+
+def test_memory_running_out_leaves_the_cell_out_and_the_run_goes_on(
+    tokenizer: Tokenizer, prose: Haystack, monkeypatch: Any
+) -> None:
+    model = small(tokenizer)
+    generate = type(model).generate
+
+    def greedy(self: Any, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].shape[1] > 300:
+            raise torch.OutOfMemoryError("no more")
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", greedy)
+    report, _ = run(model, tokenizer, prose, lengths=[500, 100])
+    calls = []
+
+    def late(self: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no more")
+        return generate(self, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "generate", late)
+        half, _ = run(model, tokenizer, prose, lengths=[100])
+    # Three samples were answered before; a part of a cell is no result.
+    assert half.cells == [] and "memory ran out" in half.skipped["qa1"]["100"]
+    assert (
+        report.accuracy["qa1"].keys() == {"100"}
+        and "memory ran out" in report.skipped["qa1"]["500"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"baseline": "all"}, "baseline='all' is unknown"),
+        ({"window": 5}, "window=5 says what"),
+        ({"baseline": "none", "window": 1}, "window=1"),
+    ],
+)
+def test_unknown_baselines_are_refused(
+    tokenizer: Tokenizer, prose: Haystack, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(small(tokenizer), tokenizer, prose, **changed)
+
+
+def test_answers_end_at_any_of_the_models_end_tokens(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model = small(tokenizer)
+    _, said = run(model, tokenizer, prose, tmp_path / "a")
+    (first, *_) = prompts_of(tokenizer, prose)
+    with torch.no_grad():
+        for _ in range(2):
+            ids = [*first, int(model(torch.tensor([first])).logits[0, -1].argmax())]
+            end, first = ids[-1], ids
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    _, cut = run(model, tokenizer, prose, tmp_path / "b")
+    assert cut[0] == tokenizer.decode(ids[-2:-1]).strip() != said[0]
+
+
+def test_retrieval_sees_the_passages_and_the_question_alone(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model = small(tokenizer)
+    config = RetrievalConfig(k=3, size=20)
+    _, said = run(model, tokenizer, prose, tmp_path, baseline="retrieval", retrieval=config)
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
+    for index, output in enumerate(said):
+        sample = source.get("qa1", 300, index)
+        passages = read_document(sample, HashingEmbedder(), config).recall(sample.question)
+        text = f"{render(passages)} {sample.question}"
+        assert output == continued(model, tokenizer, tokenizer(text).input_ids)
+
+
+def test_the_start_token_stands_before_another_models_document_and_not_before_ours(
+    tokenizer: Tokenizer, prose: Haystack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = copy.deepcopy(tokenizer)
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", starting.eos_token_id)]
+    )
+    model, seen = small(tokenizer), []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, **kw: seen.append(kw) or generate(self, **kw)
+    )
+    run(model, starting, prose, samples=1)
+    assert int(seen[0]["input_ids"][0, 0]) == starting.eos_token_id
+    plain = prompts_of(tokenizer, prose)[0]
+    assert seen[0]["input_ids"][0, 1:].tolist() == plain
+    ours = MemLMForCausalLM.from_base(model, memory="none", segment_length=64)
+    seen.clear()
+    monkeypatch.setattr(
+        type(ours),
+        "generate",
+        lambda self, **kw: seen.append(kw) or torch.zeros(1, 9999, dtype=torch.long),
+    )
+    run(ours, starting, prose, samples=1, lengths=["0k"])
+    assert int(seen[0]["input_ids"][0, 0]) != starting.eos_token_id
