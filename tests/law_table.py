@@ -36,6 +36,7 @@ LAWS = {
     "round trips": "round_trips",
     "numbers": "bfloat16_stays_close",
     "bounded": "long_documents_stay_bounded",
+    "silence": "silence_leaves_the_state_as_it_was",
 }
 INITIALS = {family: family[0].upper() for family in LAW_FAMILIES}
 TEXT = """# The laws, mechanism by mechanism
@@ -56,7 +57,8 @@ says nothing about it. Written by `python -m tests.law_table`
   itself. **size**: shapes and bytes after 1 and 400 segments are the same. **neutral**: freshly attached,
   the first segment's logits are the base model's. **round trips**: state, model and memory saved, loaded,
   gone on with. **numbers**: bfloat16 and autocast stay close. **bounded**: 100,000 tokens in float32 stay
-  finite and no larger than in the first 12,800; on Llama.
+  finite and no larger than in the first 12,800; on Llama. **silence**: where every write gate is zero, 1,000
+  segments leave the state as it was, to the bit; on Llama.
 
 Besides these each mechanism has an oracle of its own, named on its [page](methods.md), and a check that it
 learns ([results](results.md)).

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.base import (
+    Dims,
+    Inner,
+    Memory,
+    MemoryConfig,
+    Site,
+    accumulator_dtype,
+    option,
+)
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.gates import check_gate, open_gate
 from memlm.memory.parts.titans import _loaded, _put, _real_first, _take
@@ -71,12 +79,12 @@ class GatedDeltaConfig(MemoryConfig):
     householder_steps: int = 1
     negative_eigenvalues: bool = False
     conv_size: int = 4
-    chunk_length: int | None = None
+    chunk_length: int | None = option(None)
     write_gate: str = "sigmoid"
-    write_threshold: float = 0.0
-    initial_gate: float = 0.0
-    write_cost: float = 0.0
-    output_std: float = 0.0
+    write_threshold: float = option(0.0)
+    initial_gate: float = option(0.0)
+    write_cost: float = option(0.0)
+    output_std: float = option(0.0)
 
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
@@ -183,7 +191,9 @@ class GatedDelta(Memory):
         tail = max(0, self.config.conv_size - 1)
         return GatedDeltaState(
             self.zeros(batch_size, self.heads, self.keys, self.values, dtype=dtype),
-            tuple(self.zeros(batch_size, tail, len(kernel), dtype=dtype) for kernel in self.kernels),
+            tuple(
+                self.zeros(batch_size, tail, len(kernel), dtype=dtype) for kernel in self.kernels
+            ),
             self.zeros(batch_size, dtype=dtype),
         )
 

@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.base import (
+    QKV,
+    Dims,
+    Inner,
+    Memory,
+    MemoryConfig,
+    Site,
+    accumulator_dtype,
+    option,
+)
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.gates import check_gate, open_gate
 
@@ -36,13 +45,13 @@ class GatedDeltaHeadsConfig(MemoryConfig):
 
     erases: bool = True
     decays: bool = True
-    chunk_length: int | None = None
+    chunk_length: int | None = option(None)
     write_gate: str = "sigmoid"
-    write_threshold: float = 0.0
-    write_cost: float = 0.0
-    initial_gate: float = 0.0
-    initial_decay: float = 0.001
-    initial_mix: float = 0.0
+    write_threshold: float = option(0.0)
+    write_cost: float = option(0.0)
+    initial_gate: float = option(0.0)
+    initial_decay: float = option(0.001)
+    initial_mix: float = option(0.0)
 
 
 class GatedDeltaHeadsState(NamedTuple):

@@ -107,7 +107,9 @@ def check(**options) -> None:
                 torch.testing.assert_close(state.memory[index], row.state, **EXACT)
                 for tail, past in zip(state.tails, row.past, strict=True):
                     kept = past[-len(tail[index]) :]
-                    torch.testing.assert_close(tail[index][-len(kept) :], torch.stack(kept), **EXACT)
+                    torch.testing.assert_close(
+                        tail[index][-len(kept) :], torch.stack(kept), **EXACT
+                    )
 
 
 @rules
@@ -135,7 +137,9 @@ def test_options_equal_the_recurrence(options: dict) -> None:
 
 @pytest.mark.parametrize("decay", [None, "head", "channel"])
 @pytest.mark.parametrize("erases", [False, True])
-def test_chunks_change_nothing_and_have_autograds_gradients(decay: str | None, erases: bool) -> None:
+def test_chunks_change_nothing_and_have_autograds_gradients(
+    decay: str | None, erases: bool
+) -> None:
     g = torch.Generator().manual_seed(0)
     shape, dk, dv = (2, 3, 37), 5, 4
 

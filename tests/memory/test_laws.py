@@ -16,7 +16,9 @@ EXACT = {"rtol": 0.0, "atol": 1e-10}
 MEMORIES = [name for name in available_memories() if name != "none"]
 # Those whose write gates can be shut.
 SILENT = [
-    name for name in MEMORIES if "write_threshold" in {f.name for f in fields(memory_class(name).Config)}
+    name
+    for name in MEMORIES
+    if "write_threshold" in {f.name for f in fields(memory_class(name).Config)}
 ]
 
 families = pytest.mark.parametrize("family", LAW_FAMILIES)
