@@ -1,12 +1,14 @@
-"""Gated delta rules: a linear memory beside a layer's attention (Yang et al. 2024, *Gated Delta Networks*).
+"""Gated delta rules: a linear memory beside a layer's attention (Yang et al. 2024, *Gated Delta
+Networks*).
 
-Every token is read and written, chunk by chunk, by the recurrence of `parts.delta_rule`; `rule` says which of
-its family: linear attention, GLA, DeltaNet, Gated DeltaNet, KDA or Kaczmarz linear attention. The block is that
-of the paper: short convolutions, SiLU, normed queries and keys, a normed and gated output. It stands as a
-branch beside the attention, with an output projection of zeros, so that a base model is left as it was.
+Every token is read and written, chunk by chunk, by the recurrence of `parts.delta_rule`; `rule`
+says which of its family: linear attention, GLA, DeltaNet, Gated DeltaNet, KDA or Kaczmarz linear
+attention. The block is that of the paper: short convolutions, SiLU, normed queries and keys, a
+normed and gated output. It stands as a branch beside the attention, with an output projection of
+zeros, so that a base model is left as it was.
 
-Not in the papers: the hard write gate. It multiplies all that a token does, its decay too, and reaches zero
-exactly, so that what is not worth remembering leaves the state as it was, to the bit.
+Not in the papers: the hard write gate. It multiplies all that a token does, its decay too, and
+reaches zero exactly, so that what is not worth remembering leaves the state as it was, to the bit.
 """
 
 from __future__ import annotations
@@ -28,17 +30,19 @@ from memlm.memory.base import (
     Site,
     accumulator_dtype,
     option,
+    was_loaded,
 )
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.gates import check_gate, open_gate
-from memlm.memory.parts.titans import _loaded, _put, _real_first, _take
+from memlm.memory.parts.titans import _put, _real_first, _take
 
 EPSILON = 1e-6
 
 
 class Rule(NamedTuple):
-    """What a rule of the family has. decay: "none", "head" or "channel". erases: whether a write first takes
-    away what its key held. unit_keys: keys are normed; if not, the step is divided by the key's square."""
+    """What a rule of the family has. decay: "none", "head" or "channel". erases: whether a write
+    first takes away what its key held. unit_keys: keys are normed; if not, the step is divided by
+    the key's square."""
 
     decay: str
     erases: bool
@@ -59,17 +63,18 @@ RULES = {
 class GatedDeltaConfig(MemoryConfig):
     """Options of the gated delta rules.
 
-    rule: "linear", "gla", "delta" (DeltaNet), "gated-delta", "kda" or "kaczmarz". num_heads: heads of the
-    memory, None for the base's; head_dim: size of queries and keys, None for hidden size / heads; value_dim:
-    size of values, None for head_dim. householder_steps: writes per token (DeltaProduct), each with keys, values
-    and gates of its own, the token's decay before the first. negative_eigenvalues: gates reach 2, so that a write
-    may turn what it erases round. conv_size: width of the short convolutions, 0 for none. chunk_length: tokens
-    computed at once, None for 64; only rounding depends on it.
-    write_gate: "sigmoid", the papers', or "hard", which reaches zero exactly and shuts off the decay as well.
-    write_threshold: a gate below it counts as zero, everything the token does with it; float("inf") silences
-    the memory. initial_gate: the write gate's logit at the start. write_cost: added to the training loss, times
-    the mean gate (not in the papers). output_std: scale of the output projection at the start; 0 leaves the
-    stage as it was.
+    rule: "linear", "gla", "delta" (DeltaNet), "gated-delta", "kda" or "kaczmarz". num_heads: heads
+    of the memory, None for the base's; head_dim: size of queries and keys, None for hidden size /
+    heads; value_dim: size of values, None for head_dim. householder_steps: writes per token
+    (DeltaProduct), each with keys, values and gates of its own, the token's decay before the first.
+    negative_eigenvalues: gates reach 2, so that a write may turn what it erases round. conv_size:
+    width of the short convolutions, 0 for none. chunk_length: tokens computed at once, None for 64;
+    only rounding depends on it. write_gate: "sigmoid", the papers', or "hard", which reaches zero
+    exactly and shuts off the decay as well. write_threshold: a gate below it counts as zero,
+    everything the token does with it; float("inf") silences the memory. initial_gate: the write
+    gate's logit at the start. write_cost: added to the training loss, times the mean gate (not in
+    the papers). output_std: scale of the output projection at the start; 0 leaves the stage as it
+    was.
     """
 
     rule: str = "gated-delta"
@@ -114,8 +119,9 @@ class GatedDeltaConfig(MemoryConfig):
 
 
 class GatedDeltaState(NamedTuple):
-    """memory (B, H, dk, dv), float32 or wider. tails: the last conv_size - 1 inputs of the three convolutions,
-    (B, conv_size - 1, n) each. written (B,): the mean gate over the last segment's tokens."""
+    """memory (B, H, dk, dv), float32 or wider. tails: the last conv_size - 1 inputs of the three
+    convolutions, (B, conv_size - 1, n) each. written (B,): the mean gate over the last segment's
+    tokens."""
 
     memory: Tensor
     tails: tuple[Tensor, ...]
@@ -167,15 +173,15 @@ class GatedDelta(Memory):
         nn.init.constant_(self.b_proj.bias, config.initial_gate)
         for kernel in self.kernels:
             nn.init.zeros_(kernel)
-            if not _loaded(kernel):
+            if not was_loaded(kernel):
                 with torch.no_grad():
                     kernel[..., -1] = 1.0
         if self.rule.decay != "none":
             nn.init.normal_(self.a_proj.weight, std=0.1 * self.a_proj.in_features**-0.5)
-            if not _loaded(self.A_log):
+            if not was_loaded(self.A_log):
                 with torch.no_grad():
                     self.A_log.uniform_(1.0, 16.0).log_()
-            if not _loaded(self.dt_bias):
+            if not was_loaded(self.dt_bias):
                 with torch.no_grad():
                     # softplus(dt_bias) is log-uniform from 1e-3 to 1e-1, as in Mamba.
                     step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1))

@@ -1,10 +1,10 @@
 """Gated delta rules on a layer's own queries, keys and values: a linear memory at its softmax.
 
-The rules of `gated-delta` (Yang et al. 2024, *Gated Delta Networks*) without a projection of their own: each
-key-value head has a state, its queries ask it, and what it answers is added to the softmax's output by a gate
-per head that starts at zero. Gates are linear in the key. So a memory of this kind has hardly any parameters,
-and a base model is left as it was at the start. Converting a model's attention like this is Liger's recipe
-(Lan et al. 2025), whose gates are pooled keys.
+The rules of `gated-delta` (Yang et al. 2024, *Gated Delta Networks*) without a projection of their
+own: each key-value head has a state, its queries ask it, and what it answers is added to the
+softmax's output by a gate per head that starts at zero. Gates are linear in the key. So a memory of
+this kind has hardly any parameters, and a base model is left as it was at the start. Converting a
+model's attention like this is Liger's recipe (Lan et al. 2025), whose gates are pooled keys.
 
 Queries and keys come without positions, and are normed.
 """
@@ -27,6 +27,7 @@ from memlm.memory.base import (
     Site,
     accumulator_dtype,
     option,
+    was_loaded,
 )
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.gates import check_gate, open_gate
@@ -36,11 +37,11 @@ from memlm.memory.parts.gates import check_gate, open_gate
 class GatedDeltaHeadsConfig(MemoryConfig):
     """Options of the gated delta rule at the softmax.
 
-    erases: whether a write first takes away what its key held (the delta rule). decays: whether what is held
-    fades, by a gate per head and token. chunk_length: tokens computed at once, None for 64; only rounding
-    depends on it. write_gate, write_threshold, write_cost, initial_gate: as for `GatedDeltaConfig`.
-    initial_decay: share of the state that a token lets fade at the start. initial_mix: how much of what is
-    answered is added at the start; 0 leaves the base as it was.
+    erases: whether a write first takes away what its key held (the delta rule). decays: whether
+    what is held fades, by a gate per head and token. chunk_length: tokens computed at once, None
+    for 64; only rounding depends on it. write_gate, write_threshold, write_cost, initial_gate: as
+    for `GatedDeltaConfig`. initial_decay: share of the state that a token lets fade at the start.
+    initial_mix: how much of what is answered is added at the start; 0 leaves the base as it was.
     """
 
     erases: bool = True
@@ -95,8 +96,7 @@ class GatedDeltaHeads(Memory):
         decay = torch.logit(torch.tensor(self.config.initial_decay))
         starts = torch.tensor([self.config.initial_gate, float(decay)])[: len(self.biases)]
         nn.init.constant_(self.mix, self.config.initial_mix)
-        # transformers marks what it has loaded, and only its own functions look at the mark.
-        if not getattr(self.biases, "_is_hf_initialized", False):
+        if not was_loaded(self.biases):
             with torch.no_grad():
                 self.biases.copy_(starts[:, None].expand_as(self.biases))
 
@@ -126,7 +126,7 @@ class GatedDeltaHeads(Memory):
     def recall(
         self, x: QKV, state: GatedDeltaHeadsState, mask: Tensor | None
     ) -> tuple[Tensor, GatedDeltaHeadsState]:
-        """What the memory answers to the queries (B, H, T, dh), and the state behind the keys and values."""
+        """What the memory answers to the queries (B, H, T, dh), and the state behind the keys."""
         wide = state.memory.dtype
         k = x.k.to(wide)
         logits = torch.einsum("bgtd,ngd->nbgt", k, self.gates.to(wide))

@@ -1,19 +1,20 @@
 """One recurrence for linear attention, GLA, the delta rules and their gated forms, in chunks.
 
-Per row and head, a state S (dk, dv); at each token a decay D, an erase key e, a write key w and a target u:
+Per row and head, a state S (dk, dv); at each token a decay D, an erase key e, a write key w and a
+target u:
 
     S~ = D_t S_{t-1},   d_t = u_t - e_t S~,   S_t = S~ + w_t (x) d_t,   o_t = q_t S_t
 
-Which rule that is depends on what stands for D, e and u (Yang et al. 2024, *Gated Delta Networks*, section 3;
-*Gated Linear Attention*, section 4; *Kimi Linear* for decay by channel). Within a chunk of C tokens, with g
-the running sum of log D and G_ti = exp(g_t - g_i) for i <= t,
+Which rule that is depends on what stands for D, e and u (Yang et al. 2024, *Gated Delta Networks*,
+section 3; *Gated Linear Attention*, section 4; *Kimi Linear* for decay by channel). Within a chunk
+of C tokens, with g the running sum of log D and G_ti = exp(g_t - g_i) for i <= t,
 
     A_ti = (e_t . w_i) G_ti, i < t,     (I + A) Delta = U - (e^g E) S_0
     O = (e^g Q) S_0 + ((Q W^T) G) Delta,     S_C = e^{g_C} S_0 + (e^{g_C - g} W)^T Delta
 
-so a chunk costs one triangular solve and a few products, of all chunks at once; only the chunks' first states
-depend on one another. Exponents are never positive. A token with e = u = 0 and log D = 0 leaves the state as
-it was, to the bit.
+so a chunk costs one triangular solve and a few products, of all chunks at once; only the chunks'
+first states depend on one another. Exponents are never positive. A token with e = u = 0 and log D =
+0 leaves the state as it was, to the bit.
 
 Letters: N chunks, C tokens of a chunk, dk, dv size of keys and values.
 """

@@ -1,8 +1,9 @@
 """Write gates that can be shut for good: what a memory holds then stays as it was, to the bit.
 
-A sigmoid is never zero, and ten million tokens are forty thousand segments: no leak that it can learn is
-small enough. The hard gate is a sigmoid stretched beyond 0 and 1 and cut there (Louizos et al. 2018, *Learning
-Sparse Neural Networks through L0 Regularization*, section 2.2, without the noise).
+A sigmoid is never zero, and ten million tokens are forty thousand segments: no leak that it can
+learn is small enough. The hard gate is a sigmoid stretched beyond 0 and 1 and cut there (Louizos et
+al. 2018, *Learning Sparse Neural Networks through L0 Regularization*, section 2.2, without the
+noise).
 """
 
 from __future__ import annotations
