@@ -19,6 +19,7 @@ from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
+OWN_ARGUMENTS = Path(__file__).parent / "trainer" / "arguments.py"
 # What may differ when a run is continued: it changes what is reported, not what is learned.
 FREE = (
     "output_dir",
@@ -501,13 +502,13 @@ def training_fields() -> dict[str, str]:
 @cache
 def own_training_fields() -> dict[str, str]:
     """What MemLMTrainingArguments adds."""
-    return _annotations(Path(__file__).parent / "trainer.py", "MemLMTrainingArguments")
+    return _annotations(OWN_ARGUMENTS, "MemLMTrainingArguments")
 
 
 @cache
 def own_training_help() -> dict[str, tuple[str, str, str]]:
     """Type, default and meaning of what MemLMTrainingArguments adds."""
-    tree = ast.parse((Path(__file__).parent / "trainer.py").read_text(encoding="utf-8"))
+    tree = ast.parse((OWN_ARGUMENTS).read_text(encoding="utf-8"))
     cls = next(
         n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "MemLMTrainingArguments"
     )

@@ -18,7 +18,8 @@ from memlm.segment import IGNORE
 from memlm.state import MemoryState
 from memlm.train import Collator, Piece, PieceSource, Question, Stage
 from memlm.train.data import shifted
-from memlm.train.trainer import MemLMTrainer, answers, count_targets
+from memlm.train.trainer import MemLMTrainer, count_targets
+from memlm.train.trainer.tally import tally_answers
 from tests.cases import SEGMENT, memory_model
 from tests.train.tiny import (
     Endless,
@@ -409,9 +410,9 @@ def test_an_answer_is_right_when_all_its_tokens_are() -> None:
     labels[1, 3:6] = torch.tensor([5, 6, 7])
     # Segments of four tokens: the second row's answer runs over the border.
     right = [torch.tensor([5, 6, 5]), torch.tensor([7, 6, 7])]
-    tally = answers(labels, right, 4)
+    tally = tally_answers(labels, right, 4)
     assert (tally.right, tally.asked) == (3, 3)
-    tally = answers(labels, [torch.tensor([5, 9, 5]), torch.tensor([7, 6, 9])], 4)
+    tally = tally_answers(labels, [torch.tensor([5, 9, 5]), torch.tensor([7, 6, 9])], 4)
     assert (tally.right, tally.asked) == (1, 3)
 
 
