@@ -460,10 +460,11 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     path = Path(arguments.model) / "recipe.yaml"
     if not path.is_file():
         return {**EVALUATED, **typed}
-    from memlm.train.recipe import EvalSection, build, plain, read_yaml
+    from memlm.train.recipe import EvalSection, read_yaml
+    from memlm.train.recipe.binding import bind, plain
 
     said = read_yaml(path).get("eval") or {}
-    section = build(EvalSection, said, "eval")
+    section = bind(EvalSection, said, "eval")
     found = {name: plain(getattr(section, name)) for name in said if name not in typed}
     if arguments.data is not None:
         found.pop("haystack", None)

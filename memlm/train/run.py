@@ -40,7 +40,8 @@ from memlm.train.babilong import BabilongSource
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Piece, Source, TrainingStream
 from memlm.train.documents import DocumentSource, open_texts
-from memlm.train.recipe import ModelSection, Recipe, nearest, plain
+from memlm.train.recipe import ModelSection, Recipe
+from memlm.train.recipe.binding import did_you_mean, plain
 from memlm.train.tokenizer import babi_words, train_tokenizer
 from memlm.train.trainer import MemLMTrainer, MemLMTrainingArguments
 
@@ -341,7 +342,7 @@ def base_config(recipe: Recipe, vocabulary: dict[str, Any]) -> Any:
     values = dict(recipe.model.config or {})
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        hint = nearest(str(model_type), list(CONFIG_MAPPING.keys()))
+        hint = did_you_mean(str(model_type), list(CONFIG_MAPPING.keys()))
         raise ValueError(f"model.config.model_type={model_type!r} is unknown; {hint}")
     cls = CONFIG_MAPPING[model_type]
     # transformers keeps unknown fields without a word.
@@ -349,7 +350,7 @@ def base_config(recipe: Recipe, vocabulary: dict[str, Any]) -> Any:
     for key in values:
         if key not in known:
             raise ValueError(
-                f"model.config.{key} is no field of {cls.__name__}; {nearest(key, list(known))}"
+                f"model.config.{key} is no field of {cls.__name__}; {did_you_mean(key, list(known))}"
             )
     return cls(**{**vocabulary, **values})
 
