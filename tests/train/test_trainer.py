@@ -354,7 +354,7 @@ def test_memories_are_carried_into_the_next_batch(tmp_path: Path) -> None:
         learning_rate=0.0,
     )
     seen: list[tuple[Any, ...]] = []
-    run = made._run
+    run = made._run_batch
 
     def spy(module: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         slot = made._slot
@@ -362,7 +362,7 @@ def test_memories_are_carried_into_the_next_batch(tmp_path: Path) -> None:
         seen.append((batch, made._carried[slot]))
         return result
 
-    made._run = spy  # type: ignore[method-assign]
+    made._run_batch = spy  # type: ignore[method-assign]
     made.train()
     assert any(bool(batch["continued"].any()) for batch, _ in seen)
     assert any(not bool(batch["continued"].all()) for batch, _ in seen[1:])
@@ -574,14 +574,14 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, limit: float) -> None:
         max_grad_norm=limit,
     )
     before = weights(model)
-    run = made._run
+    run = made._run_batch
 
     def spoil(module: Any, *args: Any, **kwargs: Any) -> Any:
         result = run(module, *args, **kwargs)
         next(module.parameters()).grad.view(-1)[0] = float("nan")
         return result
 
-    made._run = spoil  # type: ignore[method-assign]
+    made._run_batch = spoil  # type: ignore[method-assign]
     made.train()
     assert made.state.global_step == made.skipped == 2
     assert_same(weights(model), before)
@@ -593,7 +593,7 @@ def test_a_memory_that_overflowed_starts_afresh(armt: MemLMForCausalLM, tmp_path
     state = armt(ids_).memory_state.detach()
     name = next(iter(state.tensors))
     state[name][1].view(-1)[3] = float("inf")
-    mended, fresh = made._sound(state), armt.init_state(2)
+    mended, fresh = made._restart_broken_rows(state), armt.init_state(2)
     for key, value in mended.tensors.items():
         assert torch.equal(value[0], state[key][0])
         assert torch.equal(value[1], fresh[key][1])

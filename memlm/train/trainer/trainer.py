@@ -147,6 +147,7 @@ class MemLMTrainer(Trainer):
         )
 
     def _deal_stream(self) -> None:
+        """Tell the stream which share of each batch is this process's."""
         assert self._stream is not None
         self._stream.deal(
             batch_size=self._train_batch_size,
@@ -186,7 +187,7 @@ class MemLMTrainer(Trainer):
         cursor = inputs.pop("cursor", None)
         if num_items_in_batch is None:
             num_items_in_batch = count_targets(inputs)
-        loss, tally = self._run(model, inputs, num_items_in_batch, train=True)
+        loss, tally = self._run_batch(model, inputs, num_items_in_batch, train=True)
         self._step_tally.add(tally)
         if self._stream is not None and cursor is not None:
             self._follow_curriculum(cursor)
@@ -203,7 +204,7 @@ class MemLMTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         inputs.pop("cursor", None)
         with torch.no_grad():
-            loss, tally = self._run(model, inputs, max(count_targets(inputs), 1), train=False)
+            loss, tally = self._run_batch(model, inputs, max(count_targets(inputs), 1), train=False)
         self._eval_tally.add(tally)
         return loss, None, None
 
@@ -221,6 +222,7 @@ class MemLMTrainer(Trainer):
         return metrics
 
     def _plan(self, batch: dict[str, Any], *, train: bool) -> BatchPlan:
+        """The batch's segments and windows, as the arguments have them."""
         return plan_batch(
             batch,
             batch.get("segment_length") or self._model.segment_length,
@@ -229,12 +231,13 @@ class MemLMTrainer(Trainer):
             train=train,
         )
 
-    def _run(
+    def _run_batch(
         self, model: nn.Module, batch: dict[str, Any], count: Tensor | int, *, train: bool
     ) -> tuple[Tensor, Tally]:
-        """All windows of a batch; the loss is summed cross-entropy divided by `count`.
+        """Run all windows of a batch, with a backward after each that is learned from.
 
-        What memories ask for besides is added for windows that are learned from.
+        Returns summed cross-entropy divided by `count`, and the answers counted. What memories ask for
+        besides enters the gradients alone.
         """
         plan = self._plan(batch, train=train)
         self._check_in_step(plan)
@@ -299,7 +302,7 @@ class MemLMTrainer(Trainer):
                 self._reduce_nothing(model, batch["input_ids"][:1, :1])
             state = self._model.init_state(rows)
         if continued is not None and train:
-            self._carried[self._slot] = self._sound(state.detach())
+            self._carried[self._slot] = self._restart_broken_rows(state.detach())
         return total, tally
 
     def _check_in_step(self, plan: BatchPlan) -> None:
@@ -326,10 +329,11 @@ class MemLMTrainer(Trainer):
         return self.args.skip_nonfinite and not self._sharded
 
     def _rows_learned_from(self, plan: BatchPlan) -> Tensor | int:
+        """Rows of segments learned from, over all batches and processes of the step."""
         return plan.learned_rows if self._learned_rows is None else self._learned_rows
 
     def _leave_out(self, error: FloatingPointError) -> None:
-        """Count a batch that is left out from here on. Raises where that would not help."""
+        """Count a batch that is left out from here on. Raises `error` where that would not help."""
         sound = all(bool(p.isfinite().all()) for p in self._model.parameters())
         # Weights that overflowed would spoil every batch to come.
         if not self._may_skip or not sound:
@@ -344,13 +348,14 @@ class MemLMTrainer(Trainer):
             self.accelerator.backward(loss * 0.0)
 
     def _state_before(self, continued: Tensor | None, rows: int) -> MemoryState:
+        """The memory a batch starts with: what the last one left in rows `continued` (B,), else fresh."""
         fresh = self._model.init_state(rows)
         if continued is None or not bool(continued.any()):
             return fresh
         return self._carried[self._slot].where(continued, fresh)
 
-    def _sound(self, state: MemoryState) -> MemoryState:
-        """`state`, but that rows with values which are no numbers start afresh."""
+    def _restart_broken_rows(self, state: MemoryState) -> MemoryState:
+        """`state` (rows B), where rows that hold infinities or NaNs are put back to the start."""
         if not self.args.skip_nonfinite or not state.tensors:
             return state
         # A sum is as good a witness as every value, and one pass over the state.
@@ -392,11 +397,13 @@ class MemLMTrainer(Trainer):
 
     @property
     def _slot(self) -> int:
+        """Which batch of its step comes next, by number: each has documents of its own."""
         return 0 if self._stream is None else self._stream.batches % self._stream.accumulation
 
     def _gradient_context(
         self, model: nn.Module, learn: bool, last: bool
     ) -> AbstractContextManager[Any]:
+        """How a window runs: without gradients, with them unreduced, or, at the `last`, reduced."""
         if not learn:
             return torch.no_grad()
         # FSDP keeps whole gradients while it is not synchronising.
