@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, cast
 
@@ -83,18 +84,12 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
     def __init__(self, config: MemLMConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         given = base is not None
-        unmarked: list[nn.Module] = []
         if base is None:
             base = AutoModelForCausalLM.from_config(
                 config.text_config,
                 attn_implementation=config._attn_implementation,
                 dtype=config.dtype or torch.get_default_dtype(),
             )
-        else:
-            # `post_init` would give modules injected into a live model (LoRA) new weights.
-            unmarked = [m for m in base.modules() if not getattr(m, "_is_hf_initialized", False)]
-            for module in unmarked:
-                vars(module)["_is_hf_initialized"] = True
         self.base = base
         self.backbone = Backbone(base)
         configs = resolve_memories(config.memory)
@@ -111,9 +106,8 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             for layer in heads:
                 self.backbone.rotates(layer)
         self.gradient_checkpointing = False
-        self.post_init()
-        for module in unmarked:
-            del module._is_hf_initialized
+        with self.backbone.weights_kept() if given else nullcontext():
+            self.post_init()
         if given:
             self.memory.settle(self.backbone)
             self.generation_config = copy.deepcopy(base.generation_config)

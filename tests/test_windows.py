@@ -1,4 +1,4 @@
-"""`windows`: reads a document as `forward` does, through whatever is around the model, in bounded memory."""
+"""`windows`: a document as `forward` reads it, through whatever is around the model, in bounded memory."""
 
 import gc
 import weakref
