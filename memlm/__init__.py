@@ -17,14 +17,16 @@ _WHERE = {
     "MemoryState": "memlm.state",
     "DocumentStream": "memlm.streaming",
     "Answer": "memlm.streaming",
+    "windows": "memlm.windowed",
 }
-__all__ = ["Answer", "DocumentStream", "MemLMConfig", "MemLMForCausalLM", "MemoryState"]
+__all__ = ["Answer", "DocumentStream", "MemLMConfig", "MemLMForCausalLM", "MemoryState", "windows"]
 
 if TYPE_CHECKING:
     from memlm.config import MemLMConfig
     from memlm.modeling import MemLMForCausalLM
     from memlm.state import MemoryState
     from memlm.streaming import Answer, DocumentStream
+    from memlm.windowed import windows
 
 
 def __getattr__(name: str) -> Any:

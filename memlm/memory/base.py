@@ -198,3 +198,15 @@ class Memory(nn.Module, ABC):
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a state accumulates in: float32, or float64 in a float64 model."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# transformers' mark on what holds loaded weights; its own initialising functions alone look at it.
+LOADED = "_is_hf_initialized"
+
+
+def was_loaded(parameter: Tensor) -> bool:
+    """Whether transformers has filled `parameter` from a checkpoint: `reset_parameters` then leaves it.
+
+    To be asked before values are written in any other way than by `nn.init`, which asks by itself.
+    """
+    return getattr(parameter, LOADED, False)

@@ -28,6 +28,7 @@ from memlm.memory.base import (
     Site,
     accumulator_dtype,
     option,
+    was_loaded,
 )
 from memlm.memory.parts.cache import appended, cleared, held, pick, push
 
@@ -151,8 +152,7 @@ class Compressive(Memory):
             if conv is not None and conv.bias is not None:
                 nn.init.zeros_(conv.bias)
                 nn.init.zeros_(conv.weight)
-                # transformers marks what it has loaded, and only its own functions look at the mark.
-                if not getattr(conv.weight, "_is_hf_initialized", False):
+                if not was_loaded(conv.weight):
                     with torch.no_grad():
                         conv.weight.diagonal().fill_(1 / self.rate)
         if self.offset is not None:

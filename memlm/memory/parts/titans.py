@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option
+from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option, was_loaded
 from memlm.memory.parts.deep_memory import read, read_write
 
 EPSILON = 1e-6
@@ -146,7 +146,7 @@ class TitansMemory(nn.Module):
             config.initial_momentum,
             config.initial_forgetting,
         )
-        if not _loaded(self.gates.bias):
+        if not was_loaded(self.gates.bias):
             with torch.no_grad():
                 for part, start in zip(self.gates.bias.chunk(3), starts, strict=True):
                     part.fill_(torch.logit(torch.tensor(start)))
@@ -155,7 +155,7 @@ class TitansMemory(nn.Module):
         nn.init.normal_(self.initial[-1], std=0.02)
         for kernel in self.kernels:
             nn.init.zeros_(kernel)
-            if not _loaded(kernel):
+            if not was_loaded(kernel):
                 with torch.no_grad():
                     kernel[..., -1] = 1.0
         if config.output_std:
@@ -292,11 +292,6 @@ class Titans(Memory):
         tokens = self.persistent.to(x.dtype).expand(x.shape[0], -1, -1)
         mask = None if mask is None else F.pad(mask, (count, 0), value=True)
         return torch.cat([tokens, x], dim=1), mask, count
-
-
-def _loaded(parameter: Tensor) -> bool:
-    # transformers marks what it has loaded, and only its own functions look at the mark.
-    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _real_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
