@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memlm.eval.log import SAMPLES, Row
 from memlm.eval.reporting.plots import plot_cost, plot_depth, plot_heat_map, plot_lines
 from memlm.eval.reporting.report import (
     Cell,
@@ -25,7 +26,6 @@ from memlm.eval.reporting.report import (
     percent,
     percent_range,
 )
-from memlm.eval.running.log import SAMPLES, Row
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.tasks.babilong import parse_length
 

@@ -23,6 +23,7 @@ from memlm.eval.reporting.plots import (
     plot_depth,
     plot_heat_map,
     plot_lines,
+    save_with_picture,
 )
 from memlm.eval.reporting.report import Cell, Report, load_rows, name_runs
 
@@ -163,7 +164,7 @@ def test_the_interval_of_a_mean_covers_the_truth() -> None:
 
 def test_a_report_survives_saving(tmp_path: Path) -> None:
     report = Report(REPORT.cells, {"seed": 0}, skipped={"qa2": {"1M": WHY}})
-    written = report.save(tmp_path)
+    written = save_with_picture(report, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
     assert (tmp_path / "accuracy.png").read_bytes().startswith(PNG)
     loaded = Report.load(tmp_path)
