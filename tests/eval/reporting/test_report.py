@@ -362,10 +362,11 @@ def test_commands_say_what_only_python_can_be_told(tmp_path: Path) -> None:
 
 
 def test_the_first_sentence_names_the_best_run_and_where() -> None:
-    from memlm.eval.reporting.page import _Run, _Story
+    from memlm.eval.reporting.findings import Findings
+    from memlm.eval.reporting.runs import Run
 
     def answer(**runs: Report) -> str:
-        return _Story("", [_Run(name, run, []) for name, run in runs.items()], None).answer()
+        return Findings("", [Run(name, run, []) for name, run in runs.items()], None).answer()
 
     a = Report(
         [cell("qa1", "4k", 90, 100), cell("qa1", "64k", 90, 100), cell("qa1", "1M", 80, 100)]
