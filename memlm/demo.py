@@ -168,7 +168,8 @@ def _table(work: dict[str, dict[str, Any]]) -> str:
 
 
 def _plot(out: Path) -> Path:
-    from memlm.eval.reporting.report import Report, plot_lines
+    from memlm.eval.reporting.plots import plot_lines
+    from memlm.eval.reporting.report import Report
 
     reports = {}
     for name in RECIPES:

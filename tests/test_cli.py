@@ -117,7 +117,7 @@ def test_the_command_that_repeats_a_run_has_every_option_that_decides_it(
     folder, noise, tmp_path, capsys
 ) -> None:
     from memlm.cli.parsing import make_commands, parse
-    from memlm.eval.reporting.page import _Run
+    from memlm.eval.reporting.runs import Run
 
     (tmp_path / "qa1_single_test.txt").write_text(
         "1 Mary moved to the office.\n2 Where is Mary? \toffice\t1\n"
@@ -148,7 +148,7 @@ def test_the_command_that_repeats_a_run_has_every_option_that_decides_it(
         out = tmp_path / f"out{number}"
         typed = ["eval", str(folder), *common, *case, "--out", str(out)]
         assert main(typed) == 0, capsys.readouterr().err
-        run = _Run.load("again", out)
+        run = Run.load("again", out)
         (command,) = run.commands
         words = shlex.split(command)
         assert words[:3] == ["memlm", "eval", "MODEL"] and "#" not in command

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.eval.running.log import Row
+from memlm.eval.log import Row
 from memlm.tasks.lengths import format_length
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from memlm.eval.log import RUN, Row
 from memlm.eval.reporting.report import escape_cell, load_rows, name_runs, percent
-from memlm.eval.running.log import RUN, Row
 from memlm.eval.statistics import holm, mcnemar, paired_interval, sign_flips
 from memlm.tasks.babilong import parse_length
 

@@ -1,6 +1,6 @@
-"""Results of an evaluation: counts by task and length, as a table, as JSON and as pictures.
+"""Results of an evaluation: counts by task and length, as a table and as JSON.
 
-The pictures are drawn in `plots`; a page about several runs is written in `page`.
+A report is data and draws nothing: pictures of it are in `plots`, a page about several in `page`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from memlm.eval.reporting.plots import plot_heat_map as plot_heat_map
-from memlm.eval.reporting.plots import plot_lines as plot_lines
-from memlm.eval.running.log import SAMPLES, Row, read_rows
+from memlm.eval.log import SAMPLES, Row, read_rows
 from memlm.eval.statistics import mean_interval, wilson
-from memlm.tasks.babilong import format_length, parse_length
+from memlm.files import write_json
+from memlm.tasks.lengths import format_length, parse_length
 
 SUMMARY = "summary.json"
-PICTURE = "accuracy.png"
 # What every line of samples.jsonl must have; runs of older versions may lack anything else.
 ROW_KEYS = ("task", "length", "index", "correct")
 
@@ -169,7 +167,7 @@ class Report:
         return "\n".join([*lines, *(["", *notes] if notes else [])])
 
     def skipped_notes(self) -> list[str]:
-        """Say in a line a reason which cells could not be run."""
+        """Say which cells could not be run, one line per reason."""
         where: dict[str, dict[str, list[str]]] = {}
         for task, reasons in self.skipped.items():
             for length, reason in reasons.items():
@@ -184,13 +182,13 @@ class Report:
         return notes
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write `summary.json` and `accuracy.png`, each whole or not at all; return their paths."""
-        from memlm.files import write_json
+        """Write `summary.json`, whole or not at all; return the paths written.
 
-        folder = Path(directory)
-        write_json(folder / SUMMARY, self.to_dict())
-        plot_heat_map(self, folder / PICTURE)
-        return [folder / SUMMARY, folder / PICTURE]
+        `plots.save_with_picture` writes the picture beside it as well.
+        """
+        path = Path(directory) / SUMMARY
+        write_json(path, self.to_dict())
+        return [path]
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Report:
@@ -236,7 +234,7 @@ class Report:
 
 
 def load_rows(directory: str | os.PathLike[str]) -> list[Row]:
-    """Read the samples of a run, one dict a line of `samples.jsonl`, whether it has ended or not.
+    """Read the samples of a run, one dict per line of `samples.jsonl`, whether it has ended or not.
 
     A last line cut short is skipped; of a sample written twice the later line counts. Keys besides
     task, length, index and correct may be absent in runs of older versions.

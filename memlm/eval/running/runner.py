@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.config import RECALL_TEMPLATE
+from memlm.eval.log import SAMPLES, Row, RunLog, recorded
+from memlm.eval.provenance import dtype_of, fingerprint, versions, without_training
+from memlm.eval.reporting.plots import save_with_picture
 from memlm.eval.reporting.report import Cell, Report
 from memlm.eval.running.baselines import is_memory_model, make_reader
 from memlm.eval.running.feed import Feed
-from memlm.eval.running.log import SAMPLES, Row, RunLog, recorded
 from memlm.eval.running.prompts import Prompts
-from memlm.eval.running.provenance import dtype_of, fingerprint, versions, without_training
 from memlm.eval.running.readers import Asked, Kept, Piece, Reader, TooLong
 from memlm.eval.running.samples import Composed, Published, Sampled, Source
 from memlm.retrieval.embedders import HashingEmbedder
@@ -193,7 +194,9 @@ def evaluate(
     )
     if out is None:
         return report
-    return replace(report, files=tuple(map(str, [Path(out) / SAMPLES, *report.save(out)])))
+    return replace(
+        report, files=tuple(map(str, [Path(out) / SAMPLES, *save_with_picture(report, out)]))
+    )
 
 
 def _check(
