@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from memlm.retrieval import store
-from memlm.retrieval.base import Embedder
+from memlm.retrieval.base import Embedder, document_encoder, query_encoder
 from memlm.retrieval.lexical import Lexical
 from memlm.retrieval.rows import (
     MappedRows,
@@ -177,7 +177,7 @@ class ChunkIndex:
         notes = check_metadata(metadata, len(texts))
         with self._lock:
             self._refuse_known(given or [])
-            vectors = self._embed(texts, self.embedder.encode)
+            vectors = self._embed(texts, document_encoder(self.embedder))
             names = given if given is not None else self._make_ids(len(texts))
             self._insert(list(zip(names, texts, notes, strict=True)), vectors)
         return [id_of(name) for name in names]
@@ -195,7 +195,7 @@ class ChunkIndex:
         notes = check_metadata(metadata, len(texts))
         with self._lock:
             old = self._find(names)
-            vectors = self._embed(texts, self.embedder.encode)
+            vectors = self._embed(texts, document_encoder(self.embedder))
             if metadata is None:
                 notes = [self._rows[row][2] for row in old]
             self._insert(list(zip(names, texts, notes, strict=True)), vectors)
@@ -214,7 +214,7 @@ class ChunkIndex:
         texts = check_texts(texts, "texts")
         with self._lock:
             self._vectors.check_trainable(len(texts))
-            vectors = self._embed(texts, self.embedder.encode)
+            vectors = self._embed(texts, document_encoder(self.embedder))
             self._vectors.train(vectors)
             self._rewrite = True
 
@@ -249,7 +249,7 @@ class ChunkIndex:
         if not queries or not len(self):
             return [[] for _ in queries]
         with self._lock:
-            vectors = self._embed(queries, self.embedder.encode_queries)
+            vectors = self._embed(queries, query_encoder(self.embedder))
             mask = self._rows.allowed(wanted)
             alive = self._rows.alive[: self._rows.next_row]
             depth = k if lexical is None else max(2 * k, 50)
@@ -265,7 +265,8 @@ class ChunkIndex:
     def likeness(self, query: str, texts: Sequence[str]) -> Floats:
         """(n,) how like texts, which need not be in the index, are to a query: the embedder's product."""
         with self._lock:
-            return self.embedder.encode(texts) @ self.embedder.encode_queries([query])[0]
+            documents = document_encoder(self.embedder)(texts)
+            return documents @ query_encoder(self.embedder)([query])[0]
 
     def _fuse(
         self, dense: list[tuple[int, float]], lexical: list[tuple[int, float]], k: int
