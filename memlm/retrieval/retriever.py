@@ -14,10 +14,10 @@ from itertools import zip_longest
 from typing import Any
 
 from memlm.config import RECALL_TEMPLATE
+from memlm.retrieval.arguments import ABSENT, check_where
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.chunks import Chunk, Chunker
 from memlm.retrieval.index import ChunkIndex, Hit
-from memlm.retrieval.rows import ABSENT, check_where
 from memlm.text import split_sentences
 from memlm.tokens import Part, fill, joined
 
