@@ -10,7 +10,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from memlm.eval.running.readers import LastReader, MemoryReader, Reader, RecalledReader, WholeReader
+from memlm.eval.running.readers import (
+    BatchReader,
+    LastReader,
+    MemoryReader,
+    RecalledReader,
+    WholeReader,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +34,7 @@ def make_reader(
     window: int | None = None,
     own_segment: bool = False,
     keep_in: str | os.PathLike[str] | None = None,
-) -> Reader:
+) -> BatchReader:
     """Say how `model` reads: into its memory where it has one, else with all its attention.
 
     baseline: a name of `BASELINES`, to read with the base model in that way instead. window: tokens that
@@ -71,11 +77,11 @@ def default_window(model: Any) -> int:
     return min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
 
 
-def _last(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+def _last(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:
     return LastReader(base, tokenizer, window)
 
 
-def _whole(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+def _whole(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:
     return WholeReader(base, tokenizer)
 
 
@@ -104,11 +110,11 @@ class WindowReader(MemoryReader):
         return {"baseline": self.name, "window": self.window}
 
 
-def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:
     return RecalledReader(base, tokenizer)
 
 
-BASELINES: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], Reader]] = {
+BASELINES: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], BatchReader]] = {
     "none": _last,
     "full": _whole,
     "window": WindowReader,

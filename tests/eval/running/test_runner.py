@@ -17,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from memlm import MemLMForCausalLM
 from memlm.eval import Report, evaluate
-from memlm.eval.running import readers, runner
+from memlm.eval.running import batches, readers
 from memlm.eval.running.samples import Composed
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig
@@ -544,7 +544,7 @@ def test_samples_are_recalled_from_alone(
 def test_little_is_made_ahead_of_the_model(
     tokenizer: Tokenizer, prose: Haystack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "AHEAD", 500)
+    monkeypatch.setattr(batches, "AHEAD", 500)
     made, leads = [0], []
     pieces = readers.MemoryReader.pieces
 
