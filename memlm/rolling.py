@@ -63,7 +63,7 @@ class RollingMemory:
         sizes = [len(prompt) + len(row) for prompt, row in zip(self.prompts, rows, strict=True)]
         if 0 in sizes:
             raise ValueError(
-                "input_ids has a prompt without a token; give at least one token a row"
+                "input_ids has a prompt without a token; give at least one token per row"
             )
         length = self.model.segment_length
         state, done = self._align(rows)
@@ -93,7 +93,7 @@ class RollingMemory:
         if count % self.initial.batch_size:
             raise ValueError(
                 f"memory_state has {self.initial.batch_size} rows, but {count} are generated; give a "
-                "state with one row a prompt"
+                "state with one row per prompt"
             )
         repeat = count // self.initial.batch_size
         return self.initial.select([row // repeat for row in range(count)])
