@@ -169,7 +169,7 @@ class Report:
         return "\n".join([*lines, *(["", *notes] if notes else [])])
 
     def skipped_notes(self) -> list[str]:
-        """Say in a line a reason which cells could not be run."""
+        """Say which cells could not be run, one line per reason."""
         where: dict[str, dict[str, list[str]]] = {}
         for task, reasons in self.skipped.items():
             for length, reason in reasons.items():
@@ -203,7 +203,7 @@ class Report:
             if not all(isinstance(part, dict) for part in parts):
                 raise TypeError("settings, versions, stories and skipped must be objects")
             report = cls(cells, parts[0], parts[1], parts[2], skipped=parts[3])
-            _ = report.lengths, report.skipped_notes()  # A length that is none fails here, by name.
+            _ = report.lengths, report.skipped_notes()  # What is not a length fails here, by name.
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{str(path)!r} does not exist; name a finished evaluation") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -236,7 +236,7 @@ class Report:
 
 
 def load_rows(directory: str | os.PathLike[str]) -> list[Row]:
-    """Read the samples of a run, one dict a line of `samples.jsonl`, whether it has ended or not.
+    """Read the samples of a run, one dict per line of `samples.jsonl`, whether it has ended or not.
 
     A last line cut short is skipped; of a sample written twice the later line counts. Keys besides
     task, length, index and correct may be absent in runs of older versions.
@@ -304,7 +304,7 @@ def escape_cell(text: str) -> str:
 
 
 def _read_cell(saved: dict[str, Any]) -> Cell:
-    # Keys of later versions are let pass: what is known of a cell stays readable.
+    # Keys of later versions are ignored: what is known of a cell stays readable.
     cell = Cell(**{f.name: saved[f.name] for f in fields(Cell)})
     if not 0 <= cell.correct <= cell.samples or cell.samples < 1:
         raise ValueError(f"{cell.task} has {cell.correct} of {cell.samples} samples right")
