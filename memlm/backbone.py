@@ -216,7 +216,7 @@ _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
 _HIDDEN: ContextVar[_Hidden | None] = ContextVar("memlm_hidden", default=None)
 # While an attention module is tried out: where its queries and keys go instead of the softmax.
 _TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
-# One subclass and one signature a class, however many models are opened.
+# One subclass and one signature per class, however many models are opened.
 _SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 _SIGNATURES: dict[type[nn.Module], inspect.Signature] = {}
 
