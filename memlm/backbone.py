@@ -79,7 +79,7 @@ class Run:
     the copy would be lost.
 
     heads: the layer whose attention module is passed, when its "heads" have memories; rotation: (cos, sin)
-    the house withheld from it. wanted: at how many positions, at the end, an attention module's output is
+    withheld from it. wanted: at how many positions, at the end, an attention module's output is
     wanted; None: all.
     """
 
@@ -736,7 +736,7 @@ class Backbone:
     def rotates(self, layer: int) -> bool:
         """Whether the attention of `layer` turns queries and keys by position: found by trying it.
 
-        Weights have to be there. ValueError for an attention the house cannot do the turning for.
+        Weights have to be there. ValueError for an attention whose turning cannot be taken over here.
         """
         if layer not in self._rotates:
             self._rotates[layer] = self._try_rotation(layer)

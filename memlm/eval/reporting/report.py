@@ -28,7 +28,7 @@ ROW_KEYS = ("task", "length", "index", "correct")
 class Cell:
     """Results of one task at one length.
 
-    `correct` counts by the mended BABILong metric, `exact` by exact match, `published` by the metric
+    `correct` counts by the corrected BABILong metric, `exact` by exact match, `published` by the metric
     as published. `seconds` is time in the model and its data, `data_seconds` the data's part.
     """
 
