@@ -573,7 +573,7 @@ class MemLMTrainer(Trainer):
         return self._carried[self._slot].where(continued, fresh)
 
     def _sound(self, state: MemoryState) -> MemoryState:
-        """`state`, but that rows with values which are no numbers start afresh."""
+        """`state`, in which rows with values that are not finite start afresh."""
         if not self.args.skip_nonfinite or not state.tensors:
             return state
         # A sum is as good a witness as every value, and one pass over the state.
