@@ -118,7 +118,7 @@ class RollingMemory:
         return picked, done
 
     def _source(self, index: int, row: Tensor, first: int, group: int) -> int:
-        """The row of the step before, rather `index`, that had committed what `row` begins with; or -1."""
+        """The previous step's row, `index` if possible, that had committed the start of `row`; or -1."""
         for other in (index, *range(first, first + group)):
             prefix = self.committed[other]
             if len(prefix) <= len(row) and torch.equal(prefix, row[: len(prefix)]):
