@@ -270,12 +270,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="only chunks with this metadata; of one KEY given twice either VALUE will do",
+        help="only chunks with this metadata; a KEY given twice matches either VALUE",
     )
     info = command("index info", "say what an index holds", _index_info)
     info.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
 
-    data = command("data", "write a data set in the layout others read", _data)
+    data = command("data", "write a BABILong data set in the published layout", _data)
     data.add_argument("kind", choices=["babilong"], help="which data set")
     _add_samples(data)
     data.set_defaults(**{name: value for name, value in EVALUATED.items() if name != "batch_size"})
