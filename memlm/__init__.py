@@ -1,4 +1,4 @@
-"""memlm: a memory that never fills up, for any Hugging Face causal language model."""
+"""memlm: a long memory of constant size for Hugging Face causal language models."""
 
 from __future__ import annotations
 

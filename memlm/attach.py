@@ -116,7 +116,7 @@ class MemoryStack(nn.Module):
                 "whose are whose; attach one of them"
             )
         self._owner = owners[0] if owners else None
-        # name -> a row's shape of every state tensor, and the trees they stand in.
+        # name -> the shape of one row of each state tensor, and the trees they stand in.
         self.shapes: dict[str, torch.Size] = {}
         self._trees: dict[str, Any] = {}
         with torch.no_grad():
@@ -223,7 +223,7 @@ class MemoryStack(nn.Module):
         return self.at_home(state)
 
     def signed(self, signature: str) -> bool:
-        """Whether a state signed so is one of these memories', the oldest version's included."""
+        """Whether a state with this signature is one of these memories', old signatures included."""
         return signature == self.signature or without_options(signature) == self.signature
 
     def unpack(self, state: MemoryState) -> dict[str, Any]:

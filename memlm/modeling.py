@@ -138,7 +138,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
 
         base: a live model (wrapped, not copied), a configuration (random weights), or a hub id or path,
         loaded with `kwargs`. memory: a name (`memlm.memory.available_memories()`), a config, or a list.
-        segment_length: tokens of text a segment. memory_dtype: "float32" keeps the memories' parameters in
+        segment_length: text tokens per segment. memory_dtype: "float32" keeps the memories' parameters in
         it on a base in half precision, "base" in the base's own dtype. ValueError when they do not fit each
         other.
         """
@@ -247,7 +247,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
 
     @property
     def segment_length(self) -> int:
-        """Tokens of text a segment."""
+        """Tokens of text per segment."""
         return self.config.segment_length
 
     def init_state(self, batch_size: int) -> MemoryState:

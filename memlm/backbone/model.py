@@ -350,7 +350,7 @@ class Backbone:
     def rotates(self, layer: int) -> bool:
         """Whether the attention of `layer` turns queries and keys by position: found by trying it.
 
-        Weights have to be there. ValueError for an attention the house cannot do the turning for.
+        Weights have to be there. ValueError for an attention whose turning cannot be taken over here.
         """
         if layer not in self._rotates:
             device = works_on(self.layers[layer])

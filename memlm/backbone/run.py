@@ -68,7 +68,7 @@ class Run:
     the copy would be lost.
 
     heads: the layer whose attention module is passed, when its "heads" have memories; rotation: (cos, sin)
-    the house withheld from it. wanted: at how many positions, at the end, an attention module's output is
+    withheld from it. wanted: at how many positions, at the end, an attention module's output is
     wanted; None: all.
     """
 

@@ -31,7 +31,7 @@ def add_to(commands: Commands) -> None:
         "--recall", type=int, metavar="K", help="recall K passages for a question (default: 4)"
     )
     ask.add_argument(
-        "--save", type=Path, metavar="DIR", help="keep the stream, after reading, there"
+        "--save", type=Path, metavar="DIR", help="after reading, save the stream there"
     )
     add_device_options(ask)
 

@@ -23,7 +23,7 @@ def add_to(commands: Commands) -> None:
     )
     data.add_argument("--format", choices=["json", "parquet"], default="json", help="of the files")
     data.add_argument(
-        "--reserve", type=int, default=0, help="tokens of a length left free (published: 300)"
+        "--reserve", type=int, default=0, help="tokens of each length left free (published: 300)"
     )
     data.add_argument(
         "--share",
@@ -31,7 +31,7 @@ def add_to(commands: Commands) -> None:
         default=1.0,
         help="facts and questions allowed for each token of the rest (published: 0.125, ARMT: 0.2)",
     )
-    data.add_argument("--overwrite", action="store_true", help="make files again that are there")
+    data.add_argument("--overwrite", action="store_true", help="write files again that exist")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ def add_to(commands: Commands) -> None:
     )
     demo.add_argument("-q", "--question", help="the question about --ask FILE")
     demo.add_argument(
-        "--quick", action="store_true", help="a minute's version: trains too little to answer well"
+        "--quick", action="store_true", help="a short run: trains too little to answer well"
     )
 
 

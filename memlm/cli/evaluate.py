@@ -54,7 +54,7 @@ def add_to(commands: Commands) -> None:
     evaluate.add_argument(
         "--max-new-tokens",
         type=int,
-        help="longest answer (default: what a run in --out has, else 20)",
+        help="most tokens of an answer (default: as the run in --out has it, else 20)",
     )
     add_device_options(evaluate)
 

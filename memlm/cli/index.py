@@ -25,7 +25,7 @@ def add_to(commands: Commands) -> None:
         index.add_argument("--overlap", type=int, default=0, help="words repeated in the next one")
         if run is run_build:
             index.add_argument(
-                "--factory", default="Flat", help="FAISS's name of a kind: Flat, SQ8, HNSW32, ..."
+                "--factory", default="Flat", help="a FAISS index type: Flat, SQ8, HNSW32, ..."
             )
     search = commands.add("index search", "search an index", run_search)
     search.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
@@ -36,7 +36,7 @@ def add_to(commands: Commands) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="only chunks with this metadata; of one KEY given twice either VALUE will do",
+        help="only chunks with this metadata; a KEY given twice matches either VALUE",
     )
     info = commands.add("index info", "say what an index holds", run_info)
     info.add_argument("index", type=Path, metavar="DIR", help="folder of the index")

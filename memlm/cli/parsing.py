@@ -43,7 +43,7 @@ def make_commands() -> Commands:
     """All commands of `memlm`."""
     parser = argparse.ArgumentParser(
         prog="memlm",
-        description="A memory that never fills up, for any Hugging Face causal language model.",
+        description="A long memory of constant size for Hugging Face causal language models.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

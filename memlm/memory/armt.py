@@ -66,7 +66,7 @@ class ARMTState(NamedTuple):
     """What a layer remembers, float32 or wider; P = 2 nu d_mem features.
 
     associations (B, P, D), normaliser (B, P), and written (B,): the mean gate of the last segment, times
-    its length in full segments, which nothing reads but `auxiliary_loss` and the curious.
+    its length in full segments, which only `auxiliary_loss` reads.
     """
 
     associations: Tensor

@@ -4,7 +4,7 @@ Legend: B batch, T tokens of a segment, M memory tokens, D hidden, E embedding, 
 heads, L layers, dh head size. A file adds only its own letters.
 
 A mechanism concatenates, slices, reads and writes. Positions, rotary angles, masks of lengthened
-sequences and rows whose document has ended are the house's business (`memlm.backbone`).
+sequences and rows whose document has ended are handled outside it (`memlm.backbone`).
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Memory(nn.Module, ABC):
 
     @classmethod
     def num_segment_tokens(cls, config: Any) -> int:
-        """Learned embeddings the house lets flow behind each segment, through all layers.
+        """How many learned embeddings follow each segment, through all layers.
 
         They stand after the last token when the segment is written, and are left out otherwise:
         under the causal mask no token sees them. A layer's `x` ends with them.

@@ -1,7 +1,7 @@
 """Compressive Transformer: what leaves the cached past is compressed, not dropped (Rae et al. 2019).
 
 Each layer keeps the keys and values of the last `memory_length` tokens and, behind them,
-`compressed_length` slots, each made of `compression_rate` tokens that left. Attention sees both, and the
+`compressed_length` slots, each made from `compression_rate` tokens that left. Attention sees both, and the
 segment. Keys are kept without position and turned where they are read, as in Transformer-XL here.
 
 The convolution is trained by reconstruction alone (section 3.2): its loss compares what the segment's
@@ -41,7 +41,7 @@ class CompressiveConfig(MemoryConfig):
 
     memory_length: tokens kept as they are; None picks a segment, rounded down to the compression rate.
     compressed_length: slots behind them; None picks as many as memory_length; both pick fewer where the
-    base model's positions leave no room. compression_rate: tokens a
+    base model's positions leave no room. compression_rate: tokens per
     slot; it divides memory_length. compression: "conv" (a strided convolution, starting as the mean),
     "mean", "max", or "most-used" (the tokens that the segments' queries attended to most).
     reconstruction_weight: price of the convolution's reconstruction loss.
@@ -106,7 +106,7 @@ class Compressive(Memory):
     def resolve(cls, config: CompressiveConfig, dims: Dims) -> CompressiveConfig:
         rate = config.compression_rate
         if rate < 1:
-            raise ValueError(f"compression_rate={rate} must be at least 1 token a slot")
+            raise ValueError(f"compression_rate={rate} must be at least 1 token per slot")
         if config.compression not in COMPRESSIONS:
             raise ValueError(
                 f"compression={config.compression!r} is unknown; use one of {', '.join(COMPRESSIONS)}"

@@ -364,7 +364,7 @@ class ChunkIndex:
             first = int(np.flatnonzero(~usable)[0])
             raise ValueError(
                 f"embedder returned NaN, infinite or huge values for text {first}; "
-                "mend the embedder, or leave the text out"
+                "correct the embedder, or leave the text out"
             )
         if self.metric == "cosine":
             vectors /= np.where(norms > 0, norms, 1)[:, None]

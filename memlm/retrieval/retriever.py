@@ -214,7 +214,7 @@ class Retriever:
 
 
 def as_retriever(retrieval: ChunkIndex | Retriever | None) -> Retriever | None:
-    """What a stream was given as its retrieval, as a retriever."""
+    """The retriever for what a stream was given as `retrieval`."""
     if retrieval is None or isinstance(retrieval, Retriever):
         return retrieval
     if isinstance(retrieval, ChunkIndex):

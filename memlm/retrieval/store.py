@@ -170,7 +170,7 @@ def commit(
     there = read_manifest(directory)
     if (there["generation"] if there else None) != before:
         raise ValueError(
-            f"{str(directory)!r} was changed by another while saving; load it again, "
+            f"{str(directory)!r} was changed by another process while saving; load it again, "
             "or save elsewhere"
         )
 

@@ -109,7 +109,7 @@ class Vectors:
         self.train_at = 0
         self._main = self._make()
         if not self._main.is_trained:
-            # k-means wants 39 points a centroid; ranges of scalars settle sooner.
+            # k-means wants 39 points per centroid; ranges of scalars settle sooner.
             self.train_at = max(39 * lists if lists > 1 else 0, 39 * centroids if bits else 0, 4096)
         self._gone: list[int] = []  # removed, to leave faiss's index
         self._dead = 0  # removed, and cannot leave it
@@ -296,7 +296,7 @@ class Vectors:
             raise store.damaged(path, f"it is no {self._factory} of width {self.dim}")
         rows = self._rows_inside()
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(alive):
-            raise store.damaged(path, "it has rows that the index has not")
+            raise store.damaged(path, "it has rows that the index does not have")
         gone = rows[~alive[rows]]
         if mmap or isinstance(self._core, faiss.IndexHNSW):
             self._dead = len(gone)

@@ -202,7 +202,7 @@ def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest whole checkpoint: one killed while it was written has no readable last file."""
+    """The newest whole checkpoint: one that was cut short has no readable last file."""
     found = []
     for folder in out.glob("checkpoint-*"):
         try:
@@ -420,7 +420,7 @@ def last_logged(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 class LogFile(TrainerCallback):
-    """Append every log line to a JSON-lines file; a resumed run takes back what it trains again."""
+    """Append every log line to a JSON-lines file; a resumed run removes those that it trains again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -431,7 +431,7 @@ class LogFile(TrainerCallback):
             control.should_log = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget lines behind the step that training begins at."""
+        """Remove lines after the step that training begins at."""
         if not state.is_world_process_zero or not self.path.is_file():
             return
         kept = []

@@ -105,7 +105,7 @@ class Comparison:
     def verdict(self) -> str:
         """The answer in a sentence."""
         whole, many = self.overall, len(self.cells) > 1
-        # In quotes, as a run named "none" would turn the sense about.
+        # In quotes, as a run named "none" would reverse the meaning.
         a, b = f'"{self.a}"', f'"{self.b}"'
         text = (
             f"{whole.verdict(a, b)} (over {_counted(whole.n, 'pair')} in "

@@ -26,7 +26,7 @@ ROW_KEYS = ("task", "length", "index", "correct")
 class Cell:
     """Results of one task at one length.
 
-    `correct` counts by the mended BABILong metric, `exact` by exact match, `published` by the metric
+    `correct` counts by the corrected BABILong metric, `exact` by exact match, `published` by the metric
     as published. `seconds` is time in the model and its data, `data_seconds` the data's part.
     """
 
@@ -201,7 +201,7 @@ class Report:
             if not all(isinstance(part, dict) for part in parts):
                 raise TypeError("settings, versions, stories and skipped must be objects")
             report = cls(cells, parts[0], parts[1], parts[2], skipped=parts[3])
-            _ = report.lengths, report.skipped_notes()  # A length that is none fails here, by name.
+            _ = report.lengths, report.skipped_notes()  # What is not a length fails here, by name.
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{str(path)!r} does not exist; name a finished evaluation") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -302,7 +302,7 @@ def escape_cell(text: str) -> str:
 
 
 def _read_cell(saved: dict[str, Any]) -> Cell:
-    # Keys of later versions are let pass: what is known of a cell stays readable.
+    # Keys of later versions are ignored: what is known of a cell stays readable.
     cell = Cell(**{f.name: saved[f.name] for f in fields(Cell)})
     if not 0 <= cell.correct <= cell.samples or cell.samples < 1:
         raise ValueError(f"{cell.task} has {cell.correct} of {cell.samples} samples right")

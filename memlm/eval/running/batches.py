@@ -114,7 +114,7 @@ class BatchRunner:
                 if reason is None:
                     try:
                         rows = self._answer(begin, pieces, clock, bar, kept)
-                        # What was there already came of the same batch.
+                        # What was there already came from the same batch.
                         log.append([row for row in rows if not log.has(task, length, row["index"])])
                     except TooLong as error:
                         reason = str(error)

@@ -67,7 +67,7 @@ def check_composition(
     data: str | os.PathLike[str] | None,
     **composing: Any,
 ) -> None:
-    """Refuse what would say how samples are composed where none are, or not by these rules."""
+    """Refuse settings of a composition that is not done here, or not by rules that have them."""
     if data is not None:
         for name, value in composing.items():
             if value != _COMPOSING[name]:
@@ -84,6 +84,6 @@ def check_composition(
     for task, length in plan:
         if rules.name == "published" and task not in babi.TASKS:
             raise ValueError(
-                f"composition='published' is of bAbI's tasks, and {task!r} is none; evaluate it apart"
+                f"composition='published' is for bAbI's tasks, and {task!r} is none; evaluate it apart"
             )
         rules.room(length)

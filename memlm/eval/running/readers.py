@@ -1,7 +1,7 @@
 """How a model is given a document and a question: streamed into its memory, or as a baseline reads it.
 
 A reader works in two halves. `pieces` makes arrays of token ids from samples, in a thread ahead of the
-model; `answer` runs the model over them. So no sample ever exists whole but where a reader must have it.
+model; `answer` runs the model over them. So a sample is held whole only where its reader needs that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEEP_SECONDS = 120.0
 # Tokens of a whole prompt a base model takes at once; bounds the attention's and logits' memory.
 PREFILL = 2048
-# How much of the memory that is free a cache of keys and values may take.
+# The share of the free memory that a cache of keys and values may take.
 FREE_SHARE = 0.7
 
 Tokens = NDArray[np.int64]
@@ -441,7 +441,7 @@ class WholeReader(BaseReader):
         return outputs
 
     def _bytes_a_token(self) -> int:
-        """Of the keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         config = self.base.config.get_text_config()
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads

@@ -119,7 +119,7 @@ def evaluate(
         recall = Recall(retrieval, embedder or HashingEmbedder(), template)
     own = prompts.style == "answer" and _config(model, "question_segment", "open") == "own"
     with ExitStack() as stack:
-        # The model is lent: as it was again, whatever happens meanwhile.
+        # The model is lent: it goes back as it was, whatever happens meanwhile.
         stack.enter_context(without_training(model))
         reader = make_reader(model, tokenizer, baseline, window, own, out)
         stack.callback(reader.close)

@@ -193,7 +193,7 @@ class Composed(SampleSource):
         if task not in self._loaded:
             assert self.folder is not None
             loaded = babi.load_task(self.folder, task)
-            # Neighbours in a file are prefixes of one story: a small sample should not be of few.
+            # Neighbours in a file are prefixes of one story: a small sample should not come from few.
             order = np.random.default_rng([self.seed, zlib.crc32(task.encode())])
             self._loaded[task] = [loaded[i] for i in order.permutation(len(loaded))]
         fitting = [story for story in self._loaded[task] if self._fits(story, length)]

@@ -4,7 +4,7 @@ Tokens become queries, keys and values per head; the memory, an MLP per head and
 keys and values while it is read (`deep_memory`), and what it answers goes back to the model's width through
 a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands.
 
-Legend: H heads of the memory, d their size, C tokens a chunk.
+Legend: H heads of the memory, d their size, C tokens per chunk.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class TitansConfig(MemoryConfig):
 
 
 class TitansState(NamedTuple):
-    """weights and momentum of the memory, a (B, H, n_in, n_out) for each layer, float32 or wider.
+    """weights and momentum of the memory, one (B, H, n_in, n_out) per layer, float32 or wider.
 
     tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1, H d) each.
     """

@@ -41,8 +41,8 @@ class MemLMTrainingArguments(TrainingArguments):
     skip_nonfinite: bool = field(
         default=True,
         metadata={
-            "help": "leave out batches whose memory or loss, and steps whose gradient, overflow, and "
-            "log their number as 'skipped'; false, and under FSDP: memories that overflow end the run"
+            "help": "skip batches whose memory or loss overflows, and steps whose gradient does, and "
+            "log their number as 'skipped'; false, or under FSDP: an overflowing memory ends the run"
         },
     )
 

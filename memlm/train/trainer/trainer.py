@@ -117,7 +117,7 @@ class MemLMTrainer(Trainer):
 
     @property
     def _model(self) -> MemLMForCausalLM:
-        # Kept: asking several times a step costs a small model a millisecond.
+        # Kept: asking several times per step costs a small model a millisecond.
         if self._unwrapped[0] is not self.model:
             self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
         return self._unwrapped[1]

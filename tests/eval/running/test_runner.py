@@ -472,7 +472,7 @@ def test_a_document_half_read_is_gone_on_with(
             run(tiny, tokenizer, prose, out, **kwargs)
     seen = break_at(monkeypatch, tiny, -1)
     run(tiny, tokenizer, prose, out, **kwargs)
-    # 14 whole segments a document, three batches; at most the segment under way was lost.
+    # 14 whole segments per document, three batches; at most the segment under way was lost.
     assert seen[0] in (3 * 14 - at, 3 * 14 - at + 1)
     assert samples_of(out) == samples_of(tmp_path / "whole")
     assert not (out / "unfinished.safetensors").exists()
