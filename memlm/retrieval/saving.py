@@ -84,7 +84,7 @@ class IndexSaver:
             saved = None
         if saved is not None and saved.generation != generation:
             raise ValueError(
-                f"{str(target)!r} was changed by another since this index was read; "
+                f"{str(target)!r} was changed by another process since this index was read; "
                 "load it again, or save elsewhere"
             )
         parts = self._new_parts(target, saved)
