@@ -79,7 +79,7 @@ class Run:
     the copy would be lost.
 
     heads: the layer whose attention module is passed, when its "heads" have memories; rotation: (cos, sin)
-    withheld from it. wanted: at how many positions, at the end, an attention module's output is
+    the house withheld from it. wanted: at how many positions, at the end, an attention module's output is
     wanted; None: all.
     """
 
@@ -216,7 +216,7 @@ _RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
 _HIDDEN: ContextVar[_Hidden | None] = ContextVar("memlm_hidden", default=None)
 # While an attention module is tried out: where its queries and keys go instead of the softmax.
 _TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
-# One subclass and one signature per class, however many models are opened.
+# One subclass and one signature a class, however many models are opened.
 _SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 _SIGNATURES: dict[type[nn.Module], inspect.Signature] = {}
 
@@ -736,7 +736,7 @@ class Backbone:
     def rotates(self, layer: int) -> bool:
         """Whether the attention of `layer` turns queries and keys by position: found by trying it.
 
-        Weights have to be there. ValueError for an attention whose turning cannot be taken over here.
+        Weights have to be there. ValueError for an attention the house cannot do the turning for.
         """
         if layer not in self._rotates:
             self._rotates[layer] = self._try_rotation(layer)

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(
         prog="memlm",
-        description="A long memory of constant size for Hugging Face causal language models.",
+        description="A memory that never fills up, for any Hugging Face causal language model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         _evaluate,
     )
     evaluate.add_argument("model", help="folder or hub id of a model, with or without memory")
-    _add_samples(evaluate, "from the recipe the model was trained with, else ")
+    _add_samples(evaluate, "the recipe's that the model was trained by, else ")
     evaluate.add_argument(
         "--data",
         help="samples in the published layout, a folder or hub id such as RMT-team/babilong, in place "
@@ -186,12 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--batch-size",
         type=int,
-        help="samples read side by side (default: from the recipe the model was trained with, else 8)",
+        help="samples read side by side (default: the recipe's that the model was trained by, else 8)",
     )
     evaluate.add_argument(
         "--max-new-tokens",
         type=int,
-        help="most tokens of an answer (default: as the run in --out has it, else 20)",
+        help="longest answer (default: what a run in --out has, else 20)",
     )
     _add_device(evaluate)
 
@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recall", type=int, metavar="K", help="recall K passages for a question (default: 4)"
     )
     ask.add_argument(
-        "--save", type=Path, metavar="DIR", help="after reading, save the stream there"
+        "--save", type=Path, metavar="DIR", help="keep the stream, after reading, there"
     )
     _add_device(ask)
 
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         index.add_argument("--overlap", type=int, default=0, help="words repeated in the next one")
         if run is _index_build:
             index.add_argument(
-                "--factory", default="Flat", help="a FAISS index type: Flat, SQ8, HNSW32, ..."
+                "--factory", default="Flat", help="FAISS's name of a kind: Flat, SQ8, HNSW32, ..."
             )
     search = command("index search", "search an index", _index_search)
     search.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
@@ -270,12 +270,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="only chunks with this metadata; a KEY given twice matches either VALUE",
+        help="only chunks with this metadata; of one KEY given twice either VALUE will do",
     )
     info = command("index info", "say what an index holds", _index_info)
     info.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
 
-    data = command("data", "write a BABILong data set in the published layout", _data)
+    data = command("data", "write a data set in the layout others read", _data)
     data.add_argument("kind", choices=["babilong"], help="which data set")
     _add_samples(data)
     data.set_defaults(**{name: value for name, value in EVALUATED.items() if name != "batch_size"})
@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--format", choices=["json", "parquet"], default="json", help="of the files")
     data.add_argument(
-        "--reserve", type=int, default=0, help="tokens of each length left free (published: 300)"
+        "--reserve", type=int, default=0, help="tokens of a length left free (published: 300)"
     )
     data.add_argument(
         "--share",
@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="facts and questions allowed for each token of the rest (published: 0.125, ARMT: 0.2)",
     )
-    data.add_argument("--overwrite", action="store_true", help="write files again that exist")
+    data.add_argument("--overwrite", action="store_true", help="make files again that are there")
 
     demo = command("demo", "train a small memory model and question it at a million tokens", _demo)
     demo.add_argument("--out", type=Path, default=Path("demo-run"), help="folder of the run")
@@ -303,7 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("-q", "--question", help="the question about --ask FILE")
     demo.add_argument(
-        "--quick", action="store_true", help="a short run: trains too little to answer well"
+        "--quick", action="store_true", help="a minute's version: trains too little to answer well"
     )
     return parser
 

@@ -438,7 +438,7 @@ def write_babilong_tasks(
     """Give lm_eval's BABILong tasks the samples in a folder instead of the hub's; return their names.
 
     source: what `memlm.tasks.babilong.write` wrote, `data/TASK/LENGTH.json`. out: a folder for
-    `--include_path`, with one task `memlm_babilong_TASK_LENGTH` per file, prompts and metric unchanged.
+    `--include_path`, with a task `memlm_babilong_TASK_LENGTH` a file, prompts and metric unchanged.
     """
     import lm_eval.tasks
 

@@ -21,9 +21,9 @@ class Embedder(Protocol):
     fingerprint: str
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, dim) float32, one row per document, in order."""
+        """(n, dim) float32, one row a document, in order."""
         ...
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, dim) float32, one row per query, in order."""
+        """(n, dim) float32, one row a query, in order."""
         ...

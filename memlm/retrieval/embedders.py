@@ -114,7 +114,7 @@ class HashingEmbedder:
         return made
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, dim) float32, one row per text; zeros for a text without words."""
+        """(n, dim) float32, one row a text; zeros for a text without words."""
         texts = _checked_texts(texts)
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         for begin in range(0, len(texts), _TEXTS_AT_ONCE):
@@ -355,7 +355,7 @@ class ModelEmbedder:
         )
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, dim) float32, one row per text; zeros for a text without tokens."""
+        """(n, dim) float32, one row a text; zeros for a text without tokens."""
         texts = _checked_texts(texts)
         vectors = np.zeros((len(texts), self.dim), dtype=np.float32)
         for begin in range(0, len(texts), 8 * self.batch_size):
@@ -479,11 +479,11 @@ class SentenceTransformerEmbedder:
         )
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, dim) float32, one row per document."""
+        """(n, dim) float32, one row a document."""
         return self._encode(texts, "encode_document", self.document_prompt, ("document", "passage"))
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, dim) float32, one row per query."""
+        """(n, dim) float32, one row a query."""
         return self._encode(texts, "encode_query", self.query_prompt, ("query",))
 
     def _encode(

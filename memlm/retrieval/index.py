@@ -167,9 +167,9 @@ class ChunkIndex:
     ) -> list[str | int]:
         """Add texts; returns their ids. All are added, or none.
 
-        ids: unique text or ints (7 and "7" are two ids), made when None. metadata: one flat mapping per
+        ids: unique text or ints (7 and "7" are two ids), made when None. metadata: one flat mapping a
         text with values of str, int, float, bool or None. The vectors of one call are in memory at once
-        (4 * dim bytes per text): add a large corpus in calls of some ten thousand.
+        (4 * dim bytes a text): add a large corpus in calls of some ten thousand.
         """
         self._writable()
         texts = check_texts(texts, "texts")
@@ -307,7 +307,7 @@ class ChunkIndex:
         names = check_ids(ids)
         if len(names) != len(texts):
             raise ValueError(
-                f"ids has {len(names)} entries for {len(texts)} texts; give one per text"
+                f"ids has {len(names)} entries for {len(texts)} texts; give one a text"
             )
         return names
 
@@ -367,7 +367,7 @@ class ChunkIndex:
             first = int(np.flatnonzero(~usable)[0])
             raise ValueError(
                 f"embedder returned NaN, infinite or huge values for text {first}; "
-                "correct the embedder, or leave the text out"
+                "mend the embedder, or leave the text out"
             )
         if self.metric == "cosine":
             vectors /= np.where(norms > 0, norms, 1)[:, None]
@@ -429,7 +429,7 @@ class ChunkIndex:
                 saved = None
             if saved is not None and saved.generation != generation:
                 raise ValueError(
-                    f"{str(target)!r} was changed by another process since this index was read; "
+                    f"{str(target)!r} was changed by another since this index was read; "
                     "load it again, or save elsewhere"
                 )
             parts = self._new_parts(target, saved)

@@ -102,10 +102,10 @@ def check_metadata(metadata: Sequence[Mapping[str, Value]] | None, count: int) -
     if metadata is None:
         return [""] * count
     if isinstance(metadata, (Mapping, str, bytes)):
-        raise ValueError("metadata must be a list, one mapping per text; wrap it in a list")
+        raise ValueError("metadata must be a list, one mapping a text; wrap it in a list")
     given = _listed(metadata, "metadata")
     if len(given) != count:
-        raise ValueError(f"metadata has {len(given)} entries for {count} texts; give one per text")
+        raise ValueError(f"metadata has {len(given)} entries for {count} texts; give one a text")
     return [_metadata_json(entry, f"metadata[{n}]") for n, entry in enumerate(given)]
 
 

@@ -44,7 +44,7 @@ class ModelSection:
         default="armt",
         metadata={"help": "a memory's name, a mapping of its name and fields, or a list of these"},
     )
-    segment_length: int = described("tokens per segment", 512)
+    segment_length: int = described("tokens a segment", 512)
     init_from: str | None = described(
         "folder of a trained memory model to go on from, in place of base and config", None
     )
@@ -109,7 +109,7 @@ class EvalSection:
 
     tasks: tuple[str, ...] = described("bAbI tasks", ("qa1",))
     lengths: tuple[str, ...] = described("tokens of text, as '4k' or '1M'", ("0k", "4k", "16k"))
-    samples: int = described("samples per task and length", 100)
+    samples: int = described("samples a task and length", 100)
     haystack: str = described("as in data", "builtin")
     batch_size: int = described("samples read side by side", 8)
 

@@ -75,8 +75,8 @@ class MemLMTrainingArguments(TrainingArguments):
     skip_nonfinite: bool = field(
         default=True,
         metadata={
-            "help": "skip batches whose memory or loss overflows, and steps whose gradient does, and "
-            "log their number as 'skipped'; false, or under FSDP: an overflowing memory ends the run"
+            "help": "leave out batches whose memory or loss, and steps whose gradient, overflow, and "
+            "log their number as 'skipped'; false, and under FSDP: memories that overflow end the run"
         },
     )
 
@@ -228,7 +228,7 @@ class MemLMTrainer(Trainer):
     """Trainer for models with memories.
 
     train_dataset: a `TrainingStream`, whose curriculum is then followed, saved and resumed, or any
-    data set of `input_ids` (and `labels`), one document per row.
+    data set of `input_ids` (and `labels`), a document a row.
     """
 
     args: MemLMTrainingArguments
@@ -281,7 +281,7 @@ class MemLMTrainer(Trainer):
 
     @property
     def _model(self) -> MemLMForCausalLM:
-        # Kept: asking several times per step costs a small model a millisecond.
+        # Kept: asking several times a step costs a small model a millisecond.
         if self._unwrapped[0] is not self.model:
             self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
         return self._unwrapped[1]
@@ -573,7 +573,7 @@ class MemLMTrainer(Trainer):
         return self._carried[self._slot].where(continued, fresh)
 
     def _sound(self, state: MemoryState) -> MemoryState:
-        """`state`, in which rows with values that are not finite start afresh."""
+        """`state`, but that rows with values which are no numbers start afresh."""
         if not self.args.skip_nonfinite or not state.tensors:
             return state
         # A sum is as good a witness as every value, and one pass over the state.
@@ -625,7 +625,7 @@ class MemLMTrainer(Trainer):
 
     @contextmanager
     def _predictions(self, listen: bool) -> Iterator[list[Tensor] | None]:
-        """Collect the most likely token wherever the head is asked, one tensor per segment."""
+        """Collect the most likely token wherever the head is asked, a tensor a segment."""
         if not (listen and self.args.track_accuracy):
             yield None
             return
@@ -712,7 +712,7 @@ class MemLMTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Six per parameter and token, the parameters counted once and not every step."""
+        """Six a parameter and token, the parameters counted once and not every step."""
         if self._parameter_count is None:
             self._parameter_count = sum(p.numel() for p in self._model.parameters())
         return 6 * self._parameter_count * inputs["input_ids"].numel()
@@ -833,7 +833,7 @@ def plan_of(
 
     Nothing behind the last target is learned from, nor remembered unless a later batch reads on, and
     from the end, windows are counted back from it. train: a batch without a target gets one that
-    counts nothing, since all processes reduce gradients once per batch.
+    counts nothing, since all processes reduce gradients once a batch.
     """
     segments, scale = segments_of(batch, length), 1.0
     if train and not any(segment.aimed for segment in segments):

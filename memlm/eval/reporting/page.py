@@ -31,7 +31,7 @@ from memlm.tasks.babilong import parse_length
 
 HEAT, LINES, DEPTH, COST = "accuracy.png", "lengths.png", "depth.png", "cost.png"
 MARKDOWN, PAGE = "report.md", "report.html"
-# Wrong answers shown per task of a run: enough to show a pattern without burying the page.
+# Of a task in a run: as many wrong answers as show a pattern without burying the page.
 WRONG_SHOWN = 3
 # Settings that follow from the others, from the model or from its tokenizer. All the rest are options of
 # `memlm eval` by their own names, so that a new one is in a command that repeats a run unless it is here.
@@ -230,7 +230,7 @@ class _Story:
 
     def answer(self) -> str:
         """The result in a sentence: which run is best, and at which lengths."""
-        # A mean that lacks a task cannot be compared with one that has it.
+        # A mean that lacks a task is no match for one that has it.
         scores = {
             length: {
                 name: report.mean(length)
@@ -365,7 +365,7 @@ def _settings_table(runs: Sequence[_Run]) -> str:
 
 
 def _settings(runs: Sequence[_Run]) -> list[tuple[str, list[str]]]:
-    """Rows of settings, then versions, one column per run; empty where a run has none."""
+    """Rows of settings, then versions, a column a run; empty where a run has none."""
     rows = []
     for tables in ([r.report.settings for r in runs], [r.report.versions for r in runs]):
         for key in dict.fromkeys(key for table in tables for key in table):
@@ -534,7 +534,7 @@ def _cut(text: str) -> str:
 
 
 def _quoted(name: str) -> str:
-    # A run named "none" would reverse the meaning of a sentence.
+    # A run named "none" would turn the sense of a sentence about.
     return f'"{name}"'
 
 

@@ -44,7 +44,7 @@ class Bin:
 
 
 def plot_heat_map(reports: Report | Mapping[str, Report], path: str | os.PathLike[str]) -> None:
-    """Draw accuracy by task and length in percent, light for right and dark for wrong, one panel per run.
+    """Draw accuracy by task and length in percent, light for right and dark for wrong, a panel a run.
 
     Below a figure stand its 95% interval and its samples. Hatched cells could not be run, white ones
     were not.
@@ -124,7 +124,7 @@ def plot_lines(
     task: str | None = None,
     guess: str = "guessing",
 ) -> None:
-    """Draw accuracy against length, one line per run, with 95% intervals: of `task`, or a mean over tasks.
+    """Draw accuracy against length, a line a run, with 95% intervals: of `task`, or the mean over tasks.
 
     `chance` is what guessing scores, drawn as a dotted line named `guess`. A hollow marker is a mean
     over fewer tasks than the run has, as some could not be run there.
@@ -206,7 +206,7 @@ def distances(rows: Sequence[Mapping[str, Any]], factor: int | None = None) -> l
 def plot_depth(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]
 ) -> bool:
-    """Draw accuracy against where the fact stands, one line per run; False, and no file, without such rows.
+    """Draw accuracy against where the fact stands, a line a run; False, and no file, without such rows.
 
     Where documents differ in length, a second panel shows the distance from the fact to the end.
     """
@@ -291,7 +291,7 @@ def _bin_ticks(
 
 
 def plot_cost(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
-    """Draw tokens per second, peak memory and the share of time spent waiting for data, by length."""
+    """Draw tokens a second, peak memory and the share of time spent waiting for data, by length."""
     if not reports:
         raise ValueError("reports is empty; give at least one {name: report}")
     lengths = sorted({c.length for r in reports.values() for c in r.cells}, key=parse_length)
@@ -318,7 +318,7 @@ def plot_cost(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> No
         for axes, points in zip(panels, lines, strict=True):
             if points:
                 axes.plot(*zip(*points, strict=True), **_style(number))
-    titles = ("tokens of context per second", "peak memory, MiB", "time waiting for data, %")
+    titles = ("tokens of context a second", "peak memory, MiB", "time waiting for data, %")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.3)

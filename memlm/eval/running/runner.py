@@ -138,7 +138,7 @@ def evaluate(
         recall = _Recall(retrieval, embedder or HashingEmbedder(), template)
     own = prompts.style == "answer" and _config(model, "question_segment", "open") == "own"
     with ExitStack() as stack:
-        # The model is lent: it goes back as it was, whatever happens meanwhile.
+        # The model is lent: as it was again, whatever happens meanwhile.
         stack.enter_context(without_training(model))
         reader = make_reader(model, tokenizer, baseline, window, own, out)
         stack.callback(reader.close)
@@ -245,7 +245,7 @@ def _check_placed(
     data: str | os.PathLike[str] | None,
     **composing: Any,
 ) -> None:
-    """Refuse settings of a composition that is not done here, or not by rules that have them."""
+    """Refuse what would say how samples are composed where none are, or not by these rules."""
     if data is not None:
         for name, value in composing.items():
             if value != _COMPOSING[name]:
@@ -262,7 +262,7 @@ def _check_placed(
     for task, length in plan:
         if rules.name == "published" and task not in babi.TASKS:
             raise ValueError(
-                f"composition='published' is for bAbI's tasks, and {task!r} is none; evaluate it apart"
+                f"composition='published' is of bAbI's tasks, and {task!r} is none; evaluate it apart"
             )
         rules.room(length)
 
@@ -368,7 +368,7 @@ class _Runner:
                 if reason is None:
                     try:
                         rows = self._answer(begin, pieces, clock, bar, kept)
-                        # What was there already came from the same batch.
+                        # What was there already came of the same batch.
                         log.append([row for row in rows if not log.has(task, length, row["index"])])
                     except TooLong as error:
                         reason = str(error)
