@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -61,8 +60,6 @@ class MemLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Whoever holds a configuration may ask transformers' Auto classes for its model next.
-        importlib.import_module("memlm.modeling")
         if self.memlm_version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has memlm format {self.memlm_version}, the installed memlm reads up "

@@ -236,6 +236,29 @@ def test_largest_tells_what_is_not_finite() -> None:
     assert state.largest().isfinite().tolist() == [False, True]
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import memlm; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import memlm",
+    ],
+)
+def test_a_configuration_suffices_for_the_auto_classes(first: str) -> None:
+    code = (
+        f"{first}\n"
+        "import sys\n"
+        "assert 'memlm.modeling' not in sys.modules\n"
+        "from transformers import AutoConfig\n"
+        "text = {'model_type': 'gpt2', 'n_embd': 8, 'n_head': 2, 'n_layer': 1, 'vocab_size': 9,\n"
+        "        'bos_token_id': 1, 'eos_token_id': 2}\n"
+        "config = AutoConfig.for_model('memlm', text_config=text, memory=[{'name': 'armt'}])\n"
+        "model = AutoModelForCausalLM.from_config(config)\n"
+        "assert type(model).__name__ == 'MemLMForCausalLM'\n"
+        "assert AutoModelForCausalLM._model_mapping[type(config)] is type(model)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.parametrize("module", ["memlm.backbone", "memlm.attach", "memlm.config"])
 def test_any_module_may_be_imported_first(module: str) -> None:
     """transformers' Auto classes know the model whichever way the package was entered."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from memlm.memory.base import (
     QKV,
     Dims,
-    Inner,
+    InnerHeads,
     Memory,
     MemoryConfig,
     Site,
@@ -184,7 +184,7 @@ class Compressive(Memory):
         self,
         x: QKV,
         state: CompressiveState,
-        inner: Inner,
+        inner: InnerHeads,
         *,
         mask: Tensor | None,
         write: bool = True,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memlm.memory.base import (
     QKV,
     Dims,
-    Inner,
+    InnerHeads,
     Memory,
     MemoryConfig,
     Site,
@@ -88,7 +88,13 @@ class Infini(Memory):
         )
 
     def forward(
-        self, x: QKV, state: InfiniState, inner: Inner, *, mask: Tensor | None, write: bool = True
+        self,
+        x: QKV,
+        state: InfiniState,
+        inner: InnerHeads,
+        *,
+        mask: Tensor | None,
+        write: bool = True,
     ) -> tuple[Tensor, InfiniState]:
         local = inner(x)
         gate = torch.sigmoid(self.gate).reshape(-1, 1, 1).to(local.dtype)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
-    Attended,
     Dims,
-    Inner,
+    InnerHeads,
     Memory,
     MemoryConfig,
     Site,
@@ -137,10 +136,10 @@ class KNN(Memory):
         )
 
     def forward(
-        self, x: QKV, state: KNNState, inner: Inner, *, mask: Tensor | None, write: bool = True
+        self, x: QKV, state: KNNState, inner: InnerHeads, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, KNNState]:
         if self.joint:
-            local, local_lse, query = cast(Attended, inner(x, parts=True))
+            local, local_lse, query = inner(x, parts=True)
             found, lse = self.read(x.q, state, query)
             weight = torch.sigmoid(lse - local_lse.to(lse.dtype)).unsqueeze(-1)
         else:

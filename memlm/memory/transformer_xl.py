@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site
+from memlm.memory.base import QKV, Dims, InnerHeads, Memory, MemoryConfig, Site
 from memlm.memory.parts.cache import held, push
 
 
@@ -91,7 +91,7 @@ class TransformerXL(Memory):
         self,
         x: QKV,
         state: TransformerXLState,
-        inner: Inner,
+        inner: InnerHeads,
         *,
         mask: Tensor | None,
         write: bool = True,
