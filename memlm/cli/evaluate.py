@@ -28,12 +28,16 @@ def add_to(commands: Commands) -> None:
     )
     evaluate.add_argument(
         "--baseline",
-        choices=["none", "full", "window", "retrieval"],
-        help="judge the base model instead: the last tokens alone, attention to all, a sliding "
-        "window, or retrieved passages (default: read into memory; full where there is none)",
+        type=_baseline,
+        choices=["model", "last-tokens", "full", "window", "retrieval"],
+        help="who reads: the model itself (the default: into its memory; as full where it has none), or "
+        "the base model, which sees the last tokens alone, everything, a sliding window, or retrieved "
+        "passages",
     )
     evaluate.add_argument(
-        "--window", type=int, help="tokens that --baseline none and window see (default: a segment)"
+        "--window",
+        type=int,
+        help="tokens that --baseline last-tokens and window see (default: one segment)",
     )
     evaluate.add_argument(
         "--retrieval", type=int, metavar="K", help="recall K passages in front of the question"
@@ -129,3 +133,10 @@ def sample_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         told = ", ".join(f"{name} {value}" for name, value in found.items())
         print(f"memlm: as {path} says: {told}", file=sys.stderr)
     return {**SAMPLE_DEFAULTS, **found, **typed}
+
+
+def _baseline(word: str) -> str:
+    """A baseline by its present word, with a note where it was typed by a former one."""
+    from memlm.eval.running.baselines import present_word
+
+    return present_word(word)

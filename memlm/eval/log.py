@@ -17,6 +17,8 @@ SAMPLES = "samples.jsonl"
 RUN = "run.json"
 # What runs of older versions used, which did not record these settings.
 ABSENT: dict[str, Any] = {"position": [0.0, 1.0], "composition": "exact"}
+# Words of older versions, by setting, with what they are called now.
+FORMER_WORDS = {"baseline": {"none": "last-tokens"}}
 
 Row = dict[str, Any]
 
@@ -81,7 +83,17 @@ def recorded(out: str | os.PathLike[str] | None) -> dict[str, Any]:
         found = json.loads((Path(out or "") / RUN).read_text(encoding="utf-8")) if out else {}
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return in_present_words(found) if isinstance(found, dict) else {}
+
+
+def in_present_words(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, in the words of this version where an older one had others."""
+    former = {
+        key: words[settings[key]]
+        for key, words in FORMER_WORDS.items()
+        if isinstance(settings.get(key), str) and settings[key] in words
+    }
+    return settings | former
 
 
 def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
@@ -100,7 +112,7 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         wanted = json.loads(json.dumps(settings))
-        had, has = ({**ABSENT, **made} for made in (before, wanted))
+        had, has = ({**ABSENT, **in_present_words(made)} for made in (before, wanted))
         # A setting that only one has counts, too: a run with passages goes on with passages only.
         different = [key for key in {**has, **had} if had.get(key) != has.get(key)]
     except (ValueError, TypeError) as error:

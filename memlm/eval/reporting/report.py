@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from memlm.eval.log import SAMPLES, Row, read_rows
+from memlm.eval.log import SAMPLES, Row, in_present_words, read_rows
 from memlm.eval.statistics import mean_interval, wilson
 from memlm.files import write_json
 from memlm.tasks.lengths import format_length, parse_length
@@ -200,7 +200,7 @@ class Report:
             parts = [saved.get(key, {}) for key in ("settings", "versions", "stories", "skipped")]
             if not all(isinstance(part, dict) for part in parts):
                 raise TypeError("settings, versions, stories and skipped must be objects")
-            report = cls(cells, parts[0], parts[1], parts[2], skipped=parts[3])
+            report = cls(cells, in_present_words(parts[0]), parts[1], parts[2], skipped=parts[3])
             _ = report.lengths, report.skipped_notes()  # What is not a length fails here, by name.
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{str(path)!r} does not exist; name a finished evaluation") from error

@@ -330,12 +330,12 @@ class BaseReader(BatchReader):
 
 
 class LastReader(BaseReader):
-    """Baseline "none": the base model sees the end of the document alone, and the question.
+    """Baseline "last-tokens": the base model sees the end of the document alone, and the question.
 
     window: tokens it sees, prompt and question included.
     """
 
-    name: ClassVar[str] = "none"
+    name: ClassVar[str] = "last-tokens"
 
     def __init__(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window: int

@@ -19,7 +19,7 @@ from memlm.eval.log import SAMPLES, Row, RunLog, recorded
 from memlm.eval.provenance import dtype_of, fingerprint, versions, without_training
 from memlm.eval.reporting.plots import save_with_picture
 from memlm.eval.reporting.report import Cell, Report
-from memlm.eval.running.baselines import is_memory_model, make_reader
+from memlm.eval.running.baselines import MODEL, is_memory_model, make_reader
 from memlm.eval.running.batches import Batch, BatchRunner, Recall, split_into_batches
 from memlm.eval.running.checks import cells_to_evaluate, check_composition
 from memlm.eval.running.prompts import Prompts
@@ -55,7 +55,7 @@ def evaluate(
     stories: str | os.PathLike[str] = "generated",
     data: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
-    baseline: str | None = None,
+    baseline: str | None = MODEL,
     window: int | None = None,
     prompt: str | os.PathLike[str] | None = None,
     position: tuple[float, float] = (0.0, 1.0),
@@ -74,8 +74,10 @@ def evaluate(
     model: of memlm, or any causal language model of transformers. tasks: bAbI's, or probes
     (`memlm.tasks.registry.TASKS`). haystack: a source, of which `split` is used. stories: "generated" or a
     folder of bAbI files, of which the test file is preferred. data: samples in the published layout (a
-    hub id or a folder) in place of composed ones. baseline: read in another way (`BASELINES`: "none",
-    "full", "window") with the base model; window: tokens that "none" and "window" see. prompt: "answer",
+    hub id or a folder) in place of composed ones. baseline: who reads: "model", the
+    model itself, or in its place the base model in another way (`BASELINES`): "last-tokens", the end of the
+    document alone, "full", attention to all of it, "window", a sliding window, or "retrieval". window:
+    tokens that "last-tokens" and "window" see. prompt: "answer",
     "instruction", "chat" or a YAML file; None picks "answer" for models of memlm, else "chat" where the
     tokenizer has a chat template and "instruction" where it has none. position, distance: where facts
     stand, as in `babilong.compose`. composition: "exact", or "published" for lengths, facts and noise by
