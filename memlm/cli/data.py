@@ -11,7 +11,7 @@ from memlm.cli.printing import print_written
 
 def add_to(commands: Commands) -> None:
     """Add `memlm data`."""
-    data = commands.add("data", "write a data set in the layout others read", run)
+    data = commands.add("data", "write a BABILong data set in the published layout", run)
     data.add_argument("kind", choices=["babilong"], help="which data set")
     add_sample_options(data)
     data.set_defaults(
