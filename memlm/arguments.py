@@ -30,14 +30,13 @@ class Batch:
 
     ids (D, L) long. mask (D, L) bool, True on real tokens; None when all are. targets (D, L) long: labels
     that were shifted over each whole document; None without labels. packing: where each token stood in the
-    batch as it was given; None when it stands there still. several: whether a row held several documents.
+    batch as it was given; None when it stands there still.
     """
 
     ids: Tensor
     mask: Tensor | None
     targets: Tensor | None
     packing: Packing | None
-    several: bool
 
 
 def packed(
@@ -45,14 +44,22 @@ def packed(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     shifted_labels: Tensor | None = None,
+    *,
+    continued: bool = False,
     **borders: Any,
 ) -> Batch:
     """Check what a call was given, and pack it to the left. ValueError on what does not fit.
 
-    borders: what tells the documents in a row apart (`documents_in`).
+    continued: whether a memory_state is given as well, with a row for each row here. borders: what tells
+    the documents in a row apart (`documents_in`).
     """
     ids, mask, targets = _check(input_ids, attention_mask, labels, shifted_labels)
     documents = documents_in(ids, mask, **borders)
+    if documents is not None and continued:
+        raise ValueError(
+            "memory_state goes on with one document per row, but position_ids, seq_idx or "
+            "cu_seq_lens_q put several into a row; give one or the other"
+        )
     packing = None
     if mask is not None or documents is not None:
         packing = Packing.of(torch.ones_like(ids) if mask is None else mask, documents)
@@ -60,7 +67,7 @@ def packed(
         targets = None if targets is None else packing.pack(targets, IGNORE)
     if targets is not None and shifted_labels is None:
         targets = shift_labels(targets)
-    return Batch(ids, mask, targets, packing, documents is not None)
+    return Batch(ids, mask, targets, packing)
 
 
 def _check(

@@ -315,6 +315,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             attention_mask,
             labels,
             shift_labels,
+            continued=memory_state is not None,
             position_ids=position_ids,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
@@ -322,11 +323,6 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             max_length_q=max_length_q,
             max_length_k=max_length_k,
         )
-        if batch.several and memory_state is not None:
-            raise ValueError(
-                "memory_state goes on with one document per row, but position_ids, seq_idx or "
-                "cu_seq_lens_q put several into a row; give one or the other"
-            )
         targets = batch.targets
         keep = collector(
             logits_to_keep,

@@ -65,12 +65,7 @@ def windows(
         raise TypeError(f"windows() got unexpected arguments {sorted(unknown)}; give labels alone")
     inner = _model_within(model)
     borders = {name: kwargs.pop(name, None) for name in BORDERS}
-    batch = packed(input_ids, attention_mask, labels, **borders)
-    if batch.several and memory_state is not None:
-        raise ValueError(
-            "memory_state goes on with one document per row, but position_ids, seq_idx or "
-            "cu_seq_lens_q put several into a row; give one or the other"
-        )
+    batch = packed(input_ids, attention_mask, labels, continued=memory_state is not None, **borders)
     segments = list(cut(batch.ids, batch.mask, batch.targets, inner.segment_length))
     first = first_window(len(segments), bptt_depth, bptt_anchor)
     shares = _Shares(batch, segments, num_items_in_batch)
