@@ -60,7 +60,7 @@ class Findings:
 
     def answer(self) -> str:
         """The result in a sentence: which run is best, and at which lengths."""
-        # A mean that lacks a task is no match for one that has it.
+        # A mean that lacks a task cannot be compared with one that has it.
         scores = {
             length: {
                 name: report.mean(length)
@@ -138,7 +138,7 @@ def capitalised(text: str) -> str:
 
 
 def quoted_name(name: str) -> str:
-    # A run named "none" would turn the sense of a sentence about.
+    # A run named "none" would reverse the meaning of a sentence.
     return f'"{name}"'
 
 

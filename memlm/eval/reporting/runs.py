@@ -16,7 +16,7 @@ from memlm.eval.reporting.report import Report, load_rows
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.tasks.lengths import parse_length
 
-# Of a task in a run: as many wrong answers as show a pattern without burying the page.
+# Wrong answers shown per task of a run: enough to show a pattern without burying the page.
 WRONG_SHOWN = 3
 # Settings that follow from the others, from the model or from its tokenizer. All the rest are options of
 # `memlm eval` by their own names, so that a new one is in a command that repeats a run unless it is here.
