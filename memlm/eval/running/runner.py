@@ -73,18 +73,17 @@ def evaluate(
 
     model: of memlm, or any causal language model of transformers. tasks: bAbI's, or probes
     (`memlm.tasks.registry.TASKS`). haystack: a source, of which `split` is used. stories: "generated" or a
-    folder of bAbI files, of which the test file is preferred. data: samples in the published layout (a
-    hub id or a folder) in place of composed ones. baseline: who reads: "model", the
-    model itself, or in its place the base model in another way (`BASELINES`): "last-tokens", the end of the
-    document alone, "full", attention to all of it, "window", a sliding window, or "retrieval". window:
-    tokens that "last-tokens" and "window" see. prompt: "answer",
-    "instruction", "chat" or a YAML file; None picks "answer" for models of memlm, else "chat" where the
-    tokenizer has a chat template and "instruction" where it has none. position, distance: where facts
-    stand, as in `babilong.compose`. composition: "exact", or "published" for lengths, facts and noise by
-    the published code's rules (`babilong.Composition`). retrieval: passages of the document recalled in
-    front of the question, by an index of its own for every sample; the baseline "retrieval" shows the
-    model nothing else (5 where it is not said). embedder: of that index, a HashingEmbedder by default.
-    max_new_tokens: of an answer; None: what the run in `out` has, else 20.
+    folder of bAbI files, of which the test file is preferred. data: samples in the published layout (a hub
+    id or a folder) in place of composed ones. baseline: who reads: "model", the model itself, or in its
+    place the base model in another way (`BASELINES`): "last-tokens", the end of the document alone, "full",
+    attention to all of it, "window", a sliding window, or "retrieval". window: tokens that "last-tokens"
+    and "window" see. prompt: "answer", "instruction", "chat" or a YAML file; None picks "answer" for models
+    of memlm, else "chat" where the tokenizer has a chat template and "instruction" where it has none.
+    position, distance: where facts stand, as in `babilong.compose`. composition: "exact", or "published"
+    for lengths, facts and noise by the published code's rules (`babilong.Composition`). retrieval: passages
+    of the document recalled in front of the question, by an index of its own for every sample; the baseline
+    "retrieval" shows the model nothing else (5 where it is not said). embedder: of that index, a
+    HashingEmbedder by default. max_new_tokens: of an answer; None: what the run in `out` has, else 20.
 
     With `out`, each batch is appended to `samples.jsonl`, a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for), and `summary.json` and `accuracy.png`
