@@ -25,10 +25,8 @@ INSIDE = """
 import importlib, pkgutil, sys
 from pathlib import Path
 
-import yaml
-
 import memlm
-from memlm.train import Recipe
+from memlm.train.recipe import Recipe, read_yaml
 
 home = Path(memlm.__file__).parent
 assert home.is_relative_to(sys.prefix), f"memlm was imported from {home}, not from {sys.prefix}"
@@ -50,7 +48,7 @@ for module_name in modules:
 recipes = sorted((home / "recipes").glob("*.yaml"))
 assert recipes, "no recipe is installed"
 for recipe in recipes:
-    Recipe.from_dict(yaml.safe_load(recipe.read_text()))
+    Recipe.from_dict(read_yaml(recipe))
 print(f"{len(modules)} modules, {names} public names, {len(recipes)} recipes: {memlm.__version__}")
 """
 
