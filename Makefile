@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 # One thread: on small shared machines torch's threads wait for each other at every operation.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Test processes: one per core, but each takes about 1 GB of memory.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 4))")
 
-.PHONY: help test demo lint format bench clean
+.PHONY: help test wheel demo lint format bench clean
 
 help:
 	@echo "make test    run the test suite"
 	@echo "make demo    train a small memory model and question it at a million tokens (about 15 minutes)"
 	@echo "make lint    style, types and layering"
+	@echo "make wheel   build the wheel, install it elsewhere and import every public name"
 	@echo "make bench   side-by-side measurements, written to benchmarks/results"
 
 # torch comes first and alone: a CPU build already on the machine, or already chosen, is then kept.
@@ -22,7 +25,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+wheel: $(VENV)/installed
+	$(BIN)/python .ci/check_wheel.py
 
 demo: $(VENV)/installed
 	$(BIN)/memlm demo $(ARGS)

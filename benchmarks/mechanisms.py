@@ -224,7 +224,7 @@ def main(
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| memory | state, KiB a row | forward | peak, MiB | forward+backward | peak, MiB |")
+    print("| memory | state, KiB per row | forward | peak, MiB | forward+backward | peak, MiB |")
     print("|---|--:|--:|--:|--:|--:|")
     for name in dict.fromkeys(row["memory"] for row in rows):
         own = [row for row in rows if row["memory"] == name]

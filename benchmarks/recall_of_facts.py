@@ -109,7 +109,7 @@ def measure(
 
 def table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     lines = [
-        "| task | length | words a passage | hops | "
+        "| task | length | words per passage | hops | "
         + " | ".join(f"k={k}" for k in arguments.k)
         + " |",
         "|---" * (4 + len(arguments.k)) + "|",

@@ -116,7 +116,7 @@ class MemoryStack(nn.Module):
                 "whose are whose; attach one of them"
             )
         self._owner = owners[0] if owners else None
-        # name -> a row's shape of every state tensor, and the trees they stand in.
+        # name -> the shape of one row of each state tensor, and the trees they stand in.
         self.shapes: dict[str, torch.Size] = {}
         self._trees: dict[str, Any] = {}
         with torch.no_grad():
@@ -194,8 +194,36 @@ class MemoryStack(nn.Module):
                 memory(partial(memory.start, key, batch_size, label, tensors))
         return MemoryState(tensors, batch_size, self.signature)
 
+    def admit(self, state: MemoryState, batch_size: int) -> MemoryState:
+        """`state` where the memories are. ValueError when it is another model's or another batch's."""
+        if not isinstance(state, MemoryState):
+            raise TypeError(
+                f"memory_state is a {type(state).__name__}; give what the model returned as "
+                "memory_state, or init_state(batch_size)"
+            )
+        if state.signature and not self.signed(state.signature):
+            raise ValueError(
+                f"memory_state is another model's (its memories: {state.signature}; here: "
+                f"{self.signature}); use a state of this model"
+            )
+        if state.batch_size != batch_size:
+            raise ValueError(
+                f"memory_state has {state.batch_size} rows, but input_ids has {batch_size}; use "
+                "memory_state.select(rows) or init_state(batch_size)"
+            )
+        ours = self.shapes
+        theirs = {name: value.shape[1:] for name, value in state.tensors.items()}
+        if ours != theirs:
+            odd = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            raise ValueError(
+                f"memory_state does not fit this model: {odd[0]!r} has shape "
+                f"{theirs.get(odd[0], 'missing')}, here {ours.get(odd[0], 'missing')}; "
+                "use a state of this model"
+            )
+        return self.at_home(state)
+
     def signed(self, signature: str) -> bool:
-        """Whether a state signed so is one of these memories', the oldest version's included."""
+        """Whether a state with this signature is one of these memories', old signatures included."""
         return signature == self.signature or without_options(signature) == self.signature
 
     def unpack(self, state: MemoryState) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,7 +16,7 @@ RECALL_TEMPLATE = "\nRecalled: {text}"
 # Read by trainers, trackers and evaluation harnesses off the top-level config.
 _MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _MIRRORED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What a file means that was written before there was the field.
+# What a file that was written before a field existed means by leaving it out.
 _BEFORE: dict[str, Any] = {"memory_dtype": "base"}
 
 
@@ -25,7 +24,7 @@ class MemLMConfig(PreTrainedConfig):
     """Configuration of a base model with memories.
 
     text_config: the base model's own configuration (or its dict). memory: one dict per memory, with
-    its `name` and its fields; empty for independent segments. segment_length: tokens of text a segment,
+    its `name` and its fields; empty for independent segments. segment_length: tokens of text per segment,
     memory tokens not counted. question_template: the text that puts a question behind a document, with
     {question} in it; the answer follows after a space. question_segment: "open" when a question follows
     the document in its last, open segment, "own" when that segment ends and the question is read in one of
@@ -61,8 +60,6 @@ class MemLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Whoever holds a configuration may ask transformers' Auto classes for its model next.
-        importlib.import_module("memlm.modeling")
         if self.memlm_version > FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has memlm format {self.memlm_version}, the installed memlm reads up "

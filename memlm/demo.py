@@ -71,7 +71,7 @@ def demo(
     cpu = sum(w["cpu_seconds"] for w in work.values())
     line = (
         f"{time.perf_counter() - began:.0f} s of wall time now, {cpu / 60:.1f} CPU-minutes in all; "
-        f"{os.cpu_count()} cores, one thread a model."
+        f"{os.cpu_count()} cores, one thread per model."
     )
     print(line)
     report = out / "report.md"
@@ -168,7 +168,8 @@ def _table(work: dict[str, dict[str, Any]]) -> str:
 
 
 def _plot(out: Path) -> Path:
-    from memlm.eval.reporting.report import Report, plot_lines
+    from memlm.eval.reporting.plots import plot_lines
+    from memlm.eval.reporting.report import Report
 
     reports = {}
     for name in RECIPES:

@@ -63,7 +63,7 @@ class RollingMemory:
         sizes = [len(prompt) + len(row) for prompt, row in zip(self.prompts, rows, strict=True)]
         if 0 in sizes:
             raise ValueError(
-                "input_ids has a prompt without a token; give at least one token a row"
+                "input_ids has a prompt without a token; give at least one token per row"
             )
         length = self.model.segment_length
         state, done = self._align(rows)
@@ -93,7 +93,7 @@ class RollingMemory:
         if count % self.initial.batch_size:
             raise ValueError(
                 f"memory_state has {self.initial.batch_size} rows, but {count} are generated; give a "
-                "state with one row a prompt"
+                "state with one row per prompt"
             )
         repeat = count // self.initial.batch_size
         return self.initial.select([row // repeat for row in range(count)])
@@ -118,7 +118,7 @@ class RollingMemory:
         return picked, done
 
     def _source(self, index: int, row: Tensor, first: int, group: int) -> int:
-        """The row of the step before, rather `index`, that had committed what `row` begins with; or -1."""
+        """The previous step's row, `index` if possible, that had committed the start of `row`; or -1."""
         for other in (index, *range(first, first + group)):
             prefix = self.committed[other]
             if len(prefix) <= len(row) and torch.equal(prefix, row[: len(prefix)]):

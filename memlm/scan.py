@@ -53,4 +53,6 @@ def scan(
         size = bptt_depth
         out, state = run_window(window, state)
         yield out, state
+        # Nothing of this window is held while the next one runs.
+        del out, window
         state = state.detach()

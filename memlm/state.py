@@ -146,7 +146,7 @@ class MemoryState:
             if index.shape != (self.batch_size,):
                 raise ValueError(
                     f"rows is a mask of shape {tuple(index.shape)}, but the state has "
-                    f"{self.batch_size} rows; give one bool a row"
+                    f"{self.batch_size} rows; give one bool per row"
                 )
             index = index.nonzero().squeeze(1)
         index = index.to(torch.long).reshape(-1)

@@ -39,7 +39,7 @@ from memlm.tokens import (
 FILE = "stream.safetensors"
 INDEX = "index"
 VERSION = 2
-# Characters a block: large enough that tokenising costs little, small enough to be no delay.
+# Characters per block: large enough that tokenising costs little, small enough to be no delay.
 BLOCK = 4096
 
 
@@ -96,10 +96,10 @@ class DocumentStream:
         self._make_locks()
         self._state = model.init_state(1).detach()
         self._committed = 0
-        # Tokens behind the last committed segment; at most one segment between two calls, and never
-        # none once something was read: the last token is what predicts the next one.
+        # Tokens behind the last committed segment. Between two calls they are at most one segment,
+        # and at least one token once something was read: the last token predicts the next one.
         self._open: list[int] = []
-        # Text that is no tokens yet, and the text in front of it that it is tokenised behind; None at
+        # Text not tokenised yet, and the text before it, which decides how it is tokenised; None at
         # the document's start.
         self._text = ""
         self._context: str | None = None

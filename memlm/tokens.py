@@ -1,15 +1,15 @@
 """Text becomes tokens here: as text, not as control tokens, and long texts block by block.
 
 A control token (`</s>`, `<|endoftext|>`, `<|im_end|>`) that is written out in a text is spelled like any
-other text: only a template may bring control tokens, never what is put into it.
+other text. Only a template may bring control tokens, never what is put into it.
 
-A long text is tokenised in blocks whose borders follow from the text alone. A block ends only where the
-tokeniser itself puts a border, seen with `AHEAD` characters of what follows, and where it goes on alike
-when it starts again a little before. So the tokens are those of the whole text. They may be others only
-in a run without a blank that is longer than half a block: where the tokeniser decides at one place by what
-stands further away than that, where it has several equally good spellings to choose from (Unigram, in
-text that repeats itself), and where no border is found. They always decode to what the tokens of the whole
-text do, but for a tokeniser that gives up long words as unknown: it may know more of one that was cut.
+A long text is tokenised in blocks. Where a block ends follows from the text alone: where the tokeniser
+itself puts a border, both when it sees `AHEAD` characters more and when it starts a little earlier. So the
+tokens are those of the whole text, with one exception: in a run without a blank that is longer than half a
+block they may differ. There the tokeniser may decide by what stands further away, it may have several
+equally good spellings to choose from (Unigram, in text that repeats itself), or there may be no border at
+all. Even then the tokens decode to the same text, unless the tokeniser gives up long words as
+unknown: of a word that was cut it may know more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TRIES, LIKELY = 128, 4
 # tokeniser that puts a space in front of every text must not put one here.
 ANCHORS = ("\n", ".", "a")
 
-# Fast tokenizers keep their settings of one call inside, so no two threads may call one at a time.
+# A fast tokenizer keeps the settings of a call inside, so two threads must not call it at once.
 _CALLING = threading.Lock()
 _CONTROL: WeakKeyDictionary[Any, tuple[Any, dict[int, str]]] = WeakKeyDictionary()
 

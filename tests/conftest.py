@@ -13,6 +13,9 @@ import pytest
 import torch
 import transformers
 
+# Tokenizer, haystack and shared data of tests/tasks and tests/eval.
+pytest_plugins = ["tests.stories"]
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

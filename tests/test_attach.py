@@ -236,17 +236,48 @@ def test_largest_tells_what_is_not_finite() -> None:
     assert state.largest().isfinite().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("module", ["memlm.backbone", "memlm.attach", "memlm.config"])
-def test_any_module_may_be_imported_first(module: str) -> None:
-    """transformers' Auto classes know the model whichever way the package was entered."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import memlm; from transformers import LlamaForCausalLM, AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import memlm",
+    ],
+)
+def test_a_configuration_suffices_for_the_auto_classes(first: str) -> None:
     code = (
-        f"import {module}\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "config = AutoConfig.for_model('memlm')\n"
-        "from memlm import MemLMForCausalLM\n"
-        "assert AutoModelForCausalLM._model_mapping[type(config)] is MemLMForCausalLM\n"
+        f"{first}\n"
+        "import sys\n"
+        "assert 'memlm.modeling' not in sys.modules\n"
+        "from transformers import AutoConfig\n"
+        "text = {'model_type': 'gpt2', 'n_embd': 8, 'n_head': 2, 'n_layer': 1, 'vocab_size': 9,\n"
+        "        'bos_token_id': 1, 'eos_token_id': 2}\n"
+        "config = AutoConfig.for_model('memlm', text_config=text, memory=[{'name': 'armt'}])\n"
+        "model = AutoModelForCausalLM.from_config(config)\n"
+        "assert type(model).__name__ == 'MemLMForCausalLM'\n"
+        "assert AutoModelForCausalLM._model_mapping[type(config)] is type(model)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_any_module_may_be_imported_first() -> None:
+    """transformers' Auto classes know the model whichever way the package was entered."""
+    # One process imports what takes seconds and knows nothing of memlm; its forks import the rest.
+    code = (
+        "import importlib, os, sys, torch, transformers\n"
+        "assert 'transformers.models.auto.configuration_auto' not in sys.modules\n"
+        "for module in sys.argv[1:]:\n"
+        "    if child := os.fork():\n"
+        "        assert os.waitpid(child, 0)[1] == 0, module\n"
+        "        continue\n"
+        "    importlib.import_module(module)\n"
+        "    from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "    config = AutoConfig.for_model('memlm')\n"
+        "    from memlm import MemLMForCausalLM\n"
+        "    assert AutoModelForCausalLM._model_mapping[type(config)] is MemLMForCausalLM\n"
+        "    sys.exit()\n"
+    )
+    modules = ["memlm.backbone", "memlm.attach", "memlm.config"]
+    subprocess.run([sys.executable, "-c", code, *modules], check=True, timeout=600)
 
 
 OPTIONS = {

@@ -116,8 +116,8 @@ ELSEWHERE = {"help", "debug", "model", "out", "device"}
 def test_the_command_that_repeats_a_run_has_every_option_that_decides_it(
     folder, noise, tmp_path, capsys
 ) -> None:
-    from memlm.cli import _parse, _parser
-    from memlm.eval.reporting.page import _Run
+    from memlm.cli.parsing import make_commands, parse
+    from memlm.eval.reporting.runs import Run
 
     (tmp_path / "qa1_single_test.txt").write_text(
         "1 Mary moved to the office.\n2 Where is Mary? \toffice\t1\n"
@@ -141,18 +141,18 @@ def test_the_command_that_repeats_a_run_has_every_option_that_decides_it(
         ["--lengths", "150", "--haystack", str(noise), "--distance", "60", "--baseline", "none"],
         ["--lengths", "0k", "--data", str(tmp_path / "data"), "--baseline", "retrieval"],
     ]
-    parts = _parser()._subparsers._group_actions[0].choices["eval"]._actions
+    parts = make_commands().parsers["eval"]._actions
     wanted = {action.dest for action in parts} - ELSEWHERE
     given: set[str] = set()
     for number, case in enumerate(cases):
         out = tmp_path / f"out{number}"
         typed = ["eval", str(folder), *common, *case, "--out", str(out)]
         assert main(typed) == 0, capsys.readouterr().err
-        run = _Run.load("again", out)
+        run = Run.load("again", out)
         (command,) = run.commands
         words = shlex.split(command)
         assert words[:3] == ["memlm", "eval", "MODEL"] and "#" not in command
-        again, first = _parse(words[1:]), _parse(typed)
+        again, first = parse(words[1:]), parse(typed)
         given |= {name for name in wanted if f"--{name.replace('_', '-')}" in words}
         # What was not typed stands in the command as what it came to.
         for name in wanted:
@@ -388,11 +388,11 @@ def test_mistakes_are_one_sentence_without_a_traceback(
 
 
 def test_ctrl_c_says_how_to_go_on(folder, book, monkeypatch, capsys) -> None:
-    import memlm.cli
+    import memlm.cli.ask
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(memlm.cli, "_load", interrupt)
+    monkeypatch.setattr(memlm.cli.ask, "load_model", interrupt)
     assert main(["ask", str(folder), str(book), "-q", "Where?"]) == 130
     assert "goes on" in capsys.readouterr().err

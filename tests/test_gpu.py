@@ -49,5 +49,5 @@ def test_bfloat16_reads_a_long_document_in_constant_memory(memory: str) -> None:
         return torch.cuda.max_memory_allocated()
 
     short, long = peak(32 * 64), peak(32 * 1024)
-    # The ids themselves are 16 bytes a position for two rows.
+    # The ids themselves are 16 bytes per position for two rows.
     assert long - short < 64 * 32 * 1024

@@ -29,7 +29,7 @@ def test_select_takes_rows_in_order_with_repeats_and_masks(state) -> None:
     assert state.select([-1])["a.n"].tolist() == [2]
     with pytest.raises(IndexError, match="3 rows"):
         state.select([3])
-    with pytest.raises(ValueError, match="one bool a row"):
+    with pytest.raises(ValueError, match="one bool per row"):
         state.select(torch.tensor([True]))
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from memlm.tasks.haystack import Haystack
 
 _MODULES = {
-    "babi": "memlm.tasks.babi",
-    "babilong": "memlm.tasks.babilong",
+    "babi": "memlm.eval.babi",
+    "babilong": "memlm.eval.babilong",
     "haystack": "memlm.tasks.haystack",
     "metrics": "memlm.eval.metrics",
 }

@@ -17,7 +17,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, accumulator_dtype, option
+from memlm.memory.base import (
+    Dims,
+    Inner,
+    Memory,
+    MemoryConfig,
+    Site,
+    accumulator_dtype,
+    option,
+    was_loaded,
+)
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.feature_maps import dpfp
 
@@ -57,7 +66,7 @@ class ARMTState(NamedTuple):
     """What a layer remembers, float32 or wider; P = 2 nu d_mem features.
 
     associations (B, P, D), normaliser (B, P), and written (B,): the mean gate of the last segment, times
-    its length in full segments, which nothing reads but `auxiliary_loss` and the curious.
+    its length in full segments, which only `auxiliary_loss` reads.
     """
 
     associations: Tensor
@@ -108,8 +117,7 @@ class ARMT(Memory):
     def reset_parameters(self, embedding_std: float) -> None:
         for projection in (self.query, self.key):
             nn.init.normal_(projection.weight, std=self.dims.hidden_size**-0.5)
-        # transformers marks what it has loaded, and only its own functions look at the mark.
-        if self.shared_start and not getattr(self.key.weight, "_is_hf_initialized", False):
+        if self.shared_start and not was_loaded(self.key.weight):
             with torch.no_grad():
                 self.key.weight.copy_(self.query.weight)
         nn.init.normal_(self.gate.weight, std=self.dims.hidden_size**-0.5)

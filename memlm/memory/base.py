@@ -4,15 +4,14 @@ Legend: B batch, T tokens of a segment, M memory tokens, D hidden, E embedding, 
 heads, L layers, dh head size. A file adds only its own letters.
 
 A mechanism concatenates, slices, reads and writes. Positions, rotary angles, masks of lengthened
-sequences and rows whose document has ended are the house's business (`memlm.backbone`).
+sequences and rows whose document has ended are handled outside it (`memlm.backbone`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +31,6 @@ class QKV(NamedTuple):
     v: Tensor
 
 
-# inner(x, mask=None, times=None, last=None): the stage itself. `x` may have any length T'; when T' differs
-# from the stage's T and the batch is padded, say which positions are real with `mask` (B, T'). Without it
-# the extra positions are taken to be real and to stand first. At "layer" and "attention", `times` (T',)
-# integers from 0 say when each position happens: it then sees what stands before it at its own time or
-# earlier, and positions of the same time share a place; `last` says at how many positions, at the end, the
-# output is wanted: what stands before them is then undefined. At "heads" keys and values may be longer than
-# queries; the extra ones stand first and every query sees them. There, inner(x, parts=True) returns
-# `Attended`, for a memory that joins other keys to the softmax.
-Inner = Callable[..., Tensor]
-
-
 class Attended(NamedTuple):
     """Attention at "heads", open to more keys: output (B, H, T, dh), and what it takes to go on.
 
@@ -53,6 +41,44 @@ class Attended(NamedTuple):
     output: Tensor
     lse: Tensor
     query: Tensor
+
+
+class Inner(Protocol):
+    """The stage a memory is wrapped around, at "model", "layer" and "attention".
+
+    x (B, T', D) may have any length, and the result has it too. mask (B, T') bool: which positions are
+    real, to be given where T' differs from the stage's T and the batch is padded; without it the positions
+    that came in addition are taken to be real and to stand first.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        # (T',) integers from 0, when each position happens, not at "model". It then sees what stands before
+        # it at its own time or earlier, and positions of the same time share a place.
+        times: Tensor | None = None,
+        # At how many positions, at the end, the output is wanted, not at "model". What stands before them
+        # in the result is then undefined.
+        last: int | None = None,
+    ) -> Tensor: ...
+
+
+class InnerHeads(Protocol):
+    """The softmax attention a memory is wrapped around, at "heads": (B, H, T, dh) for each query.
+
+    Keys and values of `x` may be longer than its queries, T'; the extra ones stand first, and every query
+    sees them. mask (B, T') bool: which of the keys are real; without it the extra ones are.
+    """
+
+    @overload
+    def __call__(
+        self, x: QKV, mask: Tensor | None = None, parts: Literal[False] = False
+    ) -> Tensor: ...
+
+    # For a memory that joins other keys to the softmax.
+    @overload
+    def __call__(self, x: QKV, mask: Tensor | None = None, *, parts: Literal[True]) -> Attended: ...
 
 
 @dataclass(frozen=True)
@@ -150,7 +176,7 @@ class Memory(nn.Module, ABC):
 
     @classmethod
     def num_segment_tokens(cls, config: Any) -> int:
-        """Learned embeddings the house lets flow behind each segment, through all layers.
+        """How many learned embeddings follow each segment, through all layers.
 
         They stand after the last token when the segment is written, and are left out otherwise:
         under the causal mask no token sees them. A layer's `x` ends with them.
@@ -178,11 +204,12 @@ class Memory(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Any, state: Any, inner: Inner, *, mask: Tensor | None, write: bool = True
+        self, x: Any, state: Any, inner: Any, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, Any]:
         """Run the stage on `x` with what is remembered, and remember.
 
-        x (B, T, D), or QKV at "heads". mask (B, T) bool, True on real tokens; None when all are.
+        x (B, T, D) and an `Inner`, or QKV and an `InnerHeads` at "heads". mask (B, T) bool, True on real
+        tokens; None when all are.
         Returns what `inner(x)` would, and the new state; with write=False, `state` itself.
         """
 
@@ -201,3 +228,15 @@ class Memory(nn.Module, ABC):
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype a state accumulates in: float32, or float64 in a float64 model."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# transformers' mark on what holds loaded weights; its own initialising functions alone look at it.
+LOADED = "_is_hf_initialized"
+
+
+def was_loaded(parameter: Tensor) -> bool:
+    """Whether transformers has filled `parameter` from a checkpoint: `reset_parameters` then leaves it.
+
+    To be asked before values are written in any other way than by `nn.init`, which asks by itself.
+    """
+    return getattr(parameter, LOADED, False)

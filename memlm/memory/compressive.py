@@ -1,7 +1,7 @@
 """Compressive Transformer: what leaves the cached past is compressed, not dropped (Rae et al. 2019).
 
 Each layer keeps the keys and values of the last `memory_length` tokens and, behind them,
-`compressed_length` slots, each made of `compression_rate` tokens that left. Attention sees both, and the
+`compressed_length` slots, each made from `compression_rate` tokens that left. Attention sees both, and the
 segment. Keys are kept without position and turned where they are read, as in Transformer-XL here.
 
 The convolution is trained by reconstruction alone (section 3.2): its loss compares what the segment's
@@ -17,17 +17,19 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
     Dims,
-    Inner,
+    InnerHeads,
     Memory,
     MemoryConfig,
     Site,
     accumulator_dtype,
     option,
+    was_loaded,
 )
 from memlm.memory.parts.cache import appended, cleared, held, pick, push
 
@@ -40,7 +42,7 @@ class CompressiveConfig(MemoryConfig):
 
     memory_length: tokens kept as they are; None picks a segment, rounded down to the compression rate.
     compressed_length: slots behind them; None picks as many as memory_length; both pick fewer where the
-    base model's positions leave no room. compression_rate: tokens a
+    base model's positions leave no room. compression_rate: tokens per
     slot; it divides memory_length. compression: "conv" (a strided convolution, starting as the mean),
     "mean", "max", or "most-used" (the tokens that the segments' queries attended to most).
     reconstruction_weight: price of the convolution's reconstruction loss.
@@ -105,7 +107,7 @@ class Compressive(Memory):
     def resolve(cls, config: CompressiveConfig, dims: Dims) -> CompressiveConfig:
         rate = config.compression_rate
         if rate < 1:
-            raise ValueError(f"compression_rate={rate} must be at least 1 token a slot")
+            raise ValueError(f"compression_rate={rate} must be at least 1 token per slot")
         if config.compression not in COMPRESSIONS:
             raise ValueError(
                 f"compression={config.compression!r} is unknown; use one of {', '.join(COMPRESSIONS)}"
@@ -151,8 +153,7 @@ class Compressive(Memory):
             if conv is not None and conv.bias is not None:
                 nn.init.zeros_(conv.bias)
                 nn.init.zeros_(conv.weight)
-                # transformers marks what it has loaded, and only its own functions look at the mark.
-                if not getattr(conv.weight, "_is_hf_initialized", False):
+                if not was_loaded(conv.weight):
                     with torch.no_grad():
                         conv.weight.diagonal().fill_(1 / self.rate)
         if self.offset is not None:
@@ -184,7 +185,7 @@ class Compressive(Memory):
         self,
         x: QKV,
         state: CompressiveState,
-        inner: Inner,
+        inner: InnerHeads,
         *,
         mask: Tensor | None,
         write: bool = True,
@@ -258,8 +259,11 @@ class Compressive(Memory):
                 self._convolved(old.v, self.value_conv, True),
             )
             return fixed, real
-        groups = [t.unflatten(2, (-1, self.rate)) for t in (old.k, old.v)]
-        k, v = (g.amax(dim=3) if self.compression == "max" else g.mean(dim=3) for g in groups)
+        operation = "max" if self.compression == "max" else "mean"
+        k, v = (
+            reduce(t, "B G (n rate) dh -> B G n dh", operation, rate=self.rate)
+            for t in (old.k, old.v)
+        )
         return (k, v), real
 
     def _convolved(self, x: Tensor, conv: nn.Conv1d, fixed: bool) -> Tensor:
@@ -268,10 +272,10 @@ class Compressive(Memory):
         weight, bias = (
             (conv.weight.detach(), conv.bias.detach()) if fixed else (conv.weight, conv.bias)
         )
-        flat = x.transpose(1, 2).flatten(2).mT.to(weight.dtype)
+        flat = rearrange(x, "B G t dh -> B t (G dh)").mT.to(weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             out = F.conv1d(flat, weight, bias, stride=self.rate)
-        return out.mT.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2).to(x.dtype)
+        return rearrange(out, "B (G dh) n -> B G n dh", G=x.shape[1]).to(x.dtype)
 
     def _reconstruction(self, old: QKV, leaves: Tensor, mask: Tensor | None) -> Tensor:
         """(B,) mean squared difference between attending to the old entries and to their slots."""
@@ -296,14 +300,15 @@ class Compressive(Memory):
         self, q: Tensor, state: CompressiveState, mask: Tensor | None
     ) -> Tensor:
         """(B, 1, N, 1) share of the segment's attention each held token gets, by content alone."""
-        q = q.unflatten(1, (state.keys.shape[1], -1)).to(state.usage.dtype)
+        q = rearrange(q, "B (G h) T dh -> B G h T dh", G=state.keys.shape[1])
+        q = q.to(state.usage.dtype)
         scores = torch.einsum("bghtd,bgnd->bghtn", q, state.keys.to(q.dtype)) * q.shape[-1] ** -0.5
         real = held(state.length, self.memory_length)
         scores = scores.masked_fill(~real[:, None, None, None], torch.finfo(scores.dtype).min)
         received = scores.softmax(dim=-1).mean(dim=(1, 2)) * real.unsqueeze(1)
         if mask is not None:
             received = received * mask.unsqueeze(-1)
-        return received.sum(dim=1)[:, None, :, None]
+        return rearrange(received.sum(dim=1), "B N -> B 1 N 1")
 
     def auxiliary_loss(self, before: CompressiveState, after: CompressiveState) -> Tensor | None:
         """(B,) `reconstruction_weight` times the reconstruction loss; None without a convolution."""

@@ -34,7 +34,7 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.gates import check_gate, open_gate
-from memlm.memory.parts.titans import _put, _real_first, _take
+from memlm.memory.parts.titans import _real_first_order, _tokens_back_from, _tokens_in
 
 EPSILON = 1e-6
 
@@ -219,8 +219,8 @@ class GatedDelta(Memory):
         self, x: Tensor, state: GatedDeltaState, mask: Tensor | None
     ) -> tuple[Tensor, GatedDeltaState]:
         """What the memory answers to `x` (B, T, D), and the state behind it."""
-        order, real = _real_first(x, mask)
-        x = _take(x, order)
+        order, real = _real_first_order(mask)
+        x = _tokens_in(order, x)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         (q, k, v), tails = zip(
             *(self._project(x, linear, i, state, real) for i, linear in enumerate(projections)),
@@ -236,7 +236,9 @@ class GatedDelta(Memory):
         y = self.o_proj(found * F.silu(self.g_proj(x)))
         count = x.shape[1] if real is None else real.sum(dim=1).clamp(min=1)
         written = gate.mean(dim=1).sum(dim=1) / (count * self.steps)
-        return _put(y, order), GatedDeltaState(memory, tails if self.kernels else (), written)
+        return _tokens_back_from(order, y), GatedDeltaState(
+            memory, tails if self.kernels else (), written
+        )
 
     def auxiliary_loss(self, before: Any, after: GatedDeltaState) -> Tensor | None:
         """(B,) `write_cost` times the mean gate; None when writing is free."""

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
     Dims,
-    Inner,
+    InnerHeads,
     Memory,
     MemoryConfig,
     Site,
@@ -88,38 +89,47 @@ class Infini(Memory):
         )
 
     def forward(
-        self, x: QKV, state: InfiniState, inner: Inner, *, mask: Tensor | None, write: bool = True
+        self,
+        x: QKV,
+        state: InfiniState,
+        inner: InnerHeads,
+        *,
+        mask: Tensor | None,
+        write: bool = True,
     ) -> tuple[Tensor, InfiniState]:
         local = inner(x)
-        gate = torch.sigmoid(self.gate).reshape(-1, 1, 1).to(local.dtype)
+        gate = rearrange(torch.sigmoid(self.gate), "H -> H 1 1").to(local.dtype)
         mixed = gate * self.read(x.q, state).to(local.dtype) + (1 - gate) * local
-        holds = (state.share < 1).reshape(-1, 1, 1, 1)
+        holds = rearrange(state.share < 1, "B -> B 1 1 1")
         y = torch.where(holds, mixed, local)
         return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
 
     def read(self, q: Tensor, state: InfiniState) -> Tensor:
         """sigma(q) M / (sigma(q) z): (B, H, T, dh) -> (B, H, T, dh), wide; 0 where nothing is held."""
-        batch, heads, tokens, size = q.shape
-        grouped = q.reshape(batch, self.dims.num_kv_heads, -1, size)
-        return recall(self._features(grouped, state), state).reshape(batch, heads, tokens, -1)
+        # The h heads that share a group's keys read what the group holds.
+        h = self.dims.num_heads // self.dims.num_kv_heads
+        grouped = rearrange(q, "B (G h) T dh -> B G (h T) dh", h=h)
+        found = recall(self._features(grouped, state), state)
+        return rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h)
 
     def write(self, k: Tensor, v: Tensor, state: InfiniState, mask: Tensor | None) -> InfiniState:
         """Add the keys and values (B, G, T, dh) of a segment's real tokens."""
         phi = self._features(k, state)
         value = v.to(phi.dtype)
         if mask is not None:
-            phi = phi * mask[:, None, :, None]
+            phi = phi * rearrange(mask, "B T -> B 1 T 1")
         with torch.autocast(k.device.type, enabled=False):
             if self.delta:
                 value = value - recall(phi, state)
             share = state.share
             count = k.shape[2] if mask is None else mask.sum(dim=1)
             growth = 1 + share * count
-            old, new = 1 / growth, share / growth
+            new_share = share / growth
+            old, new = (rearrange(x, "B -> B 1 1") for x in (1 / growth, new_share))
             return InfiniState(
-                _rows(old, 4) * state.associations + _rows(new, 4) * (phi.mT @ value),
-                _rows(old, 3) * state.normaliser + _rows(new, 3) * phi.sum(dim=2),
-                new,
+                old[..., None] * state.associations + new[..., None] * (phi.mT @ value),
+                old * state.normaliser + new * phi.sum(dim=2),
+                new_share,
             )
 
     def _features(self, x: Tensor, state: InfiniState) -> Tensor:
@@ -131,7 +141,3 @@ def recall(phi: Tensor, state: InfiniState) -> Tensor:
     with torch.autocast(phi.device.type, enabled=False):
         counted = phi @ state.normaliser.unsqueeze(-1)
         return (phi @ state.associations) / counted.clamp(min=1e-12)
-
-
-def _rows(value: Tensor, ndim: int) -> Tensor:
-    return value.reshape(-1, *(1 for _ in range(ndim - 1)))

@@ -19,17 +19,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
-    Attended,
     Dims,
-    Inner,
+    InnerHeads,
     Memory,
     MemoryConfig,
     Site,
@@ -137,17 +137,17 @@ class KNN(Memory):
         )
 
     def forward(
-        self, x: QKV, state: KNNState, inner: Inner, *, mask: Tensor | None, write: bool = True
+        self, x: QKV, state: KNNState, inner: InnerHeads, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, KNNState]:
         if self.joint:
-            local, local_lse, query = cast(Attended, inner(x, parts=True))
+            local, local_lse, query = inner(x, parts=True)
             found, lse = self.read(x.q, state, query)
             weight = torch.sigmoid(lse - local_lse.to(lse.dtype)).unsqueeze(-1)
         else:
             assert self.gate is not None
             local = inner(x)
             found, lse = self.read(x.q, state)
-            weight = torch.sigmoid(self.gate).reshape(-1, 1, 1).to(found.dtype)
+            weight = rearrange(torch.sigmoid(self.gate), "H -> H 1 1").to(found.dtype)
         mixed = weight * found + (1 - weight) * local.to(found.dtype)
         y = torch.where(lse.unsqueeze(-1) > _none(lse), mixed.to(local.dtype), local)
         return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
@@ -168,19 +168,23 @@ class KNN(Memory):
         (B, H, T, dh) and the log-sum-exp (B, H, T) of the scores, the least number where nothing is
         found.
         """
-        batch, heads, tokens, size = q.shape
+        batch, heads = q.shape[:2]
         wide = accumulator_dtype(state.keys.dtype)
         groups = state.keys.shape[1]
         with torch.autocast(q.device.type, enabled=False):
-            grouped = (batch, groups, heads // groups * tokens, size)
-            search, weigh = self._queries(q, query, wide)
-            search, weigh = (t.reshape(grouped) for t in (search, weigh))
+            # The h heads of a group search its keys together.
+            h = heads // groups
+            search, weigh = (
+                rearrange(t, "B (G h) T dh -> B G (h T) dh", h=h)
+                for t in self._queries(q, query, wide)
+            )
             keys = F.normalize(state.keys, dim=-1) if self.cosine else state.keys
             # The cosine needs one set of keys, and the joint softmax the keys as they are.
             weighed = state.keys if query is not None else keys
             # Rows are picked from one list of all entries: many times as fast as gathering.
-            entries = weighed.flatten(0, 2), state.values.flatten(0, 2)
-            first = torch.arange(batch * groups, device=q.device).reshape(batch, groups, 1, 1)
+            entries = [rearrange(t, "B G N dh -> (B G N) dh") for t in (weighed, state.values)]
+            first = torch.arange(batch * groups, device=q.device)
+            first = rearrange(first, "(B G) -> B G 1 1", G=groups)
             empty = keys.new_zeros(batch, 1, keys.shape[2]).masked_fill(
                 ~held(state.length, keys.shape[2]).unsqueeze(1), -torch.inf
             )
@@ -191,7 +195,10 @@ class KNN(Memory):
                 index, real = self._search(s, keys, empty)
                 parts.append(_attend(index + first * keys.shape[2], real, w, *entries))
             found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        return found.reshape(q.shape), lse.reshape(q.shape[:3])
+        return (
+            rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),
+            rearrange(lse, "B G (h T) -> B (G h) T", h=h),
+        )
 
     def _queries(self, q: Tensor, query: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         """Queries that search, and queries whose products with keys are the scores to weigh by."""
@@ -201,20 +208,22 @@ class KNN(Memory):
             return search, query.to(wide)
         if self.log_scale is None:
             return search, q * q.shape[-1] ** -0.5
-        return search, search * self.log_scale.to(wide).exp().reshape(-1, 1, 1)
+        return search, search * rearrange(self.log_scale.to(wide).exp(), "H -> H 1 1")
 
     @torch.no_grad()
     def _search(self, q: Tensor, keys: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
         """The `top_k` nearest keys of queries (B, G, R, dh): places (B, G, R, k), and which are real."""
-        batch, groups = q.shape[:2]
         scores = torch.baddbmm(
-            empty.flatten(0, 1).unsqueeze(1),
-            q.to(keys.dtype).flatten(0, 1),
-            keys.flatten(0, 1).mT,
+            rearrange(empty, "B G N -> (B G) 1 N"),
+            rearrange(q.to(keys.dtype), "B G R dh -> (B G) R dh"),
+            rearrange(keys, "B G N dh -> (B G) dh N"),
         )
         near, index = scores.topk(self.top_k, dim=-1, sorted=False)
         least = _none(near) if self.min_similarity is None else self.min_similarity
-        return index.unflatten(0, (batch, groups)), (near >= least).unflatten(0, (batch, groups))
+        places, real = (
+            rearrange(t, "(B G) R k -> B G R k", G=keys.shape[1]) for t in (index, near >= least)
+        )
+        return places, real
 
 
 def _attend(

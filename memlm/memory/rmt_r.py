@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, option
+from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, option, was_loaded
 from memlm.memory.parts.cache import held
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.memory_tokens import around, check_decoder_memory
@@ -108,8 +108,7 @@ class RMTR(Memory):
 
     def reset_parameters(self, embedding_std: float) -> None:
         nn.init.normal_(self.initial_memory, std=embedding_std)
-        # transformers marks what it has loaded, and only its own functions look at the mark.
-        if not getattr(self.initial_recall, "_is_hf_initialized", False):
+        if not was_loaded(self.initial_recall):
             with torch.no_grad():
                 self.initial_recall.copy_(self.initial_memory)
         for norm in (self.query_norm, self.past_norm, self.mlp_norm):

@@ -61,6 +61,7 @@ class TitansMAC(Titans):
         both = None if mask is None else torch.cat([mask, mask], dim=1)
         longer, real, count = self.with_persistent(torch.cat([self.context(told), x], dim=1), both)
         tokens = x.shape[1]
+        # What the memory told of a token happens when the token does, and only the tokens go on.
         at = torch.arange(count + tokens, device=x.device)
         times = torch.cat([at, at[count:]])
         y = inner(longer, mask=real, times=times, last=tokens)[:, count + tokens :]

@@ -1,7 +1,7 @@
 """Transformer-XL: attention sees the keys and values of the tokens before the segment (Dai et al. 2019).
 
 The paper caches hidden states and projects them again at every segment; here their keys and values are
-kept, which spares the projection. They are kept without position and turned by the house when they are
+kept, which spares the projection. They are kept without position and turned by the backbone when they are
 read: positions count from the oldest that is held, so no position grows with the document. A base with
 absolute positions has them in its embeddings, and gets a learned offset for each place in the memory.
 
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import QKV, Dims, Inner, Memory, MemoryConfig, Site
+from memlm.memory.base import QKV, Dims, InnerHeads, Memory, MemoryConfig, Site
 from memlm.memory.parts.cache import held, push
 
 
@@ -91,7 +91,7 @@ class TransformerXL(Memory):
         self,
         x: QKV,
         state: TransformerXLState,
-        inner: Inner,
+        inner: InnerHeads,
         *,
         mask: Tensor | None,
         write: bool = True,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         SentenceTransformerEmbedder,
     )
     from memlm.retrieval.index import ChunkIndex, Hit
+    from memlm.retrieval.retriever import RetrievalConfig, Retriever
 
 _NAMES = {
     "Chunk": "memlm.retrieval.chunks",
@@ -25,6 +26,8 @@ _NAMES = {
     "HashingEmbedder": "memlm.retrieval.embedders",
     "Hit": "memlm.retrieval.index",
     "ModelEmbedder": "memlm.retrieval.embedders",
+    "RetrievalConfig": "memlm.retrieval.retriever",
+    "Retriever": "memlm.retrieval.retriever",
     "SentenceTransformerEmbedder": "memlm.retrieval.embedders",
     "chunk_text": "memlm.retrieval.chunks",
 }
@@ -36,6 +39,8 @@ __all__ = [
     "HashingEmbedder",
     "Hit",
     "ModelEmbedder",
+    "RetrievalConfig",
+    "Retriever",
     "SentenceTransformerEmbedder",
     "chunk_text",
 ]

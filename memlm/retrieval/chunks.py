@@ -17,12 +17,12 @@ VERSION = 1
 # A run of characters without a blank is a word up to here; what is longer is cut into parts.
 LONGEST_WORD = 256
 # Characters of such a part; none of the words of a running text is longer.
-PART = 32
+WORD_PART = 32
 # White space longer than this ends a chunk, so that no chunk carries it along.
 LONGEST_GAP = 256
-# Characters of a long string that are looked at together.
-PIECE = 1 << 16
-_MEMO_LIMIT = 1 << 16
+# Characters of a long string that are cut together.
+SLICE = 1 << 16
+_MAX_COUNTS = 1 << 16
 
 _RUN = re.compile(r"\S+")
 
@@ -53,13 +53,13 @@ def chunk_text(
 
 
 def _chunks(chunker: Chunker, text: str | Iterable[str]) -> Iterator[Chunk]:
-    for piece in _pieces(text) if isinstance(text, str) else text:
+    for piece in _slices(text) if isinstance(text, str) else text:
         yield from chunker.push(piece)
     yield from chunker.finish()
 
 
-def _pieces(text: str) -> Iterator[str]:
-    return (text[at : at + PIECE] for at in range(0, len(text), PIECE))
+def _slices(text: str) -> Iterator[str]:
+    return (text[at : at + SLICE] for at in range(0, len(text), SLICE))
 
 
 class Chunker:
@@ -101,7 +101,7 @@ class Chunker:
         self.unit = unit
         self.by = by
         self._tokenizer = tokenizer
-        self._memo: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         # The text from `_base` on; up to `_at` it is words, behind that it has still to be looked at.
         self._text = ""
         self._base = 0
@@ -126,12 +126,12 @@ class Chunker:
         if self._ended:
             raise ValueError("text follows the end of the document; begin another Chunker for it")
         self._text += text
-        return self._scan(final=False)
+        return self._read_words(final=False)
 
     def finish(self) -> list[Chunk]:
         """End the text; returns the chunks that are left, and none when called again."""
-        found = self._scan(final=True)
-        self._flush(found)
+        found = self._read_words(final=True)
+        self._end_chunk(found)
         self._text, self._ended = "", True
         return found
 
@@ -175,10 +175,10 @@ class Chunker:
             chunker._ended = bool(state["ended"])
         except KeyError as error:
             raise ValueError(f"state lacks {error}; give what Chunker.state returned") from error
-        chunker._total = _sum(chunker._sentences) + _sum(chunker._words)
+        chunker._total = _total_count(chunker._sentences) + _total_count(chunker._words)
         return chunker
 
-    def _scan(self, final: bool) -> list[Chunk]:
+    def _read_words(self, final: bool) -> list[Chunk]:
         """Take every word that is whole out of the text."""
         found: list[Chunk] = []
         text, at = self._text, self._at - self._base
@@ -192,30 +192,30 @@ class Chunker:
                 if not whole:
                     pending = True
                     break
-                self._take(text, at, start, end, found)
+                self._read_word(text, at, start, end, found)
                 at = end
                 continue
             self._inside = True
-            while end - start >= PART:
-                self._take(text, at, start, start + PART, found)
-                at = start = start + PART
+            while end - start >= WORD_PART:
+                self._read_word(text, at, start, start + WORD_PART, found)
+                at = start = start + WORD_PART
             if whole and start < end:
-                self._take(text, at, start, end, found)
+                self._read_word(text, at, start, end, found)
                 at = end
             pending = not whole
             self._inside = pending
         if not pending and len(text) - at > LONGEST_GAP:
             # Nothing that follows can make this gap shorter.
-            self._flush(found)
+            self._end_chunk(found)
             at = len(text)
         self._at = self._base + at
-        self._forget()
+        self._drop_finished_text()
         return found
 
-    def _take(self, text: str, gap: int, start: int, end: int, found: list[Chunk]) -> None:
+    def _read_word(self, text: str, gap: int, start: int, end: int, found: list[Chunk]) -> None:
         """A word text[start:end] behind the white space text[gap:start], in characters of `text`."""
         if start - gap > LONGEST_GAP:
-            self._flush(found)
+            self._end_chunk(found)
         word, blank = text[start:end], text[gap:start]
         starts_line = self._previous is None or "\n" in blank
         marks_item = starts_line and LIST_ITEM.fullmatch(word) is not None
@@ -227,48 +227,49 @@ class Chunker:
         ):
             self._end_sentence()
         self._previous, self._marks_item = word, marks_item
-        count = self._count(blank, word)
+        count = self._count_of(blank, word)
         base = self._base
-        if count > self.size and end - start > PART:
-            for part in range(start, end, PART):
-                stop = min(part + PART, end)
+        if count > self.size and end - start > WORD_PART:
+            for part in range(start, end, WORD_PART):
+                stop = min(part + WORD_PART, end)
                 front = blank if part == start else ""
-                count = self._count(front, text[part:stop])
-                self._add((base + part, base + stop, count), found)
+                count = self._count_of(front, text[part:stop])
+                self._add_word((base + part, base + stop, count), found)
         else:
-            self._add((base + start, base + end, count), found)
+            self._add_word((base + start, base + end, count), found)
 
-    def _count(self, blank: str, word: str) -> int:
+    def _count_of(self, blank: str, word: str) -> int:
+        """What a word counts, in words or tokens, with the white space `blank` in front of it."""
         if self._tokenizer is None:
-            return -(-len(word) // PART)
+            return -(-len(word) // WORD_PART)
         key = blank + word
-        known = self._memo.get(key)
+        known = self._counts.get(key)
         if known is None:
-            if len(self._memo) >= _MEMO_LIMIT:
-                self._memo.clear()
+            if len(self._counts) >= _MAX_COUNTS:
+                self._counts.clear()
             known = max(1, len(self._tokenizer(key, add_special_tokens=False).input_ids))
-            self._memo[key] = known
+            self._counts[key] = known
         return known
 
-    def _add(self, word: _Span, found: list[Chunk]) -> None:
+    def _add_word(self, word: _Span, found: list[Chunk]) -> None:
         """Take a word into the open sentence; what no longer fits beside it becomes a chunk."""
         self._words.append(word)
         self._total += word[2]
         self._drop_repeated()
         if self._total > self.size and self._sentences:
-            self._emit(self._sentences, found)
-            self._sentences = self._tail(self._sentences)
+            self._append_chunk(self._sentences, found)
+            self._sentences = self._repeated_end(self._sentences)
             self._repeated = len(self._sentences)
-            self._total = _sum(self._sentences) + _sum(self._words)
+            self._total = _total_count(self._sentences) + _total_count(self._words)
             self._drop_repeated()
         if self._total > self.size and len(self._words) > 1:
             # The sentence alone is too long.
-            self._emit(self._words[:-1], found)
-            kept = self._tail(self._words[:-1])
-            while kept and _sum(kept) + word[2] > self.size:
+            self._append_chunk(self._words[:-1], found)
+            kept = self._repeated_end(self._words[:-1])
+            while kept and _total_count(kept) + word[2] > self.size:
                 del kept[0]
             self._words = [*kept, word]
-            self._total = _sum(self._words)
+            self._total = _total_count(self._words)
 
     def _drop_repeated(self) -> None:
         """Repeat less, when otherwise the open sentence would not fit."""
@@ -281,10 +282,12 @@ class Chunker:
 
     def _end_sentence(self) -> None:
         if self._words:
-            self._sentences.append((self._words[0][0], self._words[-1][1], _sum(self._words)))
+            self._sentences.append(
+                (self._words[0][0], self._words[-1][1], _total_count(self._words))
+            )
             self._words = []
 
-    def _tail(self, spans: list[_Span]) -> list[_Span]:
+    def _repeated_end(self, spans: list[_Span]) -> list[_Span]:
         """The last of `spans` that count up to `overlap`."""
         first, count = len(spans), 0
         while first > 0 and count + spans[first - 1][2] <= self.overlap:
@@ -292,19 +295,19 @@ class Chunker:
             count += spans[first][2]
         return spans[first:]
 
-    def _emit(self, spans: list[_Span], found: list[Chunk]) -> None:
+    def _append_chunk(self, spans: list[_Span], found: list[Chunk]) -> None:
         start, end = spans[0][0], spans[-1][1]
         found.append(Chunk(self._text[start - self._base : end - self._base], start, end))
 
-    def _flush(self, found: list[Chunk]) -> None:
+    def _end_chunk(self, found: list[Chunk]) -> None:
         """Make a chunk of what there is, and begin anew behind it."""
         self._end_sentence()
         if self._sentences:
-            self._emit(self._sentences, found)
+            self._append_chunk(self._sentences, found)
         self._sentences, self._repeated, self._total = [], 0, 0
         self._previous, self._marks_item = None, False
 
-    def _forget(self) -> None:
+    def _drop_finished_text(self) -> None:
         """Drop the text in front of everything that is still needed."""
         needed = self._at
         if self._words:
@@ -316,5 +319,5 @@ class Chunker:
             self._base = needed
 
 
-def _sum(spans: list[_Span]) -> int:
+def _total_count(spans: list[_Span]) -> int:
     return sum(span[2] for span in spans)

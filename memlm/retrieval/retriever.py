@@ -14,10 +14,10 @@ from itertools import zip_longest
 from typing import Any
 
 from memlm.config import RECALL_TEMPLATE
+from memlm.retrieval.arguments import ABSENT, check_where
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.chunks import Chunk, Chunker
 from memlm.retrieval.index import ChunkIndex, Hit
-from memlm.retrieval.rows import ABSENT, check_where
 from memlm.text import split_sentences
 from memlm.tokens import Part, fill, joined
 
@@ -84,20 +84,20 @@ class Retriever:
         self.document: str | None = None
         self._owners = [_new_owner()]
         self._written = 0
-        self._chunker = self._fresh()
-        self._due: list[tuple[str, str, dict[str, Any]]] = []
+        self._chunker = self._new_chunker()
+        self._queued: list[tuple[str, str, dict[str, Any]]] = []
 
     def write(self, text: str, document: str | None = None) -> None:
         """Take text in, of the document of that name; a new name ends the document before."""
         if document is not None and document != self.document:
             self.end()
             self.document = document
-        self._take(self._chunker.push(text))
+        self._queue(self._chunker.push(text))
 
     def end(self) -> None:
         """End the document: the rest that is no whole chunk becomes one."""
-        self._take(self._chunker.finish())
-        self._chunker = self._fresh()
+        self._queue(self._chunker.finish())
+        self._chunker = self._new_chunker()
 
     def recall(self, question: str, k: int | None = None) -> list[Recalled]:
         """The chunks that answer `question` best, in the order in which they were written.
@@ -118,8 +118,8 @@ class Retriever:
                 if len(found) < share:
                     found.setdefault(hit.id, hit)
             if hop + 1 < self.config.hops:
-                queries = self._clues(question, list(found.values())) or queries
-        ordered = sorted(found.values(), key=_place)
+                queries = self._clue_sentences(question, list(found.values())) or queries
+        ordered = sorted(found.values(), key=_written_order)
         return [
             Recalled(
                 hit.text,
@@ -132,7 +132,7 @@ class Retriever:
             for hit in ordered
         ]
 
-    def _clues(self, question: str, hits: Sequence[Hit]) -> list[str]:
+    def _clue_sentences(self, question: str, hits: Sequence[Hit]) -> list[str]:
         """The sentences found that are likest to the question, each to be searched for by itself.
 
         Whole passages would drown what leads on in what happens to stand around it.
@@ -147,11 +147,11 @@ class Retriever:
         ]
 
     def flush(self) -> None:
-        """Put what is due into the index."""
-        if self._due:
-            ids, texts, metadata = zip(*self._due, strict=True)
+        """Put the chunks that wait into the index."""
+        if self._queued:
+            ids, texts, metadata = zip(*self._queued, strict=True)
             self.index.add(list(texts), ids=list(ids), metadata=list(metadata))
-            self._due = []
+            self._queued = []
 
     def fork(self) -> Retriever:
         """A retriever that knows what this one knows; neither sees what the other writes from now on."""
@@ -183,20 +183,20 @@ class Retriever:
         retriever._chunker = Chunker.restore(state["chunker"])
         # An index may have been saved later than the state; the stream has not read these.
         ahead = itertools.takewhile(
-            index.__contains__, map(retriever._id, itertools.count(state["written"]))
+            index.__contains__, map(retriever._chunk_id, itertools.count(state["written"]))
         )
         if late := list(ahead):
             index.remove(late)
         return retriever
 
-    def _id(self, number: int) -> str:
+    def _chunk_id(self, number: int) -> str:
         return f"{self._owners[-1]}/{number}"
 
-    def _fresh(self) -> Chunker:
+    def _new_chunker(self) -> Chunker:
         config = self.config
         return Chunker(size=config.size, overlap=config.overlap, by=config.by)
 
-    def _take(self, chunks: Sequence[Chunk]) -> None:
+    def _queue(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             if not chunk.text.strip():
                 continue
@@ -207,14 +207,14 @@ class Retriever:
                 "end": chunk.end,
                 "order": self._written,
             }
-            self._due.append((self._id(self._written), chunk.text, metadata))
+            self._queued.append((self._chunk_id(self._written), chunk.text, metadata))
             self._written += 1
-        if len(self._due) >= BATCH:
+        if len(self._queued) >= BATCH:
             self.flush()
 
 
 def as_retriever(retrieval: ChunkIndex | Retriever | None) -> Retriever | None:
-    """What a stream was given as its retrieval, as a retriever."""
+    """The retriever for what a stream was given as `retrieval`."""
     if retrieval is None or isinstance(retrieval, Retriever):
         return retrieval
     if isinstance(retrieval, ChunkIndex):
@@ -258,7 +258,8 @@ def _new_owner() -> str:
     return uuid.uuid4().hex[:16]
 
 
-def _place(hit: Hit) -> tuple[int, float]:
+def _written_order(hit: Hit) -> tuple[int, float]:
+    """What sorts passages in the order in which they were written, a library's before them."""
     order = hit.metadata.get("order")
     # A library's chunks have no order here: the best come last, next to the question.
     return (1, float(order)) if order is not None else (0, float(hit.score))

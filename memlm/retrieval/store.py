@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from memlm.retrieval.rows import Row
+    from memlm.retrieval.arguments import ChunkEntry
 
 FORMAT = "memlm-chunk-index"
 VERSION = 1
@@ -45,7 +45,7 @@ _LEFTOVER = re.compile(
 
 
 @dataclass(frozen=True)
-class Part:
+class PartFile:
     """A file of the directory. first, stop: range its rows lie in; count: how many it holds."""
 
     kind: str
@@ -64,18 +64,18 @@ def damaged(path: Path, why: object) -> ValueError:
     )
 
 
-def _digest(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     """SHA-256 in hex, read from start to end in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(manifest: dict[str, Any]) -> str:
+def _checksum(manifest: dict[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
+def _write_to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -101,10 +101,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{str(path)!r} has version {version}, this memlm reads up to {VERSION}; upgrade memlm"
         )
-    if version != VERSION or manifest.get("checksum") != _seal(manifest):
+    if version != VERSION or manifest.get("checksum") != _checksum(manifest):
         raise damaged(path, "its checksum does not match")
     try:
-        manifest["parts"] = [Part(**part) for part in manifest["parts"]]
+        manifest["parts"] = [PartFile(**part) for part in manifest["parts"]]
     except (KeyError, TypeError) as error:
         raise damaged(path, error) from error
     for part in manifest["parts"]:
@@ -131,7 +131,7 @@ def check_target(directory: Path) -> dict[str, Any] | None:
 
 def write_part(
     directory: Path, kind: str, rows: tuple[int, int], count: int, write: Callable[[Path], Any]
-) -> Part:
+) -> PartFile:
     """Let `write` fill a file under a new name, on disk when this returns."""
     from memlm.files import write_atomically
 
@@ -141,15 +141,15 @@ def write_part(
     def fill(temporary: Path) -> None:
         nonlocal found
         write(temporary)
-        _sync(temporary)
-        found = (temporary.stat().st_size, _digest(temporary))
+        _write_to_disk(temporary)
+        found = (temporary.stat().st_size, _file_sha256(temporary))
 
     write_atomically(path, fill)
-    return Part(kind, path.name, rows[0], rows[1], count, *found)
+    return PartFile(kind, path.name, rows[0], rows[1], count, *found)
 
 
 def commit(
-    directory: Path, settings: dict[str, Any], parts: Iterable[Part], before: str | None
+    directory: Path, settings: dict[str, Any], parts: Iterable[PartFile], before: str | None
 ) -> dict[str, Any]:
     """Replace the manifest, then delete files no longer named; returns the new manifest.
 
@@ -165,22 +165,22 @@ def commit(
         **settings,
         "parts": [asdict(part) for part in parts],
     }
-    manifest["checksum"] = _seal(manifest)
-    _sync(directory)
+    manifest["checksum"] = _checksum(manifest)
+    _write_to_disk(directory)
     there = read_manifest(directory)
     if (there["generation"] if there else None) != before:
         raise ValueError(
-            f"{str(directory)!r} was changed by another while saving; load it again, "
+            f"{str(directory)!r} was changed by another process while saving; load it again, "
             "or save elsewhere"
         )
 
     def fill(temporary: Path) -> None:
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
+        _write_to_disk(temporary)
 
     write_atomically(directory / MANIFEST, fill)
-    _sync(directory)
+    _write_to_disk(directory)
     kept = {part.file for part in parts}
     for entry in os.listdir(directory):
         if entry not in kept and _LEFTOVER.fullmatch(entry):
@@ -188,7 +188,7 @@ def commit(
     return {**manifest, "parts": parts}
 
 
-def intact(directory: Path, parts: Iterable[Part]) -> bool:
+def intact(directory: Path, parts: Iterable[PartFile]) -> bool:
     """Whether every part is there with its size; content is not read."""
     try:
         return all((directory / part.file).stat().st_size == part.bytes for part in parts)
@@ -196,7 +196,7 @@ def intact(directory: Path, parts: Iterable[Part]) -> bool:
         return False
 
 
-def verify(directory: Path, part: Part) -> Path:
+def verify(directory: Path, part: PartFile) -> Path:
     """The path of a part. ValueError when it is missing, cut, or its checksum differs."""
     path = directory / part.file
     if not path.is_file():
@@ -204,12 +204,12 @@ def verify(directory: Path, part: Part) -> Path:
     size = path.stat().st_size
     if size != part.bytes:
         raise damaged(path, f"{size} bytes instead of {part.bytes}")
-    if _digest(path) != part.sha256:
+    if _file_sha256(path) != part.sha256:
         raise damaged(path, "its checksum does not match")
     return path
 
 
-def merged(parts: list[Part], count: int) -> int:
+def num_parts_kept(parts: list[PartFile], count: int) -> int:
     """How many parts stay when `count` rows are added: the rest is written again with them.
 
     A part is written again only with at least as many rows, so a row is written at most
@@ -222,7 +222,7 @@ def merged(parts: list[Part], count: int) -> int:
     return kept
 
 
-def write_chunks(path: Path, rows: Iterable[tuple[int, Row]]) -> None:
+def write_chunks(path: Path, rows: Iterable[tuple[int, ChunkEntry]]) -> None:
     import pyarrow as pa
 
     names = ("id", "text", "metadata")
@@ -237,7 +237,7 @@ def write_chunks(path: Path, rows: Iterable[tuple[int, Row]]) -> None:
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
-def _batches(rows: Iterable[tuple[int, Row]]) -> Iterable[list[tuple[int, Row]]]:
+def _batches(rows: Iterable[tuple[int, ChunkEntry]]) -> Iterable[list[tuple[int, ChunkEntry]]]:
     batch = []
     for row in rows:
         batch.append(row)

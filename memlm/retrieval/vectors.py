@@ -25,7 +25,7 @@ Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
-class Exact:
+class ExactVectors:
     """Float32 vectors searched one by one: those waiting for training, and tails on disk."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def _faiss() -> Any:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _faiss_threads(count: int) -> Iterator[None]:
     """Let faiss use `count` threads, and put back what it used; OpenMP keeps this for each thread."""
     faiss = _faiss()
 
@@ -99,7 +99,7 @@ class Vectors:
         self.dim = dim
         self.effort = effort
         self.threads = threads
-        self.exact = Exact()
+        self.exact = ExactVectors()
         # faiss's plain PQ has no filter; with one list IVF's does the same work and has.
         self._factory = f"IVF1,{factory}" if factory.startswith("PQ") else factory
         lists = int(found["lists"] or 1)
@@ -107,15 +107,15 @@ class Vectors:
         centroids = 2 ** int(bits[1] or 8) if bits else 1
         self._train_least = max(lists, centroids)
         self.train_at = 0
-        self._main = self._make()
+        self._main = self._empty_index()
         if not self._main.is_trained:
-            # k-means wants 39 points a centroid; ranges of scalars settle sooner.
+            # k-means wants 39 points per centroid; ranges of scalars settle sooner.
             self.train_at = max(39 * lists if lists > 1 else 0, 39 * centroids if bits else 0, 4096)
-        self._gone: list[int] = []  # removed, to leave faiss's index
-        self._dead = 0  # removed, and cannot leave it
-        self._tail_dead = 0
+        self._to_remove: list[int] = []  # removed, to leave faiss's index
+        self._num_masked = 0  # removed, and cannot leave it
+        self._num_masked_in_tail = 0
 
-    def _make(self) -> Any:
+    def _empty_index(self) -> Any:
         """An empty faiss index that takes row numbers."""
         faiss = _faiss()
 
@@ -136,7 +136,7 @@ class Vectors:
         return faiss.IndexIDMap(main)
 
     @property
-    def _core(self) -> Any:
+    def _inner_index(self) -> Any:
         """faiss's index below the row numbers."""
         faiss = _faiss()
 
@@ -155,8 +155,8 @@ class Vectors:
     @property
     def live(self) -> int:
         """Vectors that are not removed."""
-        indexed = self.indexed - len(self._gone) - self._dead
-        return indexed + len(self.exact) - self._tail_dead
+        indexed = self.indexed - len(self._to_remove) - self._num_masked
+        return indexed + len(self.exact) - self._num_masked_in_tail
 
     @property
     def untouched(self) -> bool:
@@ -168,7 +168,7 @@ class Vectors:
         """Bytes of codes, row numbers, links and centroids, mapped ones included."""
         faiss = _faiss()
 
-        core = self._core
+        core = self._inner_index
         total = len(self.exact) * (4 * self.dim + 8)
         if isinstance(core, faiss.IndexHNSW):
             storage = faiss.downcast_index(core.storage)
@@ -192,9 +192,9 @@ class Vectors:
 
     def train(self, vectors: Floats) -> None:
         """Train on (n, dim) vectors, and take in those that waited."""
-        with _threads(self.threads):
+        with _faiss_threads(self.threads):
             self._main.train(vectors)
-        waiting, self.exact = self.exact.blocks, Exact()
+        waiting, self.exact = self.exact.blocks, ExactVectors()
         for rows, block in waiting:
             self._add_main(rows, block)
 
@@ -208,13 +208,13 @@ class Vectors:
             self.train(np.concatenate([block for _, block in self.exact.blocks]))
 
     def _add_main(self, rows: Ints, vectors: Floats) -> None:
-        with _threads(self.threads):
+        with _faiss_threads(self.threads):
             self._main.add_with_ids(np.ascontiguousarray(vectors), np.ascontiguousarray(rows))
 
     def map_tail(self, rows: Ints, vectors: Floats, live: int) -> None:
         """Search vectors where they are, on disk."""
         self.exact.blocks.append((rows, vectors))
-        self._tail_dead += len(rows) - live
+        self._num_masked_in_tail += len(rows) - live
 
     def remove(self, rows: Ints, alive: Mask) -> None:
         """Remove (n,) rows, of which `alive` says False already."""
@@ -222,42 +222,42 @@ class Vectors:
 
         if not self.trained:
             self.exact.remove(alive)
-        elif isinstance(self._core, faiss.IndexHNSW):
-            self._dead += len(rows)
-            if 2 * self._dead > self.indexed:
+        elif isinstance(self._inner_index, faiss.IndexHNSW):
+            self._num_masked += len(rows)
+            if 2 * self._num_masked > self.indexed:
                 self._rebuild(alive)
         else:
-            self._gone.extend(rows.tolist())
+            self._to_remove.extend(rows.tolist())
 
     def flush(self) -> None:
         """Let removed rows leave faiss's index."""
         faiss = _faiss()
 
-        if self._gone:
-            with _threads(self.threads):
-                self._main.remove_ids(faiss.IDSelectorBatch(np.asarray(self._gone, np.int64)))
-            self._gone = []
+        if self._to_remove:
+            with _faiss_threads(self.threads):
+                self._main.remove_ids(faiss.IDSelectorBatch(np.asarray(self._to_remove, np.int64)))
+            self._to_remove = []
 
     def compact(self, alive: Mask) -> None:
         """Let all removed rows go, which for HNSW means to build it again."""
         self.flush()
-        if self._dead:
+        if self._num_masked:
             self._rebuild(alive)
 
     def _rebuild(self, alive: Mask) -> None:
         """Build HNSW again without its removed rows."""
-        old = self._core
+        old = self._inner_index
         rows = self._rows_inside()
         there = alive[rows]
         vectors = old.reconstruct_n(0, old.ntotal)[there]
-        main = self._make()
-        with _threads(self.threads):
+        main = self._empty_index()
+        with _faiss_threads(self.threads):
             if not main.is_trained:
                 main.train(vectors if len(vectors) else np.zeros((1, self.dim), np.float32))
             if len(vectors):
                 main.add_with_ids(vectors, rows[there])
         self._main = main
-        self._dead = 0
+        self._num_masked = 0
 
     def _rows_inside(self) -> Ints:
         """(n,) the row numbers in faiss's index, in its order."""
@@ -288,20 +288,20 @@ class Vectors:
             main = faiss.read_index(str(path), flags)
         except RuntimeError as error:
             raise store.damaged(path, str(error).strip().splitlines()[-1]) from error
-        fresh, own = self._main, self._core
+        fresh, own = self._main, self._inner_index
         self._main = main
         # A file's flat index comes back as the more special class.
-        same = type(main) is type(fresh) and isinstance(self._core, type(own))
+        same = type(main) is type(fresh) and isinstance(self._inner_index, type(own))
         if not same or main.d != self.dim or main.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise store.damaged(path, f"it is no {self._factory} of width {self.dim}")
         rows = self._rows_inside()
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(alive):
-            raise store.damaged(path, "it has rows that the index has not")
+            raise store.damaged(path, "it has rows that the index does not have")
         gone = rows[~alive[rows]]
-        if mmap or isinstance(self._core, faiss.IndexHNSW):
-            self._dead = len(gone)
+        if mmap or isinstance(self._inner_index, faiss.IndexHNSW):
+            self._num_masked = len(gone)
         else:
-            self._gone = gone.tolist()
+            self._to_remove = gone.tolist()
 
     def search(
         self, queries: Floats, k: int, mask: Mask | None, alive: Mask
@@ -311,7 +311,7 @@ class Vectors:
         mask: (rows,) bool, rows allowed, or None for all; alive: (rows,) bool.
         """
         self.flush()
-        if mask is None and (self._dead or self._tail_dead):
+        if mask is None and (self._num_masked or self._num_masked_in_tail):
             mask = alive
         found = list(self.exact.search(queries, k, mask))
         found.extend(self._search_main(queries, k, mask))
@@ -336,23 +336,25 @@ class Vectors:
         k = min(k, allowed)
         if k <= 0:
             return []
-        core = self._core
+        core = self._inner_index
         approximate = isinstance(core, (faiss.IndexHNSW, faiss.IndexIVF))
         # Few rows allowed, or nearly all wanted: looking at each is both cheaper and right.
         each = not approximate or 10 * allowed <= self.indexed or 4 * k > self.indexed
-        with _threads(self.threads):
-            scores, rows = self._call(queries, k, mask, each)
+        with _faiss_threads(self.threads):
+            scores, rows = self._faiss_search(queries, k, mask, each)
             short = (rows < 0).any(axis=1)
             if short.any() and not each:
-                scores[short], rows[short] = self._call(queries[short], k, mask, True)
+                scores[short], rows[short] = self._faiss_search(queries[short], k, mask, True)
         scores[rows < 0] = -np.inf
         return [(scores, rows)]
 
-    def _call(self, queries: Floats, k: int, mask: Mask | None, each: bool) -> tuple[Floats, Ints]:
+    def _faiss_search(
+        self, queries: Floats, k: int, mask: Mask | None, each: bool
+    ) -> tuple[Floats, Ints]:
         """faiss's search, (n, k) scores and rows; `each` compares with every vector allowed."""
         faiss = _faiss()
 
-        main, core = self._main, self._core
+        main, core = self._main, self._inner_index
         positions = None
         if each and isinstance(core, faiss.IndexHNSW):
             # Past the graph, in its storage, where vectors go by position.

@@ -279,7 +279,7 @@ def facts_fit(
 ) -> bool:
     """Whether `compose` can place a story's facts in `length` tokens; length 0 holds any.
 
-    share: how many facts and questions a token of length allows, as the published composer's cap of
+    share: facts and questions allowed per token of length, as the published composer's cap of
     rows: 1/8 there, with reserve=300. reserve, distance, composition: as for `compose`.
     """
     rules = composition_of(composition, reserve=reserve, share=share, distance=distance)

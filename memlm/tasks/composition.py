@@ -13,7 +13,7 @@ class Composition:
     """How a story and noise fill a length.
 
     reserve: tokens of a length left free for a prompt, none of length 0. share: how many facts and
-    questions a token of the rest allows; 1 is no cap. decimal: k and M count thousands and millions.
+    questions are allowed per token of the rest; 1 is no cap. decimal: k and M count thousands and millions.
     overflow: facts longer than the rest are told all the same, without noise; else they do not fit.
     stretch: noise stands in stretches cut from random places of their documents, of so many characters
     for each token of noise, the sentences at both cuts left out; None: stretches begin with a random

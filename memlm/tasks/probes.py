@@ -172,7 +172,7 @@ def _needles(name: str, count: int, kind: str, noise: tuple[str, ...] = ()) -> T
             question = NEEDLE_QUESTION.format(kind=kind, key=told[asked][0])
             yield Story(facts, question, told[asked][1], [asked], name)
 
-    # A token a character, where a tokenizer knows no better.
+    # One token per character, where a tokenizer knows no better.
     tokens = 48 if kind == "uuid" else 12
     return Task(name, tell, _mark_form(_FORMS[kind]), noise=noise, answer_tokens=tokens)
 

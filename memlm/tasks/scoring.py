@@ -1,4 +1,4 @@
-"""Scores of answers: BABILong's published metric, the same with its faults mended, exact match.
+"""Scores of answers: BABILong's published metric, the same with its faults corrected, exact match.
 
 The published metric (github.com/booydar/babilong, metrics.py) finds labels as substrings. So "one" is
 found in "none" and a qa7 target "none" is never right; "know" and "now" count as "no"; its labels of

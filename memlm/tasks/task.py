@@ -12,7 +12,7 @@ from memlm.tasks.babi.story import Story
 
 @dataclass(frozen=True)
 class Score:
-    """One answer's marks. correct: by the mended metric; published: by the metric as published, faults
+    """One answer's marks. correct: by the corrected metric; published: by the metric as published, faults
     and all; exact: the target and nothing else."""
 
     correct: bool

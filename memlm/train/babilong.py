@@ -3,7 +3,7 @@
 Three layouts, from the papers' to denser ones:
 
 - story: one bAbI story, its facts between haystack sentences, the question as the document's last
-  words. As in evaluation, with one answer a document to learn from.
+  words. As in evaluation, with one answer per document to learn from.
 - aligned: in every segment a few whole facts of an endless story among haystack tokens.
 - flowing: facts and haystack sentences in one endless text, the distance between facts redrawn.
 

@@ -246,7 +246,7 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where `state_dict` was taken, after `deal`. ValueError when dealt otherwise."""
+        """Go back to where `state_dict` was taken, after `deal`. ValueError when that differs."""
         for name in ("batch_size", "accumulation", "world"):
             if state[name] != getattr(self, name):
                 raise ValueError(

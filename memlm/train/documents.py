@@ -65,7 +65,7 @@ class DocumentSource:
         return False
 
     def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
-        """Document `ordinal`, cut into as many segments a piece as `stage` draws."""
+        """Document `ordinal`, cut into as many segments per piece as `stage` draws."""
         ids = self._encode(ordinal)
         targets = shifted(ids)
         rng = np.random.default_rng([self.seed, ordinal])
@@ -81,7 +81,7 @@ class DocumentSource:
         name, text = self._text(ordinal)
         if not text.strip():
             raise ValueError(
-                f"document {name!r} is empty; remove it, or set skip_empty to pass over such"
+                f"document {name!r} is empty; remove it, or set skip_empty to skip such documents"
             )
         ids = encode_texts(self.tokenizer, [text], self.split_special_tokens)[0]
         return np.array([*ids, self.tokenizer.eos_token_id], dtype=np.int64)

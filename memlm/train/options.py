@@ -66,7 +66,7 @@ class BabilongOptions:
         1.0,
     )
     segment_length: int | None = described(
-        "tokens a segment of the training documents; null: the model's own", None
+        "tokens per segment of the training documents; null: the model's own", None
     )
     retrieval: int = described(
         "story: passages of the document that are recalled in front of every question, so that the "
@@ -74,7 +74,7 @@ class BabilongOptions:
         0,
     )
     retrieval_size: int = described("words of a passage", 32)
-    retrieval_hops: int = described("searches a question, each with what the one before found", 1)
+    retrieval_hops: int = described("searches per question, each with what the one before found", 1)
     retrieval_tokens: int = described(
         "most tokens of what is recalled; what is over is cut off", 192
     )

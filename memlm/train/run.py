@@ -40,7 +40,8 @@ from memlm.train.babilong import BabilongSource
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Piece, Source, TrainingStream
 from memlm.train.documents import DocumentSource, open_texts
-from memlm.train.recipe import ModelSection, Recipe, nearest, plain
+from memlm.train.recipe import ModelSection, Recipe
+from memlm.train.recipe.binding import did_you_mean, plain
 from memlm.train.tokenizer import babi_words, train_tokenizer
 from memlm.train.trainer import MemLMTrainer, MemLMTrainingArguments
 
@@ -201,7 +202,7 @@ def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest whole checkpoint: one killed while it was written has no readable last file."""
+    """The newest whole checkpoint: one that was cut short has no readable last file."""
     found = []
     for folder in out.glob("checkpoint-*"):
         try:
@@ -341,7 +342,7 @@ def base_config(recipe: Recipe, vocabulary: dict[str, Any]) -> Any:
     values = dict(recipe.model.config or {})
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        hint = nearest(str(model_type), list(CONFIG_MAPPING.keys()))
+        hint = did_you_mean(str(model_type), list(CONFIG_MAPPING.keys()))
         raise ValueError(f"model.config.model_type={model_type!r} is unknown; {hint}")
     cls = CONFIG_MAPPING[model_type]
     # transformers keeps unknown fields without a word.
@@ -349,7 +350,7 @@ def base_config(recipe: Recipe, vocabulary: dict[str, Any]) -> Any:
     for key in values:
         if key not in known:
             raise ValueError(
-                f"model.config.{key} is no field of {cls.__name__}; {nearest(key, list(known))}"
+                f"model.config.{key} is no field of {cls.__name__}; {did_you_mean(key, list(known))}"
             )
     return cls(**{**vocabulary, **values})
 
@@ -419,7 +420,7 @@ def last_logged(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 class LogFile(TrainerCallback):
-    """Append every log line to a JSON-lines file; a resumed run takes back what it trains again."""
+    """Append every log line to a JSON-lines file; a resumed run removes those that it trains again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -430,7 +431,7 @@ class LogFile(TrainerCallback):
             control.should_log = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget lines behind the step that training begins at."""
+        """Remove lines after the step that training begins at."""
         if not state.is_world_process_zero or not self.path.is_file():
             return
         kept = []

@@ -25,7 +25,7 @@ _QUESTION = re.compile(r"Where [^?.]*\?$")
 
 @dataclass
 class Remembered:
-    """The tokens read so far, a tuple a row."""
+    """The tokens read so far, one tuple per row."""
 
     rows: list[tuple[int, ...]]
 

@@ -16,8 +16,8 @@ from memlm.tasks.babi.story import Story
 from memlm.tasks.babilong import compose, encode_question
 from memlm.tasks.haystack import Document, Haystack
 from memlm.tokens import encode_parts
-from tests.eval.conftest import PROSE
 from tests.eval.running.test_prompts import CHAT, Listening
+from tests.stories import PROSE
 
 Tokenizer = PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The published metric with its traps, the mended one, and the interval."""
+"""The published metric with its traps, the corrected one, and the interval."""
 
 from __future__ import annotations
 

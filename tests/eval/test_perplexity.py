@@ -369,12 +369,26 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, prose: Ha
 # Resuming.
 
 
-@pytest.mark.parametrize("fail_at", [1, 14, 27, 40, 53])
+@pytest.fixture(scope="module")
+def unbroken(
+    model: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack, tmp_path_factory: Any
+) -> tuple[Path, PerplexityReport]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, run(model, tokenizer, prose, out=folder)
+
+
+SLOW = pytest.mark.slow
+
+
+# In the first document, in the middle and late.
+@pytest.mark.parametrize(
+    "fail_at", [1, pytest.param(14, marks=SLOW), 27, pytest.param(40, marks=SLOW), 53]
+)
 def test_an_interrupted_run_ends_like_an_unbroken_one(
-    fail_at: int, model: MemLMForCausalLM, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    fail_at: int, unbroken: tuple[Path, PerplexityReport], model: MemLMForCausalLM,
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    expected = run(model, tokenizer, prose, out=tmp_path / "whole")
+    whole, expected = unbroken
     calls, measure = 0, module._cross_entropy
 
     def interrupted(*args: Any) -> Any:
@@ -390,13 +404,13 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(
         run(model, tokenizer, prose, out=broken)
     assert not (broken / "perplexity.json").exists()
     report = run(model, tokenizer, prose, out=broken)
-    assert rows_of(broken) == rows_of(tmp_path / "whole")
+    assert rows_of(broken) == rows_of(whole)
     assert (report.bins, report.verdict) == (expected.bins, expected.verdict)
     done = calls
     run(model, tokenizer, prose, out=broken)
     assert calls == done
     more = run(model, tokenizer, prose, out=broken, documents=6)
-    assert more.overall.documents == 6 and rows_of(broken)[:5] == rows_of(tmp_path / "whole")
+    assert more.overall.documents == 6 and rows_of(broken)[:5] == rows_of(whole)
 
 
 def test_a_torn_line_is_repaired_and_a_damaged_one_named(

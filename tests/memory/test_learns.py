@@ -1,6 +1,6 @@
 """The last law: trained from scratch, a memory recalls across segments what `none` cannot.
 
-One value in four segments, and the shared recipe of benchmarks/learning.py (minutes a memory).
+One value in four segments, and the shared recipe of benchmarks/learning.py (minutes per memory).
 
 python -m pytest -m slow tests/memory/test_learns.py -s
 """

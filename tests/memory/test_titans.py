@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from memlm import MemLMForCausalLM
-from memlm.backbone import _not_later
+from memlm.backbone.heads import not_later
 from memlm.memory import TitansMACConfig, TitansMAGConfig, TitansMALConfig
 from memlm.memory.base import Dims
 from memlm.memory.parts.deep_memory import read
@@ -283,7 +283,7 @@ def test_attention_spared_where_it_is_not_wanted_changes_nothing(family: str, mo
 def test_mac_needs_a_mask_for_each_query() -> None:
     """Flash attention is given (B, T) masks, which cannot say it."""
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
-        _not_later(torch.ones(1, 4, dtype=torch.bool), torch.tensor([0, 1, 0, 1]))
+        not_later(torch.ones(1, 4, dtype=torch.bool), torch.tensor([0, 1, 0, 1]))
 
 
 @pytest.mark.parametrize("config", [TitansMACConfig, TitansMAGConfig, TitansMALConfig])

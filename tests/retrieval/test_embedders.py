@@ -13,12 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from memlm.retrieval import embedders
-from memlm.retrieval.embedders import (
-    HashingEmbedder,
-    ModelEmbedder,
-    SentenceTransformerEmbedder,
-)
+from memlm.retrieval import HashingEmbedder, ModelEmbedder, SentenceTransformerEmbedder
+from memlm.retrieval.embedders import hashing
 from tests.tokenizers import tokenizer
 
 TEXTS = [
@@ -52,7 +48,8 @@ def test_rows_are_of_length_one_and_do_not_depend_on_each_other(make) -> None:
     fresh = make()
     for text, vector in list(zip(many, vectors, strict=True))[:20]:
         assert np.array_equal(fresh.encode([text])[0], vector)
-    assert np.array_equal(embedder.encode_queries(many), vectors)
+    for method in ("encode_document", "encode_query", "encode_queries"):
+        assert np.array_equal(getattr(embedder, method)(many), vectors)
 
 
 def test_the_order_of_the_words_does_not_show() -> None:
@@ -168,7 +165,7 @@ def test_fit_weighs_words_by_their_rarity() -> None:
 
 
 def test_words_that_share_a_count_are_never_worth_less_than_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(embedders, "_SLOTS", 1)
+    monkeypatch.setattr(hashing, "_SLOTS", 1)
     embedder = HashingEmbedder.fit(["one two three", "four five"], 64)
     assert embedder._idf is not None and (embedder._idf > 0).all()
 
@@ -189,14 +186,14 @@ def test_fingerprints_tell_settings_apart(monkeypatch) -> None:
     assert len(prints) == 4
     assert HashingEmbedder().fingerprint == HashingEmbedder().fingerprint
     before = HashingEmbedder().fingerprint
-    monkeypatch.setattr(embedders, "FUNCTION_WORDS", embedders.FUNCTION_WORDS | {"mary"})
+    monkeypatch.setattr(hashing, "FUNCTION_WORDS", hashing.FUNCTION_WORDS | {"mary"})
     assert HashingEmbedder().fingerprint != before
 
 
 def test_a_full_memory_of_words_changes_nothing(monkeypatch) -> None:
     texts = [f"word{n} other{n % 7} more{n % 50}" for n in range(1000)]
     expected = HashingEmbedder(256).encode(texts)
-    monkeypatch.setattr(embedders, "_WORDS_KNOWN", 100)
+    monkeypatch.setattr(hashing, "_WORDS_KNOWN", 100)
     embedder = HashingEmbedder(256)
     assert np.array_equal(embedder.encode(texts), expected)
     assert len(embedder._words) < 400
@@ -341,7 +338,7 @@ def test_centred_vectors_spread() -> None:
     plain = ModelEmbedder(model("gpt2"), tokenizer("byte-bpe"), batch_size=1)
     texts = [f"{text} {n}" for n, text in enumerate(TEXTS * 5)]
     centred = plain.fit(iter(texts))
-    raw, _ = plain._pool(texts)
+    raw, _ = plain._pooled_states(texts)
     np.testing.assert_allclose(centred.center, raw.mean(0), atol=1e-5)
     shifted = raw - raw.mean(0)
     shifted /= np.linalg.norm(shifted, axis=1, keepdims=True)
@@ -434,19 +431,19 @@ class Plain(nn.Module):
 class Modern(Plain):
     """Stands in for one that knows its prompts itself."""
 
-    def encode_query(self, sentences: list[str], **settings: Any) -> Any:
-        return self.encode(sentences, "Q ", how="query", **settings)
+    def encode_query(self, sentences: list[str], prompt: str = "Q ", **settings: Any) -> Any:
+        return self.encode(sentences, prompt, how="query", **settings)
 
-    def encode_document(self, sentences: list[str], **settings: Any) -> Any:
-        return self.encode(sentences, "D ", how="document", **settings)
+    def encode_document(self, sentences: list[str], prompt: str = "D ", **settings: Any) -> Any:
+        return self.encode(sentences, prompt, how="document", **settings)
 
 
 def test_sentence_transformers_get_their_prompts() -> None:
     modern = Modern()
     embedder = SentenceTransformerEmbedder(modern)
     modern.seen.clear()
-    vectors = embedder.encode(["one", "three"])
-    embedder.encode_queries(["who"])
+    vectors = embedder.encode_document(["one", "three"])
+    embedder.encode_query(["who"])
     assert modern.seen == [("document", "D one"), ("document", "D three"), ("query", "Q who")]
     assert embedder.dim == 4
     assert vectors.dtype == np.float32
@@ -465,7 +462,15 @@ def test_sentence_transformers_get_their_prompts() -> None:
     modern.seen.clear()
     embedder.encode(["one"])
     embedder.encode_queries(["who"])
-    assert modern.seen == [("encode", "one"), ("encode", "ask who")]
+    assert modern.seen == [("document", "one"), ("query", "ask who")]
+
+    plain.prompts = {"corpus": "corpus: "}
+    plain.seen.clear()
+    embedder = SentenceTransformerEmbedder(plain)
+    plain.seen.clear()
+    embedder.encode_document(["one"])
+    embedder.encode_query(["who"])
+    assert [text for _, text in plain.seen] == ["corpus: one", "who"]
 
 
 def test_sentence_transformer_fingerprints() -> None:

@@ -227,6 +227,28 @@ def test_two_indexes_share_nothing() -> None:
     assert found(one, "beta") == ["alpha"] and found(two, "alpha") == ["beta"]
 
 
+class Modern:
+    """An embedder with sentence-transformers' names alone, which marks what it was asked for."""
+
+    dim, fingerprint = 2, "modern"
+
+    def encode_document(self, texts: Sequence[str]) -> Any:
+        return np.tile(np.array([1, 0], np.float32), (len(texts), 1))
+
+    def encode_query(self, texts: Sequence[str]) -> Any:
+        return np.tile(np.array([0.6, 0.8], np.float32), (len(texts), 1))
+
+
+def test_documents_and_queries_go_to_their_own_methods() -> None:
+    index = ChunkIndex(Modern(), hybrid=False)
+    index.add(["one"])
+    assert index.search(["who"])[0][0].score == pytest.approx(0.6)
+    assert index.likeness("who", ["one"]) == pytest.approx([0.6])
+    with pytest.raises(ValueError, match="Nothing, which has no encode_document"):
+        nothing = type("Nothing", (), {"dim": 2, "fingerprint": "nothing"})
+        ChunkIndex(nothing()).add(["one"])
+
+
 class Spoiled(WordVectors):
     """Good vectors, until told what to return."""
 

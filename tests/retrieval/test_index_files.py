@@ -157,7 +157,7 @@ def test_long_tails_and_many_removals_go_into_new_parts(tmp_path: Path) -> None:
     for n in range(1, 5):
         index.add(corpus(600, seed=n))
         index.save(tmp_path)
-    kinds = [part.kind for part in index._saved.parts]  # type: ignore[union-attr]
+    kinds = [part.kind for part in index._saver.saved.parts]  # type: ignore[union-attr]
     assert kinds.count("main") == 1
     same(answers(ChunkIndex.load(tmp_path, WordVectors())), answers(index))
     index.remove([f"chunk-{n}" for n in range(1000)])
@@ -358,7 +358,7 @@ def test_cut_missing_and_foreign_files_are_found(sound: Path, tmp_path: Path) ->
 def forge(folder: Path, **changes: Any) -> None:
     path = folder / store.MANIFEST
     manifest = {**json.loads(path.read_text()), **changes}
-    manifest["checksum"] = store._seal(manifest)
+    manifest["checksum"] = store._checksum(manifest)
     path.write_text(json.dumps(manifest))
 
 

@@ -237,7 +237,7 @@ def test_composing_is_far_faster_than_any_model(
     for seed in range(50):
         sample = babilong.compose(STORY, noise, "16k", tokenizer, seed)
         total += sum(len(piece) for piece in sample.ids())
-    # A small model reads 100k tokens a second; data may cost a twentieth of that.
+    # A small model reads 100k tokens per second; data may cost a twentieth of that.
     assert total / (time.process_time() - began) > 2_000_000
 
 

@@ -9,10 +9,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from memlm.tasks import babi
+from memlm.train import tokenizer as module
 from memlm.train import train_tokenizer
 from memlm.train.tokenizer import MAIN_TASKS, babi_words
 
 TEXTS = ["The quick brown fox jumps over the lazy dog; then two — naïve! — spaces  follow."] * 50
+
+
+@pytest.fixture(autouse=True)
+def few_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are shown far more often than these few texts, as in earnest, but not for seconds."""
+    monkeypatch.setattr(module, "WEIGHT", 40 * len(TEXTS))
 
 
 @pytest.mark.parametrize("tasks", [(), ("qa6", "qa10"), babi.TASKS])

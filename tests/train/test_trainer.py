@@ -18,7 +18,8 @@ from memlm.segment import IGNORE
 from memlm.state import MemoryState
 from memlm.train import Collator, Piece, PieceSource, Question, Stage
 from memlm.train.data import shifted
-from memlm.train.trainer import MemLMTrainer, answers, count_targets
+from memlm.train.trainer import MemLMTrainer, count_targets
+from memlm.train.trainer.tally import tally_answers
 from tests.cases import SEGMENT, memory_model
 from tests.train.tiny import (
     Endless,
@@ -353,7 +354,7 @@ def test_memories_are_carried_into_the_next_batch(tmp_path: Path) -> None:
         learning_rate=0.0,
     )
     seen: list[tuple[Any, ...]] = []
-    run = made._run
+    run = made._run_batch
 
     def spy(module: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         slot = made._slot
@@ -361,7 +362,7 @@ def test_memories_are_carried_into_the_next_batch(tmp_path: Path) -> None:
         seen.append((batch, made._carried[slot]))
         return result
 
-    made._run = spy  # type: ignore[method-assign]
+    made._run_batch = spy  # type: ignore[method-assign]
     made.train()
     assert any(bool(batch["continued"].any()) for batch, _ in seen)
     assert any(not bool(batch["continued"].all()) for batch, _ in seen[1:])
@@ -409,9 +410,9 @@ def test_an_answer_is_right_when_all_its_tokens_are() -> None:
     labels[1, 3:6] = torch.tensor([5, 6, 7])
     # Segments of four tokens: the second row's answer runs over the border.
     right = [torch.tensor([5, 6, 5]), torch.tensor([7, 6, 7])]
-    tally = answers(labels, right, 4)
+    tally = tally_answers(labels, right, 4)
     assert (tally.right, tally.asked) == (3, 3)
-    tally = answers(labels, [torch.tensor([5, 9, 5]), torch.tensor([7, 6, 9])], 4)
+    tally = tally_answers(labels, [torch.tensor([5, 9, 5]), torch.tensor([7, 6, 9])], 4)
     assert (tally.right, tally.asked) == (1, 3)
 
 
@@ -573,14 +574,14 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, limit: float) -> None:
         max_grad_norm=limit,
     )
     before = weights(model)
-    run = made._run
+    run = made._run_batch
 
     def spoil(module: Any, *args: Any, **kwargs: Any) -> Any:
         result = run(module, *args, **kwargs)
         next(module.parameters()).grad.view(-1)[0] = float("nan")
         return result
 
-    made._run = spoil  # type: ignore[method-assign]
+    made._run_batch = spoil  # type: ignore[method-assign]
     made.train()
     assert made.state.global_step == made.skipped == 2
     assert_same(weights(model), before)
@@ -592,7 +593,7 @@ def test_a_memory_that_overflowed_starts_afresh(armt: MemLMForCausalLM, tmp_path
     state = armt(ids_).memory_state.detach()
     name = next(iter(state.tensors))
     state[name][1].view(-1)[3] = float("inf")
-    mended, fresh = made._sound(state), armt.init_state(2)
+    mended, fresh = made._restart_broken_rows(state), armt.init_state(2)
     for key, value in mended.tensors.items():
         assert torch.equal(value[0], state[key][0])
         assert torch.equal(value[1], fresh[key][1])

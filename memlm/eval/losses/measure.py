@@ -1,7 +1,7 @@
 """Loss by position in long documents, and how much of it the memory of the past takes away.
 
-A document is read segment by segment, as the model reads everything; of each segment alone are logits
-ever held. Beside it the same segments are read from an empty memory, so that the gain is a difference of
+A document is read segment by segment, as the model reads everything, and only one segment's logits
+are held. Beside it the same segments are read from an empty memory, so that the gain is a difference of
 the same predictions. A prediction belongs to the position it is made at, the last one read: so in the
 first segment, where nothing is remembered yet, the gain is exactly nothing.
 """
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.eval.log import Row, RunLog
 from memlm.eval.losses.report import PerplexityReport, summarise
 from memlm.eval.losses.texts import Text, choose_texts, notes_on
-from memlm.eval.running.log import Row, RunLog
-from memlm.eval.running.provenance import fingerprint, versions, without_training
+from memlm.eval.provenance import fingerprint, versions, without_training
 from memlm.tasks.babilong import format_length, parse_length
 from memlm.tasks.haystack import Haystack, Split, check_source
 
@@ -215,7 +215,7 @@ def _measure(
     edges: NDArray[np.int64],
     progress: Callable[[int], object],
 ) -> list[Row]:
-    """Sum the losses of a batch of documents bin by bin: a row of the log each."""
+    """Sum the losses of a batch of documents bin by bin: one row of the log per document."""
     began = time.perf_counter()
     remembers = bool(model.config.memory)
     shape = (len(texts), len(edges))
@@ -254,7 +254,7 @@ def _measure(
 
 
 def _wrap(model: PreTrainedModel, segment_length: int | None) -> MemLMForCausalLM:
-    """Return a model that reads in segments; another's reads in independent windows."""
+    """Return a model that reads in segments; one that is not ours reads in independent windows."""
     from memlm.modeling import MemLMForCausalLM
 
     if isinstance(model, MemLMForCausalLM):

@@ -7,16 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.eval.running.log import Row
+from memlm.eval.log import Row
 from memlm.tasks.lengths import format_length
-
-if TYPE_CHECKING:
-    pass
 
 SUMMARY = "perplexity.json"
 PICTURE = "perplexity.png"

@@ -6,7 +6,6 @@ apart, so a comparison of pairs sees smaller differences than one of two tables 
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from memlm.eval.log import Row, recorded
 from memlm.eval.reporting.report import escape_cell, load_rows, name_runs, percent
-from memlm.eval.running.log import RUN, Row
 from memlm.eval.statistics import holm, mcnemar, paired_interval, sign_flips
 from memlm.tasks.babilong import parse_length
 
@@ -105,7 +104,7 @@ class Comparison:
     def verdict(self) -> str:
         """The answer in a sentence."""
         whole, many = self.overall, len(self.cells) > 1
-        # In quotes, as a run named "none" would turn the sense about.
+        # In quotes, as a run named "none" would reverse the meaning.
         a, b = f'"{self.a}"', f'"{self.b}"'
         text = (
             f"{whole.verdict(a, b)} (over {_counted(whole.n, 'pair')} in "
@@ -219,11 +218,7 @@ def _by_sample(rows: Sequence[Row]) -> dict[tuple[str, str, int], Row]:
 
 def _settings(run: str | os.PathLike[str]) -> dict[str, Any]:
     """What a run was made with; nothing where that is not known, as the pairs decide."""
-    try:
-        found = json.loads((Path(run) / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return recorded(run)
 
 
 def _different(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -10,16 +10,17 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memlm.eval.reporting.report import Report
 from memlm.eval.statistics import wilson
-from memlm.tasks.babilong import format_length, parse_length
+from memlm.files import write_atomically
+from memlm.tasks.lengths import format_length, parse_length
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from memlm.eval.reporting.report import Report
 
 # Okabe and Ito's colours, distinct to colour-blind readers, darkest first.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#000000")
@@ -28,6 +29,8 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5
 _GREY = "#666666"
 # Of colours in a heat map: one scale from dark to light, so that it is the same in grey.
 _SCALE = "viridis"
+# The picture that every evaluation leaves beside its summary.
+PICTURE = "accuracy.png"
 DEPTH_BINS = 10
 # Distances below this many tokens are one bin: few facts stand there.
 NEAR = 64
@@ -43,8 +46,16 @@ class Bin:
     samples: int
 
 
+def save_with_picture(report: Report, directory: str | os.PathLike[str]) -> list[Path]:
+    """Write `summary.json` and `accuracy.png`, as every evaluation leaves them; return their paths."""
+    picture = Path(directory) / PICTURE
+    written = report.save(directory)
+    plot_heat_map(report, picture)
+    return [*written, picture]
+
+
 def plot_heat_map(reports: Report | Mapping[str, Report], path: str | os.PathLike[str]) -> None:
-    """Draw accuracy by task and length in percent, light for right and dark for wrong, a panel a run.
+    """Draw accuracy by task and length in percent, light for right and dark for wrong, one panel per run.
 
     Below a figure stand its 95% interval and its samples. Hatched cells could not be run, white ones
     were not.
@@ -124,7 +135,7 @@ def plot_lines(
     task: str | None = None,
     guess: str = "guessing",
 ) -> None:
-    """Draw accuracy against length, a line a run, with 95% intervals: of `task`, or the mean over tasks.
+    """Draw accuracy against length, one line per run with 95% intervals: of `task`, or the mean over tasks.
 
     `chance` is what guessing scores, drawn as a dotted line named `guess`. A hollow marker is a mean
     over fewer tasks than the run has, as some could not be run there.
@@ -206,7 +217,7 @@ def distances(rows: Sequence[Mapping[str, Any]], factor: int | None = None) -> l
 def plot_depth(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]
 ) -> bool:
-    """Draw accuracy against where the fact stands, a line a run; False, and no file, without such rows.
+    """Draw accuracy against where the fact stands, one line per run; False, and no file, without such rows.
 
     Where documents differ in length, a second panel shows the distance from the fact to the end.
     """
@@ -291,7 +302,7 @@ def _bin_ticks(
 
 
 def plot_cost(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
-    """Draw tokens a second, peak memory and the share of time spent waiting for data, by length."""
+    """Draw tokens per second, peak memory and the share of time spent waiting for data, by length."""
     if not reports:
         raise ValueError("reports is empty; give at least one {name: report}")
     lengths = sorted({c.length for r in reports.values() for c in r.cells}, key=parse_length)
@@ -318,15 +329,15 @@ def plot_cost(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> No
         for axes, points in zip(panels, lines, strict=True):
             if points:
                 axes.plot(*zip(*points, strict=True), **_style(number))
-    titles = ("tokens of context a second", "peak memory, MiB", "time waiting for data, %")
+    titles = ("tokens of context per second", "peak memory, MiB", "time waiting for data, %")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(alpha=0.3)
-        _open(axes)
+        _hide_upper_and_right_frame(axes)
         if axes is not panels[2]:
             _log_axis(axes)
     panels[2].set_ylim(0, max(10.0, panels[2].get_ylim()[1]))
-    ticks = _spread(lengths, places)
+    ticks = _lengths_with_room_for_labels(lengths, places)
     panels[2].set_xticks([places[length] for length in ticks], ticks)
     if len(lengths) == 1:
         panels[2].set_xlim(places[lengths[0]] - 1, places[lengths[0]] + 1)
@@ -366,8 +377,8 @@ def _log_places(lengths: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _spread(lengths: Sequence[str], places: Mapping[str, float]) -> list[str]:
-    """Lengths whose labels do not touch."""
+def _lengths_with_room_for_labels(lengths: Sequence[str], places: Mapping[str, float]) -> list[str]:
+    """The lengths that are labelled, so far apart that no two labels touch."""
     span = max(places.values(), default=0) - min(places.values(), default=0)
     kept: list[str] = []
     for length in lengths:
@@ -407,10 +418,10 @@ def _percent_axis(axes: Axes) -> None:
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("accuracy, %")
     axes.grid(axis="y", alpha=0.3)
-    _open(axes)
+    _hide_upper_and_right_frame(axes)
 
 
-def _open(axes: Axes) -> None:
+def _hide_upper_and_right_frame(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -491,8 +502,6 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    from memlm.files import write_atomically
-
     with warnings.catch_warnings():
         # A name in a script the font lacks is drawn as boxes; the tables have it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)

@@ -1,6 +1,6 @@
-"""Results of an evaluation: counts by task and length, as a table, as JSON and as pictures.
+"""Results of an evaluation: counts by task and length, as a table and as JSON.
 
-The pictures are drawn in `plots`; a page about several runs is written in `page`.
+A report is data and draws nothing: pictures of it are in `plots`, a page about several in `page`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from memlm.eval.reporting.plots import plot_heat_map as plot_heat_map
-from memlm.eval.reporting.plots import plot_lines as plot_lines
-from memlm.eval.running.log import SAMPLES, Row, read_rows
+from memlm.eval.log import SAMPLES, Row, in_present_words, read_rows
 from memlm.eval.statistics import mean_interval, wilson
-from memlm.tasks.babilong import format_length, parse_length
+from memlm.files import write_json
+from memlm.tasks.lengths import format_length, parse_length
 
 SUMMARY = "summary.json"
-PICTURE = "accuracy.png"
 # What every line of samples.jsonl must have; runs of older versions may lack anything else.
 ROW_KEYS = ("task", "length", "index", "correct")
 
@@ -28,7 +26,7 @@ ROW_KEYS = ("task", "length", "index", "correct")
 class Cell:
     """Results of one task at one length.
 
-    `correct` counts by the mended BABILong metric, `exact` by exact match, `published` by the metric
+    `correct` counts by the corrected BABILong metric, `exact` by exact match, `published` by the metric
     as published. `seconds` is time in the model and its data, `data_seconds` the data's part.
     """
 
@@ -169,7 +167,7 @@ class Report:
         return "\n".join([*lines, *(["", *notes] if notes else [])])
 
     def skipped_notes(self) -> list[str]:
-        """Say in a line a reason which cells could not be run."""
+        """Say which cells could not be run, one line per reason."""
         where: dict[str, dict[str, list[str]]] = {}
         for task, reasons in self.skipped.items():
             for length, reason in reasons.items():
@@ -184,13 +182,13 @@ class Report:
         return notes
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write `summary.json` and `accuracy.png`, each whole or not at all; return their paths."""
-        from memlm.files import write_json
+        """Write `summary.json`, whole or not at all; return the paths written.
 
-        folder = Path(directory)
-        write_json(folder / SUMMARY, self.to_dict())
-        plot_heat_map(self, folder / PICTURE)
-        return [folder / SUMMARY, folder / PICTURE]
+        `plots.save_with_picture` writes the picture beside it as well.
+        """
+        path = Path(directory) / SUMMARY
+        write_json(path, self.to_dict())
+        return [path]
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Report:
@@ -202,8 +200,8 @@ class Report:
             parts = [saved.get(key, {}) for key in ("settings", "versions", "stories", "skipped")]
             if not all(isinstance(part, dict) for part in parts):
                 raise TypeError("settings, versions, stories and skipped must be objects")
-            report = cls(cells, parts[0], parts[1], parts[2], skipped=parts[3])
-            _ = report.lengths, report.skipped_notes()  # A length that is none fails here, by name.
+            report = cls(cells, in_present_words(parts[0]), parts[1], parts[2], skipped=parts[3])
+            _ = report.lengths, report.skipped_notes()  # What is not a length fails here, by name.
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{str(path)!r} does not exist; name a finished evaluation") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -236,7 +234,7 @@ class Report:
 
 
 def load_rows(directory: str | os.PathLike[str]) -> list[Row]:
-    """Read the samples of a run, one dict a line of `samples.jsonl`, whether it has ended or not.
+    """Read the samples of a run, one dict per line of `samples.jsonl`, whether it has ended or not.
 
     A last line cut short is skipped; of a sample written twice the later line counts. Keys besides
     task, length, index and correct may be absent in runs of older versions.
@@ -304,7 +302,7 @@ def escape_cell(text: str) -> str:
 
 
 def _read_cell(saved: dict[str, Any]) -> Cell:
-    # Keys of later versions are let pass: what is known of a cell stays readable.
+    # Keys of later versions are ignored: what is known of a cell stays readable.
     cell = Cell(**{f.name: saved[f.name] for f in fields(Cell)})
     if not 0 <= cell.correct <= cell.samples or cell.samples < 1:
         raise ValueError(f"{cell.task} has {cell.correct} of {cell.samples} samples right")

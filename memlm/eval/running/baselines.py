@@ -1,22 +1,34 @@
 """Baselines: the same base model, without the memory that is being judged.
 
-none: the end of the document alone; full: attention over all of it; window: a sliding window of attention
-(Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index.
+last-tokens: the end of the document alone; full: attention over all of it; window: a sliding window of
+attention (Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from memlm.eval.running.readers import LastReader, MemoryReader, Reader, RecalledReader, WholeReader
+from memlm.eval.log import FORMER_WORDS
+from memlm.eval.running.readers import (
+    BatchReader,
+    LastReader,
+    MemoryReader,
+    RecalledReader,
+    WholeReader,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlm.modeling import MemLMForCausalLM
 
+_log = logging.getLogger(__name__)
+
+# No baseline: the model that is given is judged itself.
+MODEL = "model"
 # Tokens a baseline sees of a model that says nothing of its own.
 DEFAULT_WINDOW = 4096
 
@@ -24,33 +36,47 @@ DEFAULT_WINDOW = 4096
 def make_reader(
     model: MemLMForCausalLM | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    baseline: str | None = None,
+    baseline: str | None = MODEL,
     window: int | None = None,
     own_segment: bool = False,
     keep_in: str | os.PathLike[str] | None = None,
-) -> Reader:
+) -> BatchReader:
     """Say how `model` reads: into its memory where it has one, else with all its attention.
 
-    baseline: a name of `BASELINES`, to read with the base model in that way instead. window: tokens that
-    "none" and "window" see; None is a segment, or what the base's positions allow up to 4,096. A reader
-    may change the model until it is closed.
+    baseline: "model" (or None) for that; a name of `BASELINES`, to read with the base model in that way
+    instead. window: tokens that "last-tokens" and "window" see; None is a segment, or what the base's
+    positions allow up to 4,096. A reader may change the model until it is closed.
     """
-    if baseline is not None and baseline not in BASELINES:
+    baseline = present_word(baseline)
+    if baseline not in (MODEL, *BASELINES):
         raise ValueError(
-            f"baseline={baseline!r} is unknown; use one of {', '.join(BASELINES)}, or none at all"
+            f"baseline={baseline!r} is unknown; use one of {', '.join(BASELINES)}, or {MODEL!r} for the "
+            "model itself"
         )
-    if window is not None and baseline not in ("none", "window"):
+    if window is not None and baseline not in ("last-tokens", "window"):
         raise ValueError(
-            f"window={window} says what the baselines 'none' and 'window' see, but baseline is "
+            f"window={window} says what the baselines 'last-tokens' and 'window' see, but baseline is "
             f"{baseline!r}; leave it out"
         )
     if window is not None and window < 2:
         raise ValueError(f"window={window} must be at least 2 tokens")
-    if baseline is not None:
+    if baseline != MODEL:
         return BASELINES[baseline](base_of(model), tokenizer, window or default_window(model))
     if is_memory_model(model):
         return MemoryReader(model, tokenizer, own_segment, keep_in)  # type: ignore[arg-type]
     return WholeReader(model, tokenizer)  # type: ignore[arg-type]
+
+
+def present_word(baseline: str | None) -> str:
+    """The present word for a baseline: "model" for None, and with a warning what replaces a former word."""
+    if baseline is None:
+        return MODEL
+    present = FORMER_WORDS["baseline"].get(baseline, baseline)
+    if present != baseline:
+        _log.warning(
+            "the baseline %r is called %r now; the old word still works", baseline, present
+        )
+    return present
 
 
 def is_memory_model(model: Any) -> bool:
@@ -71,11 +97,11 @@ def default_window(model: Any) -> int:
     return min(DEFAULT_WINDOW, limit or DEFAULT_WINDOW)
 
 
-def _last(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+def _last(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:
     return LastReader(base, tokenizer, window)
 
 
-def _whole(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+def _whole(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:
     return WholeReader(base, tokenizer)
 
 
@@ -104,12 +130,12 @@ class WindowReader(MemoryReader):
         return {"baseline": self.name, "window": self.window}
 
 
-def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Reader:
+def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:
     return RecalledReader(base, tokenizer)
 
 
-BASELINES: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], Reader]] = {
-    "none": _last,
+BASELINES: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], BatchReader]] = {
+    "last-tokens": _last,
     "full": _whole,
     "window": WindowReader,
     "retrieval": _recalled,

@@ -1,4 +1,4 @@
-"""Things made ahead of their use by a thread, so that whoever uses them seldom waits."""
+"""Items made ahead of their use by a thread, so that their user seldom waits."""
 
 from __future__ import annotations
 

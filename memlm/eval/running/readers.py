@@ -1,7 +1,7 @@
 """How a model is given a document and a question: streamed into its memory, or as a baseline reads it.
 
 A reader works in two halves. `pieces` makes arrays of token ids from samples, in a thread ahead of the
-model; `answer` runs the model over them. So no sample ever exists whole but where a reader must have it.
+model; `answer` runs the model over them. So a sample is held whole only where its reader needs that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KEEP_SECONDS = 120.0
 # Tokens of a whole prompt a base model takes at once; bounds the attention's and logits' memory.
 PREFILL = 2048
-# How much of the memory that is free a cache of keys and values may take.
+# The share of the free memory that a cache of keys and values may take.
 FREE_SHARE = 0.7
 
 Tokens = NDArray[np.int64]
@@ -66,7 +66,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Piece:
+class BatchPiece:
     """Tokens of a batch side by side: ids (B, T), mask (B, T) bool, None when all are real.
 
     last: the prompts to go on from, padded on the left; else a segment, padded on the right.
@@ -112,7 +112,7 @@ class _Tape:
             count -= passed
 
 
-class Reader(ABC):
+class BatchReader(ABC):
     """Reads the samples of a batch and answers their questions."""
 
     name: ClassVar[str]
@@ -145,21 +145,23 @@ class Reader(ABC):
         return None
 
     @abstractmethod
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
         """Make a batch's arrays, the first `done` left out. Runs in a thread: no model, no torch."""
 
     @abstractmethod
     def answer(
         self,
         batch: Sequence[Asked],
-        pieces: Iterator[Piece],
+        pieces: Iterator[BatchPiece],
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
     ) -> list[str]:
         """Run the model over the pieces of one batch. TooLong when memory runs out meanwhile."""
 
-    def _generate(self, model: Any, piece: Piece, max_new_tokens: int, **kwargs: Any) -> list[str]:
+    def _generate(
+        self, model: Any, piece: BatchPiece, max_new_tokens: int, **kwargs: Any
+    ) -> list[str]:
         """Continue prompts greedily; what was said up to the first end token."""
         import torch
 
@@ -186,17 +188,17 @@ class Reader(ABC):
         named = [] if named is None else named if isinstance(named, list) else [named]
         return sorted({int(self.tokenizer.eos_token_id), *map(int, named)})
 
-    def _prompts(self, rows: Sequence[Tokens]) -> Piece:
+    def _prompts(self, rows: Sequence[Tokens]) -> BatchPiece:
         longest = max(map(len, rows))
         ids = np.full((len(rows), longest), self.pad, dtype=np.int64)
         mask = np.zeros((len(rows), longest), dtype=bool)
         for row, prompt in enumerate(rows):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = True
-        return Piece(ids, mask, last=True)
+        return BatchPiece(ids, mask, last=True)
 
 
-class MemoryReader(Reader):
+class MemoryReader(BatchReader):
     """Reads all whole segments into the model's memory, then the open rest with the question.
 
     own_segment: for a model that was trained to be asked in a segment of the question's own, the rest is
@@ -230,14 +232,14 @@ class MemoryReader(Reader):
             return None
         try:
             state, extra = MemoryState.load_with_extra(self._file)
-            if extra["batch"] != _mark(batch):
+            if extra["batch"] != _identity_of(batch):
                 return None
             return Kept(state, int(extra["segments"]))
         except (ValueError, KeyError):
             # Only time is lost: the batch is read from its start.
             return None
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
         tapes = [_Tape(asked.ids()) for asked in batch]
         read = np.array([len(asked.before) + asked.sample.tokens for asked in batch])
         whole = read if self.own_segment else read // self.segment * self.segment
@@ -252,7 +254,7 @@ class MemoryReader(Reader):
             for tape, row, size in zip(tapes, ids, sizes.tolist(), strict=True):
                 tape.take(row[:size])
             real = np.arange(width)[None, :] < sizes[:, None]
-            yield Piece(ids, None if bool(real.all()) else real)
+            yield BatchPiece(ids, None if bool(real.all()) else real)
         prompts = []
         for asked, tape, left in zip(batch, tapes, (read - whole).tolist(), strict=True):
             prompt = np.empty(left + len(asked.after), dtype=np.int64)
@@ -264,13 +266,13 @@ class MemoryReader(Reader):
     def answer(
         self,
         batch: Sequence[Asked],
-        pieces: Iterator[Piece],
+        pieces: Iterator[BatchPiece],
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
     ) -> list[str]:
         state, done = (None, 0) if kept is None else (kept.state, kept.done)
-        last: list[Piece] = []
+        last: list[BatchPiece] = []
 
         def segments(until: float) -> Iterator[Segment]:
             nonlocal done
@@ -291,14 +293,14 @@ class MemoryReader(Reader):
                 break
             state = self.model.read(itertools.chain([first], part), state)
             if not last and self._file is not None:
-                state.save(self._file, {"batch": _mark(batch), "segments": str(done)})
+                state.save(self._file, {"batch": _identity_of(batch), "segments": str(done)})
         (prompts,) = last
         outputs = self._generate(self.model, prompts, max_new_tokens, memory_state=state)
         if self._file is not None:
             self._file.unlink(missing_ok=True)
         return outputs
 
-    def _segment(self, piece: Piece) -> Segment:
+    def _segment(self, piece: BatchPiece) -> Segment:
         import torch
 
         from memlm.segment import Segment
@@ -308,14 +310,14 @@ class MemoryReader(Reader):
         return Segment(torch.from_numpy(piece.ids).to(device), mask)
 
 
-def _mark(batch: Sequence[Asked]) -> str:
-    """What tells one batch from another."""
+def _identity_of(batch: Sequence[Asked]) -> str:
+    """What tells one batch from another, as text: tasks, questions, lengths and places of facts."""
     return json.dumps(
         [[a.sample.task, a.sample.question, a.tokens, list(a.sample.fact_offsets)] for a in batch]
     )
 
 
-class BaseReader(Reader):
+class BaseReader(BatchReader):
     """Reads with a model of transformers alone."""
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -328,12 +330,12 @@ class BaseReader(Reader):
 
 
 class LastReader(BaseReader):
-    """Baseline "none": the base model sees the end of the document alone, and the question.
+    """Baseline "last-tokens": the base model sees the end of the document alone, and the question.
 
     window: tokens it sees, prompt and question included.
     """
 
-    name: ClassVar[str] = "none"
+    name: ClassVar[str] = "last-tokens"
 
     def __init__(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window: int
@@ -344,7 +346,7 @@ class LastReader(BaseReader):
     def settings(self) -> dict[str, Any]:
         return {"baseline": self.name, "window": self.window}
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
         rows = []
         for asked in batch:
             around = len(asked.before) + len(asked.after)
@@ -361,7 +363,7 @@ class LastReader(BaseReader):
     def answer(
         self,
         batch: Sequence[Asked],
-        pieces: Iterator[Piece],
+        pieces: Iterator[BatchPiece],
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
@@ -400,7 +402,7 @@ class WholeReader(BaseReader):
             )
         return None
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[Piece]:
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
         rows = []
         for asked in batch:
             row = np.empty(asked.tokens, dtype=np.int64)
@@ -412,7 +414,7 @@ class WholeReader(BaseReader):
     def answer(
         self,
         batch: Sequence[Asked],
-        pieces: Iterator[Piece],
+        pieces: Iterator[BatchPiece],
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
@@ -427,7 +429,7 @@ class WholeReader(BaseReader):
             ids, mask = prompts.ids[start : start + step], prompts.mask[start : start + step]
             # Columns that are padding in all these rows.
             empty = int(mask.any(axis=0).argmax())
-            part = Piece(ids[:, empty:], mask[:, empty:], last=True)
+            part = BatchPiece(ids[:, empty:], mask[:, empty:], last=True)
             long = {"prefill_chunk_size": PREFILL} if part.ids.shape[1] > PREFILL else {}
             try:
                 outputs += self._generate(self.base, part, max_new_tokens, **long)
@@ -439,7 +441,7 @@ class WholeReader(BaseReader):
         return outputs
 
     def _bytes_a_token(self) -> int:
-        """Of the keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         config = self.base.config.get_text_config()
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads

@@ -55,7 +55,7 @@ class Sampled(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
-class Source(ABC):
+class SampleSource(ABC):
     """Samples by (task, length, index). notes: where each cell's come from, for the summary."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Source(ABC):
         self.notes.setdefault(task, {})[babilong.format_length(length)] = note
 
 
-class Composed(Source):
+class Composed(SampleSource):
     """Stories, generated or from bAbI's files, scattered through a haystack."""
 
     def __init__(
@@ -193,7 +193,7 @@ class Composed(Source):
         if task not in self._loaded:
             assert self.folder is not None
             loaded = babi.load_task(self.folder, task)
-            # Neighbours in a file are prefixes of one story: a small sample should not be of few.
+            # Neighbours in a file are prefixes of one story: a small sample should not come from few.
             order = np.random.default_rng([self.seed, zlib.crc32(task.encode())])
             self._loaded[task] = [loaded[i] for i in order.permutation(len(loaded))]
         fitting = [story for story in self._loaded[task] if self._fits(story, length)]
@@ -211,7 +211,7 @@ class Composed(Source):
         )
 
 
-class Published(Source):
+class Published(SampleSource):
     """Ready-made samples in the published layout: a hub id or a folder.
 
     A file may be larger than memory, so one sample is held at a time, and all are met in order.
@@ -222,7 +222,7 @@ class Published(Source):
         self.data = os.fspath(data)
         self.tokenizer = tokenizer
         self._asked: dict[tuple[str, int], list[tuple[str, str]]] = {}
-        self._open: tuple[str, int] | None = None
+        self._cell: tuple[str, int] | None = None
         self._rows: Iterator[babilong.Record] = iter(())
         self._next = 0
 
@@ -245,8 +245,8 @@ class Published(Source):
         return asked[row["index"]] == (row["question"], row["target"])
 
     def get(self, task: str, length: int, index: int) -> Sampled:
-        if self._open != (task, length) or index < self._next:
-            self._open, self._next = (task, length), 0
+        if self._cell != (task, length) or index < self._next:
+            self._cell, self._next = (task, length), 0
             self._rows = self._iterate(task, length)
         row = next(itertools.islice(self._rows, index - self._next, None))
         self._next = index + 1

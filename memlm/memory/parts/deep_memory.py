@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -124,14 +125,13 @@ def read_write(
     size = min(chunk, length)
     chunks = -(-length // size)
     padding = chunks * size - length
-    rows = batch * heads
     dtype = weights[0].dtype
 
     def chunked(x: Tensor) -> Tensor:
         """(B, H, T, ...) -> (N, R, b, ...)."""
         if padding:
             x = torch.cat([x, x.new_zeros(batch, heads, padding, *x.shape[3:])], dim=2)
-        return x.reshape(rows, chunks, size, *x.shape[3:]).transpose(0, 1).contiguous()
+        return rearrange(x, "B H (N b) ... -> N (B H) b ...", b=size).contiguous()
 
     with torch.autocast(q.device.type, enabled=False):
         if padding and mask is None:
@@ -140,7 +140,7 @@ def read_write(
         if mask is not None:
             tokens.append(chunked(mask.unsqueeze(1).expand(batch, heads, length)))
         states = [
-            torch.cat([w, s.to(dtype)], dim=2).reshape(rows, 2 * w.shape[2], w.shape[3])
+            rearrange(torch.cat([w, s.to(dtype)], dim=2), "B H n2 m -> (B H) n2 m")
             for w, s in zip(weights, momentum, strict=True)
         ]
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *states))
@@ -153,9 +153,8 @@ def read_write(
             else:
                 y, states, _ = _forward(limit, q, k, v, decay, states)
             outputs.append(y)
-        y = torch.cat(outputs).transpose(0, 1)
-        y = y.reshape(batch, heads, chunks * size, y.shape[-1])[:, :, :length]
-        halves = [s.view(batch, heads, 2, -1, s.shape[-1]).unbind(2) for s in states]
+        y = rearrange(torch.cat(outputs), "N (B H) b m -> B H (N b) m", H=heads)[:, :, :length]
+        halves = [rearrange(s, "(B H) (half n) m -> half B H n m", H=heads, half=2) for s in states]
         # Copies, so that a state neither shares storage nor keeps that of all chunks.
         new_weights, new_momentum = (
             tuple(pair[i].clone(memory_format=torch.contiguous_format) for pair in halves)
@@ -299,7 +298,7 @@ def _back_reads(d_y: Tensor, clip: Tensor, decay: Decays, layers: Sequence[_Laye
     mixing = (decay.mixing * clip.unsqueeze(-2)).flatten(0, 1)
     d_gains, d_mixing = torch.zeros_like(gains), torch.zeros_like(mixing)
     d_states, d_keys, d_errors = [], [], []
-    d_out = d_y.reshape(mixing.shape[0], d_y.shape[2], -1)
+    d_out = rearrange(d_y, "N R b m -> (N R) b m")
     for j, layer in reversed(list(enumerate(layers))):
         x, n = layer.queries, layer.queries.shape[-1]
         d_states.append(torch.empty_like(layer.states))

@@ -4,7 +4,7 @@ Tokens become queries, keys and values per head; the memory, an MLP per head and
 keys and values while it is read (`deep_memory`), and what it answers goes back to the model's width through
 a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands.
 
-Legend: H heads of the memory, d their size, C tokens a chunk.
+Legend: H heads of the memory, d their size, C tokens per chunk.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option
+from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option, was_loaded
 from memlm.memory.parts.deep_memory import read, read_write
 
 EPSILON = 1e-6
@@ -95,7 +96,7 @@ class TitansConfig(MemoryConfig):
 
 
 class TitansState(NamedTuple):
-    """weights and momentum of the memory, a (B, H, n_in, n_out) for each layer, float32 or wider.
+    """weights and momentum of the memory, one (B, H, n_in, n_out) per layer, float32 or wider.
 
     tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1, H d) each.
     """
@@ -146,7 +147,7 @@ class TitansMemory(nn.Module):
             config.initial_momentum,
             config.initial_forgetting,
         )
-        if not _loaded(self.gates.bias):
+        if not was_loaded(self.gates.bias):
             with torch.no_grad():
                 for part, start in zip(self.gates.bias.chunk(3), starts, strict=True):
                     part.fill_(torch.logit(torch.tensor(start)))
@@ -155,7 +156,7 @@ class TitansMemory(nn.Module):
         nn.init.normal_(self.initial[-1], std=0.02)
         for kernel in self.kernels:
             nn.init.zeros_(kernel)
-            if not _loaded(kernel):
+            if not was_loaded(kernel):
                 with torch.no_grad():
                     kernel[..., -1] = 1.0
         if config.output_std:
@@ -180,21 +181,21 @@ class TitansMemory(nn.Module):
 
         Also the tail of the query's convolution behind `x`, the last of the state's tails.
         """
-        order, real = _real_first(x, mask)
-        x = _take(x, order)
+        order, real = _real_first_order(mask)
+        x = _tokens_in(order, x)
         x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         last = len(self.kernels) - 1
         q, tail = self._project(x, self.query, last, state, real)
         with torch.autocast(x.device.type, enabled=False):
             y = read(F.normalize(q.to(state.weights[0].dtype), dim=-1), state.weights)
-            return _put(self._normed(y).to(x.dtype), order), tail
+            return _tokens_back_from(order, self._normed(y).to(x.dtype)), tail
 
     def forward(
         self, x: Tensor, state: TitansState, mask: Tensor | None
     ) -> tuple[Tensor, TitansState]:
         """Write `x` (B, T, D) token by token; read at each what is known there, itself included."""
-        order, real = _real_first(x, mask)
-        x = _take(x, order)
+        order, real = _real_first_order(mask)
+        x = _tokens_in(order, x)
         x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         streams = [
             self._project(x, linear, i, state, real)
@@ -204,7 +205,9 @@ class TitansMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = state.weights[0].dtype
             q, k, v = (stream.to(wide) for stream, _ in streams)
-            rate, momentum, forgetting = gates.to(wide).mT.chunk(3, dim=1)  # (B, H, T) each
+            rate, momentum, forgetting = rearrange(
+                gates.to(wide), "B T (gate H) -> gate B H T", gate=3
+            )
             # The gradient is twice the error, and the steps of momentum sum to 1 / (1 - momentum).
             step = self.config.max_rate / 2 * torch.sigmoid(rate) * torch.sigmoid(-momentum)
             limit = self.config.max_surprise
@@ -224,7 +227,7 @@ class TitansMemory(nn.Module):
             read_out = self._normed(y).to(x.dtype)
         y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
         tails = (*(tail for _, tail in streams), *state.tails[3:]) if self.kernels else ()
-        return _put(y, order), TitansState(tuple(weights), tuple(carried), tails)
+        return _tokens_back_from(order, y), TitansState(tuple(weights), tuple(carried), tails)
 
     def _project(
         self, x: Tensor, linear: nn.Linear, stream: int, state: TitansState, real: Tensor | None
@@ -241,13 +244,13 @@ class TitansMemory(nn.Module):
                 tail = joined[:, count:]
             else:
                 index = real.sum(dim=1, keepdim=True) + torch.arange(size, device=x.device)
-                tail = joined.gather(1, index.unsqueeze(-1).expand(-1, -1, joined.shape[2]))
+                tail = _tokens_at(joined, index)
             tail = tail.to(state.tails[stream].dtype)
-        return F.silu(z).unflatten(2, (self.heads, self.size)).transpose(1, 2), tail
+        return rearrange(F.silu(z), "B T (H d) -> B H T d", H=self.heads), tail
 
     def _normed(self, y: Tensor) -> Tensor:
         """(B, H, T, d) -> (B, T, H d), each head at unit scale times a learned one."""
-        y = F.rms_norm(y, (self.size,), None, EPSILON).transpose(1, 2).flatten(2)
+        y = rearrange(F.rms_norm(y, (self.size,), None, EPSILON), "B H T d -> B T (H d)")
         return y * self.out_norm.to(y.dtype)
 
 
@@ -294,24 +297,29 @@ class Titans(Memory):
         return torch.cat([tokens, x], dim=1), mask, count
 
 
-def _loaded(parameter: Tensor) -> bool:
-    # transformers marks what it has loaded, and only its own functions look at the mark.
-    return getattr(parameter, "_is_hf_initialized", False)
+def _real_first_order(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """An order (B, T) with each row's real tokens first, so that chunks do not depend on the padding.
 
-
-def _real_first(x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """An order (B, T) with each row's real tokens first, so that chunks do not depend on the padding."""
+    Also the mask (B, T) in that order; None and None without padding.
+    """
     if mask is None:
         return None, None
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
     return order, mask.gather(1, order)
 
 
-def _take(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x.gather(1, order.unsqueeze(-1).expand_as(x))
+def _tokens_at(x: Tensor, places: Tensor) -> Tensor:
+    """The tokens of `x` (B, T, D) that stand at `places` (B, n): (B, n, D)."""
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def _put(y: Tensor, order: Tensor | None) -> Tensor:
+def _tokens_in(order: Tensor | None, x: Tensor) -> Tensor:
+    """`x` (B, T, D) with its tokens in `order` (B, T); as it is for None."""
+    return x if order is None else _tokens_at(x, order)
+
+
+def _tokens_back_from(order: Tensor | None, y: Tensor) -> Tensor:
+    """`y` (B, T, D), whose tokens are in `order`, with each at the place it came from."""
     if order is None:
         return y
     return torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)

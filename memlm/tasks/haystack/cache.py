@@ -158,7 +158,7 @@ def _wanted(
     min_tokens: int,
     max_characters: int,
 ) -> dict[str, Any] | None:
-    """All that an entry depends on; None when the source is not worth keeping or not to be known."""
+    """All that an entry depends on; None when the source is not worth keeping or cannot be identified."""
     origin = identity(source)
     # Second, as a large vocabulary takes a moment.
     tokenized_by = fingerprint(tokenizer) if origin is not None else None

@@ -17,7 +17,7 @@ from memlm.tokens import encode_texts, encode_with_spans
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# BABILong's own filter: shorter ones are headings, page numbers and cries.
+# BABILong's own filter: shorter ones are headings, page numbers and exclamations.
 MIN_TOKENS = 10
 SENTENCES_AT_ONCE = 1_000
 _MEMO_LIMIT = 50_000

@@ -23,6 +23,7 @@ from memlm.eval.reporting.plots import (
     plot_depth,
     plot_heat_map,
     plot_lines,
+    save_with_picture,
 )
 from memlm.eval.reporting.report import Cell, Report, load_rows, name_runs
 
@@ -163,7 +164,7 @@ def test_the_interval_of_a_mean_covers_the_truth() -> None:
 
 def test_a_report_survives_saving(tmp_path: Path) -> None:
     report = Report(REPORT.cells, {"seed": 0}, skipped={"qa2": {"1M": WHY}})
-    written = report.save(tmp_path)
+    written = save_with_picture(report, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
     assert (tmp_path / "accuracy.png").read_bytes().startswith(PNG)
     loaded = Report.load(tmp_path)
@@ -361,10 +362,11 @@ def test_commands_say_what_only_python_can_be_told(tmp_path: Path) -> None:
 
 
 def test_the_first_sentence_names_the_best_run_and_where() -> None:
-    from memlm.eval.reporting.page import _Run, _Story
+    from memlm.eval.reporting.findings import Findings
+    from memlm.eval.reporting.runs import Run
 
     def answer(**runs: Report) -> str:
-        return _Story("", [_Run(name, run, []) for name, run in runs.items()], None).answer()
+        return Findings("", [Run(name, run, []) for name, run in runs.items()], None).answer()
 
     a = Report(
         [cell("qa1", "4k", 90, 100), cell("qa1", "64k", 90, 100), cell("qa1", "1M", 80, 100)]

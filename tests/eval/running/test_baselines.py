@@ -128,15 +128,41 @@ def test_full_splits_a_batch_that_does_not_fit(
     assert sizes == [2, 2, 1] and together == apart
 
 
-def test_none_sees_the_end_of_the_document_alone(
+def test_last_tokens_are_the_end_of_the_document_alone(
     tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
 ) -> None:
     model = small(tokenizer)
     expected = [continued(model, tokenizer, ids[-64:]) for ids in prompts_of(tokenizer, prose)]
-    _, said = run(model, tokenizer, prose, tmp_path, baseline="none", window=64)
+    _, said = run(model, tokenizer, prose, tmp_path, baseline="last-tokens", window=64)
     assert said == expected
     whole = [continued(model, tokenizer, ids) for ids in prompts_of(tokenizer, prose)]
     assert said != whole
+
+
+def test_the_former_word_for_a_baseline_still_works(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small(tokenizer)
+    _, said = run(model, tokenizer, prose, tmp_path, baseline="none", window=64)
+    assert "'none' is called 'last-tokens' now" in caplog.text
+    # A folder of an older version is continued, compared and reported in the present words.
+    for name in ("run.json", "summary.json"):
+        text = (tmp_path / name).read_text()
+        assert '"baseline": "last-tokens"' in text
+        (tmp_path / name).write_text(text.replace('"last-tokens"', '"none"'))
+    assert Report.load(tmp_path).settings["baseline"] == "last-tokens"
+    report, again = run(model, tokenizer, prose, tmp_path, baseline="last-tokens", window=64)
+    assert again == said and report.settings["baseline"] == "last-tokens"
+
+
+def test_the_model_itself_is_named_or_left_unnamed(tokenizer: Tokenizer, prose: Haystack) -> None:
+    model = small(tokenizer)
+    reports = [
+        run(model, tokenizer, prose, **some)[0]
+        for some in ({}, {"baseline": None}, {"baseline": "model"})
+    ]
+    assert [report.settings["baseline"] for report in reports] == ["full"] * 3
+    assert reports[0].accuracy == reports[1].accuracy == reports[2].accuracy
 
 
 def test_a_window_wider_than_the_document_is_full_attention(

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from memlm import MemLMForCausalLM
 from memlm.eval import Report, evaluate
-from memlm.eval.running import readers, runner
+from memlm.eval.running import batches, readers
 from memlm.eval.running.samples import Composed
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig
@@ -472,7 +472,7 @@ def test_a_document_half_read_is_gone_on_with(
             run(tiny, tokenizer, prose, out, **kwargs)
     seen = break_at(monkeypatch, tiny, -1)
     run(tiny, tokenizer, prose, out, **kwargs)
-    # 14 whole segments a document, three batches; at most the segment under way was lost.
+    # 14 whole segments per document, three batches; at most the segment under way was lost.
     assert seen[0] in (3 * 14 - at, 3 * 14 - at + 1)
     assert samples_of(out) == samples_of(tmp_path / "whole")
     assert not (out / "unfinished.safetensors").exists()
@@ -544,7 +544,7 @@ def test_samples_are_recalled_from_alone(
 def test_little_is_made_ahead_of_the_model(
     tokenizer: Tokenizer, prose: Haystack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "AHEAD", 500)
+    monkeypatch.setattr(batches, "AHEAD", 500)
     made, leads = [0], []
     pieces = readers.MemoryReader.pieces
 

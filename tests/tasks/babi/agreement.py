@@ -136,7 +136,7 @@ TEXT = """# Our bAbI stories and the original ones
 The twenty tasks of bAbI ([Weston et al. 2015](https://arxiv.org/abs/1502.05698)) are generated here
 without end, by seed, and solved symbolically by a reader that shares no code with the generators.
 Against the original en-10k training files ({theirs:,} questions at hand), with {ours:,} questions
-of ours a task:
+of ours per task:
 
 {table}
 

@@ -17,7 +17,7 @@ Trail = list[str | None]
 
 
 @dataclass
-class World:
+class KnownWorld:
     """What follows from the happenings, taken in the order of their times.
 
     had: what each actor ever carried, in the order in which they first did. either and without: places
@@ -142,8 +142,8 @@ class Reading:
             self._heard.append(happening)
         return happening is not None
 
-    def world(self) -> World:
-        world = World()
+    def world(self) -> KnownWorld:
+        world = KnownWorld()
         # Sorting keeps the told order of what happened at the same time.
         for happening in sorted(self._heard, key=lambda h: h.time):
             world.apply(happening)

@@ -1,19 +1,14 @@
-"""memlm models in EleutherAI's lm-evaluation-harness, with contexts of any length in constant memory.
+"""The model as lm_eval asks it: each distinct context's whole segments are read into the memory once.
 
-A context's whole segments are read into the memory, each distinct context once; the open rest is scored
-or continued behind that state. So a request gets what one `model(input_ids)` over all its tokens gives.
-Needs lm_eval; importing this module registers the model as "memlm".
+The open rest is scored or continued behind that state. So a request gets what one `model(input_ids)` over
+all its tokens gives.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,7 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from memlm.files import write_json
+from memlm.eval.harness.loading import device_named, dtype_named, load_model
+from memlm.eval.harness.requests import (
+    Decoding,
+    Ids,
+    TokenRequest,
+    count_of,
+    decoding_of,
+    families_of,
+)
 from memlm.modeling import MemLMForCausalLM
 from memlm.segment import Segment
 from memlm.state import MemoryState
@@ -39,45 +42,14 @@ except ImportError as error:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-_log = logging.getLogger(__name__)
-
 NAME = "memlm"
 # Predictions looked at together: a large vocabulary makes each of them a megabyte in float32.
 POSITIONS = 512
-# Names that tasks give to the length of an answer, the first one given counts.
-_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-# Settings of sampling that greedy decoding has no use for.
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-
-Ids = NDArray[np.int64]
 Pair = tuple[Sequence[int], Sequence[int]]
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A request in tokens. ids: what the model reads. whole: how many of them come before the segment
-    with the first prediction that counts. targets: what is to be predicted, at the last of ids."""
-
-    index: int
-    ids: Ids
-    whole: int
-    targets: Ids
-
-    @property
-    def rest(self) -> Ids:
-        return self.ids[self.whole :]
-
-
-@dataclass(frozen=True)
-class _Decoding:
-    """How an answer is generated: where it stops, and what `generate` takes besides."""
-
-    stops: tuple[str, ...]
-    limit: int
-    options: dict[str, Any]
-
-
+@register_model(NAME)
 class HarnessModel(TemplateLM):
     """A memlm model that answers the harness's requests.
 
@@ -107,21 +79,21 @@ class HarnessModel(TemplateLM):
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but memlm evaluates in one process; start it "
                 "without torchrun or accelerate launch, and raise batch_size instead"
             )
-        self.batch_size = _count("batch_size", batch_size)
-        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
+        self.batch_size = count_of("batch_size", batch_size)
+        self.max_gen_toks = count_of("max_gen_toks", max_gen_toks)
         self.add_bos_token = add_bos_token
         loaded = isinstance(pretrained, (str, os.PathLike))
-        model = _load(os.fspath(pretrained), dtype, revision) if loaded else pretrained
+        model = load_model(os.fspath(pretrained), dtype, revision) if loaded else pretrained
         if not isinstance(model, MemLMForCausalLM):
             raise ValueError(
                 f"pretrained={type(model).__name__} has no memory; give a model saved by memlm, or wrap "
                 "it with MemLMForCausalLM.from_base (model=hf runs a model as it is)"
             )
         if not loaded and dtype != "auto":
-            model = model.to(_dtype(dtype))
+            model = model.to(dtype_named(dtype))
         if device is None and loaded and torch.cuda.is_available():
             device = "cuda"
-        self.model = (model if device is None else model.to(_device(device))).eval()
+        self.model = (model if device is None else model.to(device_named(device))).eval()
         if tokenizer is None and not loaded:
             raise ValueError("tokenizer is missing; give the tokenizer of the model, or its name")
         if tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
@@ -233,15 +205,15 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the model says behind every context, up to a stop string, the end token or a limit."""
         answers: list[str] = [""] * len(requests)
-        alike: dict[str, list[_Row]] = {}
-        ways: dict[str, _Decoding] = {}
+        alike: dict[str, list[TokenRequest]] = {}
+        ways: dict[str, Decoding] = {}
         for index, request in enumerate(requests):
             context, given = request.args
             name = json.dumps(given, sort_keys=True, default=str)
-            ways.setdefault(name, _decoding(given, self.max_gen_toks))
+            ways.setdefault(name, decoding_of(given, self.max_gen_toks))
             ids = np.array(self.tok_encode(context) or [self._prefix], dtype=np.int64)
-            alike.setdefault(name, []).append(_Row(index, ids, self._whole(ids), ids[:0]))
-        plans = {name: _families(rows) for name, rows in alike.items()}
+            alike.setdefault(name, []).append(TokenRequest(index, ids, self._whole(ids), ids[:0]))
+        plans = {name: families_of(rows) for name, rows in alike.items()}
         families = [family for plan in plans.values() for family in plan]
         with _bar(families, "generating", disable_tqdm) as bar:
             for name, plan in plans.items():
@@ -271,10 +243,10 @@ class HarnessModel(TemplateLM):
             before = np.array(context if len(context) else [self._prefix], dtype=np.int64)
             if len(targets):
                 ids = np.concatenate([before, targets[:-1]])
-                rows.append(_Row(index, ids, self._whole(before), targets))
+                rows.append(TokenRequest(index, ids, self._whole(before), targets))
             else:
                 done(index, results[index])
-        families = _families(rows)
+        families = families_of(rows)
         with _bar(families, "scoring", disable_tqdm) as bar:
             for some, state in self._groups(families, bar):
                 for row, found in zip(some, self._score(some, state, bar), strict=True):
@@ -289,8 +261,8 @@ class HarnessModel(TemplateLM):
         return (len(context) - 1) // length * length
 
     def _groups(
-        self, families: list[list[_Row]], bar: tqdm
-    ) -> Iterator[tuple[list[_Row], MemoryState]]:
+        self, families: list[list[TokenRequest]], bar: tqdm
+    ) -> Iterator[tuple[list[TokenRequest], MemoryState]]:
         """Read the whole segments of each family once; yield its rows, in batches, with their states."""
         for some in _chunks(families, self.batch_size):
             state = self._read([family[0].ids[: family[0].whole] for family in some], bar)
@@ -312,7 +284,7 @@ class HarnessModel(TemplateLM):
         return self.model.read(segments(), self.model.init_state(len(prefixes)))
 
     def _score(
-        self, rows: Sequence[_Row], state: MemoryState, bar: tqdm
+        self, rows: Sequence[TokenRequest], state: MemoryState, bar: tqdm
     ) -> list[tuple[float, bool]]:
         """Predict every row's targets behind its state, a segment at a time."""
         length = self.model.segment_length
@@ -366,7 +338,7 @@ class HarnessModel(TemplateLM):
         return np.concatenate(likelihoods), np.concatenate(best)
 
     def _continue(
-        self, prompts: Sequence[Ids], state: MemoryState, decoding: _Decoding
+        self, prompts: Sequence[Ids], state: MemoryState, decoding: Decoding
     ) -> list[str]:
         """What the model says behind the open rest of each context."""
         ids, mask = self._padded(prompts, left=True)
@@ -429,152 +401,12 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor(done, device=input_ids.device)
 
 
-def write_babilong_tasks(
-    out: str | os.PathLike[str],
-    source: str | os.PathLike[str],
-    tasks: Sequence[str],
-    lengths: Sequence[str | int],
-) -> list[str]:
-    """Give lm_eval's BABILong tasks the samples in a folder instead of the hub's; return their names.
-
-    source: what `memlm.tasks.babilong.write` wrote, `data/TASK/LENGTH.json`. out: a folder for
-    `--include_path`, with a task `memlm_babilong_TASK_LENGTH` a file, prompts and metric unchanged.
-    """
-    import lm_eval.tasks
-
-    from memlm.tasks.babi.story import check_task
-    from memlm.tasks.babilong import format_length
-
-    theirs = Path(lm_eval.tasks.__file__).parent / "babilong"
-    names = []
-    for task in tasks:
-        check_task(task)
-        for length in map(format_length, lengths):
-            samples = Path(source).resolve() / "data" / task / f"{length}.json"
-            if not samples.is_file():
-                raise ValueError(
-                    f"source={os.fspath(source)!r} has no data/{task}/{length}.json; write it with "
-                    "memlm data babilong, or choose a task and a length that are there"
-                )
-            name = f"memlm_babilong_{task}_{length}"
-            # JSON is YAML; the harness looks for files with this ending.
-            description = {
-                "include": str(theirs / f"babilong_{task}.yaml"),
-                "task": name,
-                "custom_dataset": None,
-                "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {task: str(samples)}},
-            }
-            write_json(Path(out) / f"{name}.yaml", description)
-            names.append(name)
-    return names
-
-
-def main() -> None:
-    """The harness's own command line, knowing `--model memlm`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-def _families(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Rows with the same whole segments together, the longest first.
-
-    The order depends on what is in the rows alone, so that batches do not depend on the order of requests.
-    """
-    known = {row.index: _digest(row.ids) for row in rows}
-    found: dict[bytes, list[_Row]] = {}
-    for row in sorted(rows, key=lambda row: (-row.whole, -len(row.ids), known[row.index])):
-        found.setdefault(_digest(row.ids[: row.whole]), []).append(row)
-    return list(found.values())
-
-
-def _digest(ids: Ids) -> bytes:
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-
-
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _bar(families: list[list[_Row]], what: str, disable: bool) -> tqdm:
+def _bar(families: list[list[TokenRequest]], what: str, disable: bool) -> tqdm:
     """A bar over tokens: a request may have ten of them or a million."""
     total = sum(family[0].whole + sum(len(row.rest) for row in family) for family in families)
     return tqdm(total=total, unit="tok", unit_scale=True, desc=f"memlm {what}", disable=disable)
-
-
-def _decoding(given: dict[str, Any], default_limit: int) -> _Decoding:
-    """Read a task's `generation_kwargs`. ValueError on what cannot be meant."""
-    options = dict(given)
-    until = options.pop("until", None)
-    stops = [until] if isinstance(until, str) else list(until or [])
-    if not all(isinstance(stop, str) for stop in stops):
-        raise ValueError(f"until={until!r} must be a string or a list of strings")
-    limits = [options.pop(name, None) for name in _LIMITS]
-    limit = next((value for value in limits if value is not None), default_limit)
-    temperature = options.get("temperature")
-    sample = options.pop("do_sample", None)
-    sample = bool(temperature) if sample is None else bool(sample)
-    if sample and temperature is not None and not float(temperature) > 0:
-        raise ValueError(
-            f"temperature={temperature} with do_sample=True; give a temperature above 0, or "
-            "do_sample=False"
-        )
-    if not sample:
-        options = {name: value for name, value in options.items() if name not in _SAMPLING}
-    options["do_sample"] = sample
-    return _Decoding(tuple(filter(None, stops)), _count("max_gen_toks", limit), options)
-
-
-def _count(name: str, value: Any) -> int:
-    """A count of at least 1, perhaps written as text. ValueError for anything else ("auto")."""
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-    return number
-
-
-def _dtype(name: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={name!r} is unknown; use float32, bfloat16 or auto")
-    return found
-
-
-def _device(name: str | torch.device) -> torch.device:
-    """The device of this name; the CPU where there is no CUDA, as the command line always asks for it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is unknown; use cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        _log.warning("device=%s, but there is no CUDA here; evaluating on the CPU", name)
-        return torch.device("cpu")
-    return device
-
-
-def _load(name: str, dtype: str | torch.dtype, revision: str) -> Any:
-    """Load a saved model. ValueError when there is none."""
-    from transformers import AutoModelForCausalLM
-
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"pretrained={name!r} has no config.json; give the folder of a saved model"
-        )
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"pretrained={name!r} does not exist; give a folder or a hub id")
-    kind = dtype if dtype == "auto" else _dtype(dtype)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=kind, revision=revision)
-
-
-if __name__ == "__main__":
-    # Run with -m this file is a second module beside the importable one; that one is registered.
-    from memlm.eval import harness
-
-    harness.main()
-else:
-    register_model(NAME)(HarnessModel)

@@ -1,4 +1,4 @@
-"""What an evaluation has finished, in memory and in a folder: a line a sample, and how it was made.
+"""What an evaluation has finished, in memory and in a folder: one line per sample, and how it was made.
 
 `run.json` holds the settings, and a folder of other settings is refused; `samples.jsonl` is appended to,
 so that a run that was killed goes on behind its last whole line.
@@ -15,8 +15,10 @@ from typing import IO, Any, Self
 
 SAMPLES = "samples.jsonl"
 RUN = "run.json"
-# What a run had that does not say it, being of an older version; of anything else, nothing.
+# What runs of older versions used, which did not record these settings.
 ABSENT: dict[str, Any] = {"position": [0.0, 1.0], "composition": "exact"}
+# Words of older versions, by setting, with what they are called now.
+FORMER_WORDS = {"baseline": {"none": "last-tokens"}}
 
 Row = dict[str, Any]
 
@@ -81,7 +83,17 @@ def recorded(out: str | os.PathLike[str] | None) -> dict[str, Any]:
         found = json.loads((Path(out or "") / RUN).read_text(encoding="utf-8")) if out else {}
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return in_present_words(found) if isinstance(found, dict) else {}
+
+
+def in_present_words(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, in the words of this version where an older one had others."""
+    former = {
+        key: words[settings[key]]
+        for key, words in FORMER_WORDS.items()
+        if isinstance(settings.get(key), str) and settings[key] in words
+    }
+    return settings | former
 
 
 def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
@@ -100,8 +112,8 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         wanted = json.loads(json.dumps(settings))
-        had, has = ({**ABSENT, **made} for made in (before, wanted))
-        # What one of them alone has counts, too: a run with passages is not gone on with without.
+        had, has = ({**ABSENT, **in_present_words(made)} for made in (before, wanted))
+        # A setting that only one has counts, too: a run with passages goes on with passages only.
         different = [key for key in {**has, **had} if had.get(key) != has.get(key)]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is not readable JSON; use another folder") from error
@@ -114,7 +126,7 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path, keys: Sequence[str], mend: bool = False) -> list[Row]:
-    """Return the rows on disk; a last line cut short by a kill is left out, with `mend` off the file."""
+    """Return the rows on disk, without a last line cut short by a kill; `mend` takes it off the file."""
     if not path.exists():
         return []
     content = path.read_bytes()

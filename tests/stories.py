@@ -27,7 +27,7 @@ PROSE = (
 
 def find_shared(name: str) -> Path | None:
     """Return a folder or file of the shared data; None where it is not at hand."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    beside = Path(__file__).resolve().parents[1].parent / "shared" / "data"
     root = Path(os.environ.get("MEMLM_SHARED_DATA", beside))
     return root / name if (root / name).exists() else None
 

@@ -1,4 +1,4 @@
-"""What an evaluation is of and ran with, and the model as it must be meanwhile."""
+"""Which model and versions an evaluation ran with, and the model in evaluation mode meanwhile."""
 
 from __future__ import annotations
 

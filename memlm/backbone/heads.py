@@ -1,0 +1,274 @@
+"""Rotary positions and the softmax core: attention whose queries and keys pass through memories.
+
+transformers' attention interface hands over queries and keys that are turned by position. Where memories
+are at the heads, the module is made to leave them unturned, and they are turned here, behind the memories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memlm.backbone.finding import find_in_family
+from memlm.backbone.run import RUN
+from memlm.backbone.stages import original_class, signature_of
+from memlm.memory.base import QKV, Attended, Dims
+
+# In front of an attention implementation's name: it passes through memories at the heads.
+OPENED = "memlm_"
+# What transformers' families call the function that turns queries and keys by (cos, sin).
+ROTATION = "apply_rotary_pos_emb"
+
+# While an attention module is tried out: where its queries and keys go instead of the softmax.
+_TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
+
+
+def open_attention(inner: str) -> str:
+    """The name of the attention implementation that passes `inner` through the memories."""
+    name = f"{OPENED}{inner}"
+    AttentionInterface.register(name, partial(_attend, inner))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+    return name
+
+
+def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of transformers' interface, with the memories of site "heads" around it."""
+    attention = find_in_family(module, "eager_attention_forward")
+    if implementation != "eager" or attention is None:
+        attention = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
+    tried = _TRIED.get()
+    if tried is not None:
+        tried.append((query, key))
+        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2), None
+    run = RUN.get()
+    layer = getattr(module, "_memlm_layer", -1)
+    if run is None or run.heads != layer:
+        spared = 0 if run is None or run.wanted is None else query.shape[2] - run.wanted
+        if spared and attention_mask is not None and attention_mask.ndim == 4:
+            query, attention_mask = query[:, :, spared:], attention_mask[:, :, spared:]
+            found, weights = attention(module, query, key, value, attention_mask, **kwargs)
+            return F.pad(found, (0, 0, 0, 0, spared, 0)), weights
+        return attention(module, query, key, value, attention_mask, **kwargs)
+
+    def stage(x: QKV, mask: Tensor | None = None, parts: bool = False) -> Any:
+        extra = x.k.shape[2] - key.shape[2]
+        seen = attention_mask
+        if extra:
+            if mask is None:
+                mask = run.mask_for(QKV(x.k, x.k, x.v))
+            seen = _with_keys_in_front(attention_mask, mask, x, extra)
+        q, k = x.q, x.k
+        cos = None
+        if run.rotation is not None:
+            rotate = find_in_family(module, ROTATION)
+            assert rotate is not None
+            if extra:
+                # Queries stand where their own keys do, behind the keys in front.
+                if mask is None:
+                    mask = torch.ones(x.v.shape[0], x.v.shape[2], dtype=torch.bool, device=q.device)
+                cos, sin = run.backbone.rotary(layer, x.v, places_of(mask))
+                q, own = turn(rotate, q, k[:, :, extra:], cos[:, extra:], sin[:, extra:])
+                front = k[:, :, :extra]
+                front = turn(rotate, front, front[:, :0], cos[:, :extra], sin[:, :extra])[0]
+                k = torch.cat([front, own], dim=2)
+            else:
+                cos, sin = run.rotation
+                q, k = turn(rotate, q, k, cos, sin)
+        y = attention(module, q, k, x.v, seen, **kwargs)[0].transpose(1, 2)
+        return Attended(y, *_lse_and_query(q, k, seen, cos, kwargs)) if parts else y
+
+    return run.chain("heads", layer, stage, QKV(query, key, value)).transpose(1, 2), None
+
+
+def _with_keys_in_front(seen: Tensor | None, mask: Tensor | None, x: QKV, extra: int) -> Tensor:
+    """An attention mask (., 1, T, T) for `extra` keys more, which every query sees where they are real."""
+    queries = x.q.shape[2]
+    if seen is None:
+        shape = (queries, x.k.shape[2] - extra)
+        seen = torch.ones(shape, dtype=torch.bool, device=x.q.device).tril()[None, None]
+    _check_4d(seen)
+    if mask is None:
+        return F.pad(seen, (extra, 0), value=True if seen.dtype == torch.bool else 0.0)
+    front = mask[:, None, None, :extra].expand(-1, -1, queries, -1)
+    if seen.dtype != torch.bool:
+        front = torch.zeros_like(front, dtype=seen.dtype).masked_fill(~front, _least(seen))
+    return torch.cat([front, seen.expand(front.shape[0], -1, -1, -1)], dim=-1)
+
+
+def _lse_and_query(
+    q: Tensor, k: Tensor, seen: Tensor | None, cos: Tensor | None, arguments: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The last two of `Attended`, from queries and keys as the softmax takes them.
+
+    ValueError for an attention whose softmax is not one over scaled products.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"base: no other keys can join the softmax of its attention, which takes {name!r}; use a "
+                "memory that mixes outputs, such as 'infini' or a 'knn' with combine='gate'"
+            )
+    scaling = arguments.get("scaling")
+    q = q * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (q.unflatten(1, (k.shape[1], -1)) @ k.mT.unsqueeze(2)).flatten(1, 2)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(wide)
+    if seen is None:
+        ahead = scores.new_ones(scores.shape[2:], dtype=torch.bool).triu(
+            1 + k.shape[2] - q.shape[2]
+        )
+        scores = scores.masked_fill(ahead, _least(scores))
+    else:
+        _check_4d(seen)
+        scores = (
+            scores.masked_fill(~seen, _least(scores)) if seen.dtype == torch.bool else scores + seen
+        )
+    if cos is not None:
+        # At the first place nothing is turned, but some families scale with the turn.
+        size = cos.shape[-1]
+        q = torch.cat([q[..., :size] * cos[:, None, :1], q[..., size:]], dim=-1)
+    return scores.logsumexp(dim=-1), q
+
+
+@torch.no_grad()
+def turns_by_position(
+    layer: int,
+    module: nn.Module,
+    x: Tensor,
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+    dims: Dims,
+) -> bool:
+    """Whether the attention `module` of `layer` turns queries and keys by position: found by trying it.
+
+    x (1, T, D): hidden states to try it on. rotary: (cos, sin) of positions (1, T) as the module takes
+    them; None for a decoder without. Weights have to be there. ValueError for an attention whose turning
+    cannot be taken off and done here.
+    """
+    parameters = signature_of(original_class(module)).parameters
+    arguments = {
+        name: None
+        for name, parameter in list(parameters.items())[2:]
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    if rotary is None or "position_embeddings" not in parameters:
+        _tried(layer, module, x, arguments, dims)
+        return False
+    cos, sin = rotary(torch.arange(x.shape[1], device=x.device)[None])
+    turned = _tried(layer, module, x, {**arguments, "position_embeddings": (cos, sin)}, dims)
+    still = torch.ones_like(cos), torch.zeros_like(sin)
+    plain = _tried(layer, module, x, {**arguments, "position_embeddings": still}, dims)
+    if _alike(turned, plain):
+        return False
+    rotate = find_in_family(module, ROTATION)
+    if rotate is None or not _alike(turned, turn(rotate, *plain, cos, sin)):
+        raise ValueError(
+            f"base: the attention of layer {layer} ({type(module).__name__}) turns its queries and "
+            "keys in a way that cannot be taken off; use a memory that works outside the attention, "
+            "such as 'armt' or 'rmt'"
+        )
+    return True
+
+
+def _tried(
+    layer: int, module: nn.Module, x: Tensor, arguments: Mapping[str, Any], dims: Dims
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys the attention `module` would hand to its softmax."""
+    found: list[tuple[Tensor, Tensor]] = []
+    training, failure = module.training, None
+    run, tried = RUN.set(None), _TRIED.set(found)
+    try:
+        module.eval()(x, **arguments)
+    except Exception as error:
+        failure = error
+    finally:
+        module.train(training)
+        _TRIED.reset(tried)
+        RUN.reset(run)
+    expected = [(1, n, x.shape[1], dims.head_dim) for n in (dims.num_heads, dims.num_kv_heads)]
+    if failure is not None or [tuple(part.shape) for pair in found for part in pair] != expected:
+        raise ValueError(
+            f"base: the attention of layer {layer} ({type(module).__name__}) does not run its softmax "
+            "through transformers' attention interface in the way a memory at its heads needs; use "
+            "one that works outside it, such as 'armt' or 'rmt'"
+        ) from failure
+    if not all(bool(part.any()) for part in found[0]):
+        raise ValueError(
+            f"base: whether the attention of layer {layer} ({type(module).__name__}) turns its queries "
+            "and keys cannot be told, since the queries or keys are zero; load the base's weights "
+            "first, or use a memory that works outside it, such as 'armt' or 'rmt'"
+        )
+    return found[0]
+
+
+def _alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+    """Equal up to the rounding of any dtype."""
+    limit = 0.02 * float(expected[0].abs().max())
+    return all(
+        a.shape == b.shape and float((a - b).abs().max()) <= limit
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def turn(
+    rotate: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rotate` on the leading features that (cos, sin) cover; the others stay (partial rotary)."""
+    part = cos.shape[-1]
+    if part == q.shape[-1]:
+        return rotate(q, k, cos, sin)
+    turned = rotate(q[..., :part], k[..., :part], cos, sin)
+    rest = q[..., part:], k[..., part:]
+    return (
+        torch.cat([turned[0], rest[0]], dim=-1),
+        torch.cat([turned[1], rest[1]], dim=-1),
+    )
+
+
+def places_of(mask: Tensor, times: Tensor | None = None) -> Tensor:
+    """Position of each real token among the real tokens of its row. (B, T) -> (B, T).
+
+    times (T,): positions of the same time share a place.
+    """
+    if times is None:
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    taken = torch.zeros_like(mask, dtype=torch.long).index_add(1, times, mask.long()) > 0
+    return (taken.long().cumsum(dim=1) - 1).clamp(min=0)[:, times]
+
+
+def not_later(seen: Tensor | None, times: Tensor) -> Tensor:
+    """An attention mask (., 1, T, T) narrowed to what does not happen later; None is the causal mask."""
+    past = (times.unsqueeze(0) <= times.unsqueeze(1))[None, None]
+    if seen is None:
+        return past.tril()
+    _check_4d(seen)
+    return seen & past if seen.dtype == torch.bool else seen.masked_fill(~past, _least(seen))
+
+
+def _check_4d(seen: Tensor) -> None:
+    if seen.ndim != 4:
+        raise ValueError(
+            "attn_implementation: this memory needs an attention that takes a mask for each query; load "
+            "the base with attn_implementation='sdpa'"
+        )
+
+
+def _least(like: Tensor) -> float:
+    return torch.finfo(like.dtype).min

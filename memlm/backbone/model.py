@@ -1,0 +1,413 @@
+"""The base model, seen as stages."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memlm.backbone.finding import find_attention, find_layers, layer_list, unwrapped, works_on
+from memlm.backbone.heads import OPENED, not_later, open_attention, places_of, turns_by_position
+from memlm.backbone.run import RUN, Cells, Run, entered
+from memlm.backbone.stages import (
+    HIDDEN,
+    DecoderStage,
+    GivenHidden,
+    MemoryStage,
+    become,
+    hand_over,
+    original_class,
+    restore,
+    signature_of,
+)
+from memlm.memory.base import LOADED, Dims, Site
+
+
+class Backbone:
+    """A causal language model of transformers, opened at its stages. Raises ValueError if it has none."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        if base.config.is_encoder_decoder:
+            raise ValueError(
+                f"base={type(base).__name__} has an encoder; "
+                "use a decoder-only causal language model of transformers"
+            )
+        self.base = base
+        self.decoder: nn.Module = base.get_decoder()
+        if self.decoder is base:
+            raise ValueError(
+                f"base={type(base).__name__} does not tell its decoder from its head; "
+                "use the text model of another architecture"
+            )
+        self.layers = find_layers(base)
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"base={type(base).__name__} runs one layer at several depths, where memories could not be "
+                "told apart; use a model whose layers are its own"
+            )
+        if any(isinstance(module, FSDPModule) for module in base.modules()):
+            raise ValueError(
+                f"base={type(base).__name__} is sharded already; attach the memory first, then shard"
+            )
+        # What `close` undoes: not what another wrapper of the same base did.
+        self._staged = [self.decoder] if become(self.decoder, DecoderStage) else []
+        self._opened: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            stages: list[tuple[Site, nn.Module]] = [("layer", layer)]
+            stages += [("attention", module) for module in find_attention(layer)]
+            for site, module in stages:
+                if become(module, MemoryStage):
+                    self._staged.append(module)
+                stage = cast(MemoryStage, module)
+                stage._memlm_site, stage._memlm_layer = site, index
+        # Where each stage stands: (parent, name under it, stage).
+        self._places = [
+            (parent, name, unwrapped(child))
+            for parent in (layer_list(base), *self.layers)
+            for name, child in parent.named_children()
+            if isinstance(unwrapped(child), MemoryStage)
+        ]
+        original = type(self.decoder)._memlm_original
+        self._rotates: dict[int, bool] = {}
+        self._takes_positions = "position_ids" in signature_of(original).parameters
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # Another process does not know the implementation that passes through the memories.
+        if self.heads_are_open:
+            open_attention(self.attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be, and the states of memories around the whole decoder."""
+        return works_on(self.base.get_input_embeddings())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of embeddings and hidden states; weights may be stored otherwise."""
+        weight = cast(Tensor, self.base.get_input_embeddings().weight)
+        return weight.dtype if weight.is_floating_point() else self.base.dtype
+
+    @property
+    def config(self) -> Any:
+        """The decoder's own configuration."""
+        return self.base.config.get_text_config(decoder=True)
+
+    def dims(self, segment_length: int) -> Dims:
+        """Sizes a mechanism needs."""
+        config = self.config
+        heads = getattr(config, "num_attention_heads", None) or 1
+        return Dims(
+            hidden_size=config.hidden_size,
+            embedding_size=self.base.get_input_embeddings().embedding_dim,
+            num_layers=len(self.layers),
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            segment_length=segment_length,
+            rotary=hasattr(self.decoder, "rotary_emb"),
+            max_positions=self.max_positions,
+        )
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the base model was built for, None when it names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window when every layer attends within one; None when some layer sees everything."""
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is not None and any(kind != "sliding_attention" for kind in types):
+            return None
+        if getattr(self.config, "use_sliding_window", True) is False:
+            return None
+        return window
+
+    def kind(self, layer: int) -> str | None:
+        """What transformers calls the attention of `layer` ("full_attention", ...), if it says."""
+        types = getattr(self.config, "layer_types", None)
+        return types[layer] if types else None
+
+    def window_of(self, layer: int) -> int | None:
+        """How far back the attention of `layer` sees; None: as far as there is."""
+        kind = self.kind(layer)
+        if kind == "chunked_attention":
+            return getattr(self.config, "attention_chunk_size", None)
+        if kind == "sliding_attention":
+            return getattr(self.config, "sliding_window", None)
+        return self.sliding_window if kind is None else None
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether `layer` has a softmax attention (hybrid models have layers without)."""
+        return self.kind(layer) != "linear_attention" and bool(find_attention(self.layers[layer]))
+
+    @property
+    def takes_query_masks(self) -> bool:
+        """Whether the attention implementation takes a mask for each query (flash attention does not)."""
+        return self.attention in ("sdpa", "eager")
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation the base model was given, whether or not memories are in it."""
+        return (self.config._attn_implementation or "sdpa").removeprefix(OPENED)
+
+    @property
+    def heads_are_open(self) -> bool:
+        """Whether the softmax core passes through memories; not when an implementation was set since."""
+        return (self.config._attn_implementation or "").startswith(OPENED)
+
+    def biases_by_distance(self, layer: int) -> bool:
+        """Whether the attention of `layer` is given biases made for the segment's own length (ALiBi)."""
+        if not getattr(self.config, "alibi", True):
+            return False
+        return any(
+            name in signature_of(original_class(module)).parameters
+            for module in find_attention(self.layers[layer])
+            for name in ("alibi", "position_bias")
+        )
+
+    def embedding_std(self) -> float:
+        """Scale of the embeddings as the decoder receives them (some families scale in the module)."""
+        embeddings = self.base.get_input_embeddings()
+        rows = min(1024, embeddings.num_embeddings)
+        with torch.no_grad():
+            ids = torch.arange(rows, device=self.device)
+            return float(embeddings(ids).float().std())
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, E)."""
+        return self.base.get_input_embeddings()(ids)
+
+    def run_segment(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        cells: Cells,
+        tokens: Tensor | None,
+        states: Mapping[str, Any],
+        write: bool,
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        """One segment through the base model and its memories.
+
+        ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to flow behind the segment, or None.
+        Returns last hidden states (B, T, D), the states the cells returned, by name, and in training the
+        router loss () of a base with experts that asks for it (`output_router_logits`), else None.
+        """
+        router_losses: list[Tensor] = []
+        run = Run(self, cells, states, write, mask)
+        if tokens is not None and not write:
+            tokens = None
+
+        def decoder(x: Tensor, mask: Tensor | None = None) -> Tensor:
+            length = x.shape[1]
+            mask = run.mask_for(x) if mask is None else mask
+            if tokens is not None:
+                x = torch.cat([x, tokens.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
+                if mask is not None:
+                    mask = F.pad(mask, (0, tokens.shape[0]), value=True)
+            with entered(run.but(mask=mask) if cells else None), self._handed_over():
+                found = self._decode(x, mask)
+            if self._balances_routers:
+                router_losses.append(self._router_loss(found, mask))
+            return found.last_hidden_state[:, :length]
+
+        hidden = run.chain("model", -1, decoder, self.embed(ids)).to(ids.device)
+        losses = torch.stack(router_losses).mean().to(ids.device) if router_losses else None
+        return hidden, run.left.close(cells), losses
+
+    @contextmanager
+    def _handed_over(self) -> Iterator[None]:
+        """Let what is at work reach its stages through modules that were put around them since."""
+        found = [(module, parent.get_submodule(name)) for parent, name, module in self._places]
+        around = [outer for module, outer in found if outer is not module and RUN.get() is not None]
+        handles = [outer.register_forward_pre_hook(hand_over, with_kwargs=True) for outer in around]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def _balances_routers(self) -> bool:
+        wanted = getattr(self.config, "output_router_logits", False)
+        return bool(wanted) and self.base.training and torch.is_grad_enabled()
+
+    def _router_loss(self, found: Any, mask: Tensor | None) -> Tensor:
+        """What the base adds to its loss for routers out of balance, () with its own weight in it."""
+        hidden = found.last_hidden_state
+        if not found.get("router_logits"):
+            raise ValueError(
+                f"base: config.output_router_logits=True, but {type(self.base).__name__} has no router "
+                "that would tell; set it to False"
+            )
+        counts = {routed.numel() // routed.shape[-1] for routed in found.router_logits}
+        if mask is not None and counts != {mask.numel()}:
+            raise ValueError(
+                "base: config.output_router_logits=True, but a memory inserts positions into single "
+                "layers, where the routers' padding cannot be told; train without padding, set it to "
+                "False, or use a memory such as 'armt'"
+            )
+        # One position and no target: the base computes its loss, of which nothing else is left.
+        given = GivenHidden(last_hidden_state=hidden[:, :1])
+        given.router_logits = found.router_logits
+        nothing = torch.full((*hidden.shape[:1], 1), -100, device=hidden.device)
+        token = HIDDEN.set(given)
+        try:
+            return self.base(
+                inputs_embeds=hidden[:, :1],
+                attention_mask=None if mask is None else mask.to(torch.long),
+                labels=nothing,
+                num_items_in_batch=1,
+                output_router_logits=True,
+                use_cache=False,
+            ).loss
+        finally:
+            HIDDEN.reset(token)
+
+    def _decode(self, x: Tensor, mask: Tensor | None) -> Any:
+        arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
+        if mask is not None:
+            # A row without a token would attend to nothing and fill its gradients with NaN; it may see
+            # its first position, and what it computes is thrown away with the row.
+            mask = mask.clone()
+            mask[:, 0] |= ~mask.any(dim=1)
+            arguments["attention_mask"] = mask.to(torch.long)
+            if self._takes_positions:
+                arguments["position_ids"] = places_of(mask)
+        if self._balances_routers:
+            arguments["output_router_logits"] = True
+        return self.decoder(**arguments)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The base model's own head, with its scaling and soft-capping. (..., D) -> (..., V)."""
+        token = HIDDEN.set(GivenHidden(last_hidden_state=hidden))
+        try:
+            return self.base(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            HIDDEN.reset(token)
+
+    def lengthened(
+        self,
+        layer: int,
+        arguments: Mapping[str, Any],
+        x: Tensor,
+        mask: Tensor | None,
+        times: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """A stage's arguments for `x` (B, T', D) of another length: positions and mask made anew."""
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        positions = places_of(mask, times)
+        config = self.config
+        kind = self.kind(layer)
+        if kind is not None:
+            make_mask = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+        elif getattr(config, "sliding_window", None):
+            make_mask = create_sliding_window_causal_mask
+        else:
+            make_mask = create_causal_mask
+        given = dict(arguments)
+        seen = make_mask(config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None)
+        given["attention_mask"] = seen if times is None else not_later(seen, times)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = positions
+        if given.get("position_embeddings") is not None:
+            given["position_embeddings"] = self.rotary(layer, x, positions)
+        return given
+
+    def rotary(self, layer: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of `positions` (B, T) as the attention of `layer` takes them."""
+        rotary = cast(nn.Module, self.decoder.rotary_emb)
+        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+        return rotary(like, positions, self.kind(layer)) if by_type else rotary(like, positions)
+
+    def unrotated(
+        self, layer: int, arguments: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], tuple[Tensor, Tensor] | None]:
+        """Arguments with which an attention module leaves queries and keys unturned, and its turn."""
+        if not self.rotates(layer):
+            return arguments, None
+        cos, sin = arguments["position_embeddings"]
+        still = torch.ones_like(cos), torch.zeros_like(sin)
+        return {**arguments, "position_embeddings": still}, (cos, sin)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether the attention of `layer` turns queries and keys by position: found by trying it.
+
+        Weights have to be there. ValueError for an attention whose turning cannot be taken over here.
+        """
+        if layer not in self._rotates:
+            device = works_on(self.layers[layer])
+            x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=device).sin()
+            # In the dtype the module is given, not the one its weights are stored in.
+            x = x.reshape(1, 3, -1).to(self.dtype)
+            rotary = partial(self.rotary, layer, x) if hasattr(self.decoder, "rotary_emb") else None
+            module = find_attention(self.layers[layer])[0]
+            self._rotates[layer] = turns_by_position(layer, module, x, rotary, self.dims(1))
+        return self._rotates[layer]
+
+    @contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """Let transformers initialise what is around the base model, and nothing in it.
+
+        It would give modules injected into a live model (LoRA) new weights.
+        """
+        unmarked = [m for m in self.base.modules() if not getattr(m, LOADED, False)]
+        for module in unmarked:
+            vars(module)[LOADED] = True
+        try:
+            yield
+        finally:
+            for module in unmarked:
+                delattr(module, LOADED)
+
+    def open_heads(self) -> None:
+        """Route the softmax core through memories of site "heads"."""
+        if self.heads_are_open:
+            return
+        inner = self.attention
+        if inner not in ALL_ATTENTION_FUNCTIONS and inner != "eager":
+            inner = "sdpa"
+        name = open_attention(inner)
+        configs = [m.config for m in self.base.modules() if isinstance(m, PreTrainedModel)]
+        self._opened = [*configs, self.config]
+        for config in self._opened:
+            config._attn_implementation = name
+
+    def close(self) -> None:
+        """Give the base model its own classes and attention back; what it was given since stays."""
+        for name, module in self.base.named_modules():
+            if module in self._staged and "_memlm_original" not in vars(type(module)):
+                raise RuntimeError(
+                    f"base: {name or 'the model'} has become a {type(module).__name__} since it was "
+                    "wrapped (sharded, say), and its own class cannot be given back; undo that first"
+                )
+        for module in self._staged:
+            restore(module)
+        for config in self._opened:
+            config._attn_implementation = (config._attn_implementation or "").removeprefix(OPENED)
+        self._staged, self._opened = [], []
+
+    def check_open(self) -> None:
+        """Refuse to run a base model whose stages were given back (RuntimeError)."""
+        if not isinstance(self.decoder, DecoderStage):
+            raise RuntimeError(
+                f"base={type(self.base).__name__} was unloaded, and memories are no longer around its "
+                "stages; wrap it again with MemLMForCausalLM.from_base"
+            )

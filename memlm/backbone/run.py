@@ -1,0 +1,213 @@
+"""What is at work while one segment passes through the base model, and what it leaves behind.
+
+A `Run` travels in a context variable between modules and as a keyword argument through a layer's
+`__call__`, so that a recomputation by activation checkpointing, which happens long after the call, finds
+the same memories and states. At the end of a segment every memory has left exactly one state, or the call
+raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm.memory.base import QKV, Memory, Site
+
+# The dtypes in which training by small steps loses them.
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One memory at one stage, and the name its state goes by.
+
+    within: calls the function it is given, with the memory's parameters at hand.
+    """
+
+    name: str
+    memory: Memory
+    within: Callable[[Callable[[], Any]], Any]
+
+
+# (site, layer) -> the memories there, outermost first. Site "model" has layer -1.
+Cells = Mapping[tuple[Site, int], list[Cell]]
+
+
+class Places(Protocol):
+    """What stages and heads ask of the model: positions and masks for a sequence of another length."""
+
+    def lengthened(
+        self,
+        layer: int,
+        arguments: Mapping[str, Any],
+        x: Tensor,
+        mask: Tensor | None,
+        times: Tensor | None = None,
+    ) -> dict[str, Any]: ...
+
+    def unrotated(
+        self, layer: int, arguments: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], tuple[Tensor, Tensor] | None]: ...
+
+    def rotary(self, layer: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Run:
+    """What is at work while one segment passes through the base model, and what it leaves behind.
+
+    No dataclass and no tuple: sharding rebuilds those on their way into a module, and what was written into
+    the copy would be lost.
+
+    heads: the layer whose attention module is passed, when its "heads" have memories; rotation: (cos, sin)
+    withheld from it. wanted: at how many positions, at the end, an attention module's output is
+    wanted; None: all.
+    """
+
+    heads: int | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+    wanted: int | None = None
+
+    def __init__(
+        self,
+        backbone: Places,
+        cells: Cells,
+        states: Mapping[str, Any],
+        write: bool,
+        mask: Tensor | None = None,
+    ) -> None:
+        self.backbone, self.cells, self.states = backbone, cells, states
+        self.write, self.mask = write, mask
+        self.differentiates = torch.is_grad_enabled()
+        self.left = Left()
+
+    def but(self, **changes: Any) -> Run:
+        """The same run inside one stage; what is left behind there is left behind here."""
+        inside = copy(self)
+        vars(inside).update(changes)
+        return inside
+
+    def chain(self, site: Site, layer: int, stage: Callable[..., Tensor], x: Any) -> Tensor:
+        """Pass `x` through the memories at one stage, `stage` innermost."""
+        # No closure that refers to itself: cyclic garbage would keep a segment's tensors until
+        # Python's next full collection.
+        for cell in reversed(self.cells.get((site, layer), ())):
+            stage = partial(self._through, cell, stage)
+        return stage(x)
+
+    def _through(
+        self,
+        cell: Cell,
+        inner: Callable[..., Tensor],
+        x: Any,
+        mask: Tensor | None = None,
+        times: Tensor | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        if times is not None:
+            # `attach` refuses the compositions that would get here.
+            raise TypeError(f"{cell.name} cannot tell inserted positions from the segment's tokens")
+        if self.differentiates and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"the memory {cell.name!r} was run without gradient inside a call with gradient, as "
+                "use_reentrant=True does, and what it writes would lose its gradient; give activation "
+                "checkpointing use_reentrant=False (CheckpointImpl.NO_REENTRANT)"
+            )
+        known = self.mask_for(x) if mask is None else mask
+        return cell.within(partial(self._use, cell, inner, x, known))[0]
+
+    def _use(
+        self, cell: Cell, inner: Callable[..., Tensor], x: Any, mask: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        before = self.states[cell.name]
+        y, state = _in_precision_of(x, cell.memory, before, inner, mask=mask, write=self.write)
+        self.left.add(cell.name, state)
+        # Both are returned, though the state is recorded: sharding looks at what a call returns.
+        return y, state
+
+    def mask_for(self, x: Any) -> Tensor | None:
+        """The mask of what passes a stage: positions in front of the segment's own are real."""
+        length, device = (
+            (x.q.shape[2], x.q.device) if isinstance(x, QKV) else (x.shape[1], x.device)
+        )
+        if self.mask is None:
+            return None
+        return F.pad(self.mask, (length - self.mask.shape[1], 0), value=True).to(device)
+
+
+class Left:
+    """The states the memories left behind in one segment, by name."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Any] = {}
+        self.open = True
+
+    def add(self, name: str, state: Any) -> None:
+        """Record a state. RuntimeError for the second one of a memory."""
+        if not self.open:
+            return  # A recomputation, which leaves behind what is known.
+        if name in self.states:
+            raise RuntimeError(
+                f"the memory {name!r} ran twice in one segment: the base model runs its stage more than "
+                "once; attach it to other layers (`layers=`)"
+            )
+        self.states[name] = state
+
+    def close(self, cells: Cells) -> dict[str, Any]:
+        """All states. RuntimeError when a memory has left none."""
+        self.open = False
+        names = [cell.name for found in cells.values() for cell in found]
+        missing = [name for name in names if name not in self.states]
+        if missing:
+            raise RuntimeError(
+                f"the memories {missing} did not run: the base model passed their layers by, or a layer "
+                "or its forward was replaced after the model was made; make the change before, or "
+                "change a subclass of the layer instead of its instance"
+            )
+        return self.states
+
+
+def _in_precision_of(
+    x: Any, memory: Memory, state: Any, inner: Callable[..., Tensor], **options: Any
+) -> tuple[Tensor, Any]:
+    """`memory` on `x`; where `x` is in half precision and the parameters are wider, as autocast has it.
+
+    So a step of training moves float32 numbers, and products cost what they cost the base model. `inner`
+    runs under the caller's own setting, on what it would be given without memories.
+    """
+    stream = (x.v if isinstance(x, QKV) else x).dtype
+    parameter = next(memory.parameters(), None)
+    if stream not in HALF or parameter is None or parameter.dtype == stream:
+        return memory(x, state, inner, **options)
+    device = parameter.device.type
+    outside = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def stage(x: Any, **given: Any) -> Any:
+        x = QKV(*(part.to(stream) for part in x)) if isinstance(x, QKV) else x.to(stream)
+        with torch.autocast(device, *outside):
+            return inner(x, **given)
+
+    # A cell uses a weight once per segment: autocast's cache would only hold on to copies.
+    with torch.autocast(device, stream, cache_enabled=False):
+        y, new = memory(x, state, stage, **options)
+    return y.to(stream), new
+
+
+RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
+
+
+@contextmanager
+def entered(run: Run | None) -> Iterator[None]:
+    token = RUN.set(run)
+    try:
+        yield
+    finally:
+        RUN.reset(token)

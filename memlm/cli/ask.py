@@ -1,0 +1,90 @@
+"""`memlm ask`: text files into a memory, and questions about them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from memlm.cli.models import load_model
+from memlm.cli.options import Commands, add_device_options, let_options_interrupt
+from memlm.cli.printing import place_of, print_written, shorten
+
+
+def add_to(commands: Commands) -> None:
+    """Add `memlm ask`."""
+    ask = commands.add("ask", "read files into a memory, and ask", run)
+    ask.add_argument("model", help="folder or hub id of a memory model")
+    ask.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="UTF-8 text files, in order"
+    )
+    let_options_interrupt(ask, "files", Path)
+    ask.add_argument(
+        "-q", "--question", action="append", required=True, help="what to ask; may be repeated"
+    )
+    ask.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    ask.add_argument("--load", type=Path, metavar="DIR", help="go on with a stream saved there")
+    ask.add_argument(
+        "--index", type=Path, metavar="DIR", help="recall passages of this index before answering"
+    )
+    ask.add_argument(
+        "--recall", type=int, metavar="K", help="recall K passages for a question (default: 4)"
+    )
+    ask.add_argument(
+        "--save", type=Path, metavar="DIR", help="after reading, save the stream there"
+    )
+    add_device_options(ask)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the files, print the answers, and keep the stream where one is asked for."""
+    from tqdm import tqdm
+
+    from memlm.text import check_text_file, read_text
+
+    files = [check_text_file(path) for path in arguments.files]
+    if not files and arguments.load is None and arguments.index is None:
+        raise ValueError(
+            "no FILE to read; name text files, a saved stream with --load DIR or an index with "
+            "--index DIR"
+        )
+    retriever = make_retriever(arguments)
+    model, tokenizer = load_model(arguments)
+    from memlm import DocumentStream
+
+    if arguments.load is not None:
+        stream = DocumentStream.load(arguments.load, model, tokenizer)
+    else:
+        stream = DocumentStream(model, tokenizer, retriever)
+    total = sum(path.stat().st_size for path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=1, leave=False) as bar:
+        for path in files:
+            stream.write(read_text(path, bar.update), document=str(path))
+    print(
+        f"{stream.tokens_seen:,} tokens read, {stream.memory_bytes:,} bytes of memory", flush=True
+    )
+    for question in arguments.question:
+        answer = stream.ask(question, max_new_tokens=arguments.max_new_tokens)
+        print(f"{question}\n  {answer}")
+        for passage in answer.sources:
+            print(f"    from {place_of(passage.document, passage.start)}: {shorten(passage.text)}")
+    if arguments.save is not None:
+        stream.save(arguments.save)
+        print_written([arguments.save])
+
+
+def make_retriever(arguments: argparse.Namespace) -> Any:
+    """What `ask` recalls from: an index that was named, or one of what it reads."""
+    if arguments.index is None and arguments.recall is None:
+        return None
+    if arguments.load is not None:
+        raise ValueError(
+            "--load goes on with the stream's own index; leave out --index and --recall"
+        )
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
+    from memlm.retrieval.retriever import RetrievalConfig, Retriever
+
+    config = RetrievalConfig() if arguments.recall is None else RetrievalConfig(k=arguments.recall)
+    if arguments.index is None:
+        return Retriever(ChunkIndex(HashingEmbedder()), config)
+    return Retriever(ChunkIndex.load(arguments.index, HashingEmbedder()), config)

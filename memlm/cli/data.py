@@ -1,0 +1,59 @@
+"""`memlm data`: a data set in the layout others read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from memlm.cli.options import SAMPLE_DEFAULTS, Commands, add_sample_options
+from memlm.cli.printing import print_written
+
+
+def add_to(commands: Commands) -> None:
+    """Add `memlm data`."""
+    data = commands.add("data", "write a BABILong data set in the published layout", run)
+    data.add_argument("kind", choices=["babilong"], help="which data set")
+    add_sample_options(data)
+    data.set_defaults(
+        **{name: value for name, value in SAMPLE_DEFAULTS.items() if name != "batch_size"}
+    )
+    data.add_argument("--out", type=Path, required=True, help="folder for data/TASK/LENGTH.json")
+    data.add_argument(
+        "--tokenizer", default="words", help="folder or hub id whose tokens count, or 'words'"
+    )
+    data.add_argument("--format", choices=["json", "parquet"], default="json", help="of the files")
+    data.add_argument(
+        "--reserve", type=int, default=0, help="tokens of each length left free (published: 300)"
+    )
+    data.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="facts and questions allowed for each token of the rest (published: 0.125, ARMT: 0.2)",
+    )
+    data.add_argument("--overwrite", action="store_true", help="write files again that exist")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the data set and name its files."""
+    from memlm.tasks import babilong
+
+    print_written(
+        babilong.write(
+            arguments.out,
+            tasks=arguments.tasks,
+            lengths=arguments.lengths,
+            samples=arguments.samples,
+            haystack=arguments.haystack,
+            stories=arguments.stories,
+            tokenizer=arguments.tokenizer,
+            seed=arguments.seed,
+            format=arguments.format,
+            position=tuple(arguments.position),
+            distance=arguments.distance,
+            reserve=arguments.reserve,
+            share=arguments.share,
+            composition=arguments.composition,
+            overwrite=arguments.overwrite,
+        )
+    )

@@ -1,0 +1,142 @@
+"""`memlm eval`: any causal language model on BABILong and probes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from memlm.cli.models import load_model
+from memlm.cli.options import SAMPLE_DEFAULTS, Commands, add_device_options, add_sample_options
+from memlm.cli.printing import print_written
+
+
+def add_to(commands: Commands) -> None:
+    """Add `memlm eval`."""
+    evaluate = commands.add(
+        "eval",
+        "evaluate any causal language model on BABILong and probes, at any length",
+        run,
+    )
+    evaluate.add_argument("model", help="folder or hub id of a model, with or without memory")
+    add_sample_options(evaluate, "the training recipe's, else ")
+    evaluate.add_argument(
+        "--data",
+        help="samples in the published layout, a folder or hub id such as RMT-team/babilong, in place "
+        "of composed ones",
+    )
+    evaluate.add_argument(
+        "--baseline",
+        type=_baseline,
+        choices=["model", "last-tokens", "full", "window", "retrieval"],
+        help="who reads: the model itself (the default: into its memory; as full where it has none), or "
+        "the base model, which sees the last tokens alone, everything, a sliding window, or retrieved "
+        "passages",
+    )
+    evaluate.add_argument(
+        "--window",
+        type=int,
+        help="tokens that --baseline last-tokens and window see (default: one segment)",
+    )
+    evaluate.add_argument(
+        "--retrieval", type=int, metavar="K", help="recall K passages in front of the question"
+    )
+    evaluate.add_argument("--chunk-size", type=int, help="words of a passage (default: 64)")
+    evaluate.add_argument("--hops", type=int, help="searches for each question (default: 1)")
+    evaluate.add_argument(
+        "--prompt",
+        help="answer (document, then question), instruction, chat, or a YAML file of prompts "
+        "(default: answer for models of memlm, chat or instruction for others)",
+    )
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
+    evaluate.add_argument(
+        "--batch-size",
+        type=int,
+        help="samples read side by side (default: the training recipe's, else 8)",
+    )
+    evaluate.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="most tokens of an answer (default: as the run in --out has it, else 20)",
+    )
+    add_device_options(evaluate)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, print the table and name the files."""
+    from memlm.eval import evaluate
+
+    retrieval = retrieval_asked(arguments)
+    asked = sample_settings(arguments)
+    model, tokenizer = load_model(arguments, memory=False)
+    report = evaluate(
+        model,
+        tokenizer,
+        tasks=asked["tasks"],
+        lengths=asked["lengths"],
+        samples=asked["samples"],
+        haystack=asked["haystack"],
+        stories=arguments.stories,
+        data=arguments.data,
+        out=arguments.out,
+        baseline=arguments.baseline,
+        window=arguments.window,
+        prompt=arguments.prompt,
+        position=tuple(arguments.position),
+        distance=arguments.distance,
+        composition=arguments.composition,
+        retrieval=retrieval,
+        batch_size=asked["batch_size"],
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        progress=True,
+    )
+    print(report.to_markdown())
+    print_written(report.files)
+
+
+def retrieval_asked(arguments: argparse.Namespace) -> Any:
+    """What is recalled in front of a question; None for nothing."""
+    from memlm.eval.running.runner import RECALLED
+    from memlm.retrieval.retriever import RetrievalConfig
+
+    k = arguments.retrieval
+    if k is None and arguments.baseline == "retrieval":
+        k = RECALLED
+    how = {"size": arguments.chunk_size, "hops": arguments.hops}
+    given = {name: value for name, value in how.items() if value is not None}
+    if k is None and given:
+        raise ValueError(
+            "--chunk-size and --hops say how passages are recalled, and none are; add --retrieval K, or "
+            "leave them out"
+        )
+    return None if k is None else RetrievalConfig(k=k, **given)
+
+
+def sample_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is asked: what was typed, else the recipe in the model's folder, else `SAMPLE_DEFAULTS`."""
+    typed = {name: getattr(arguments, name) for name in SAMPLE_DEFAULTS}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    path = Path(arguments.model) / "recipe.yaml"
+    if not path.is_file():
+        return {**SAMPLE_DEFAULTS, **typed}
+    from memlm.train.recipe import EvalSection, read_yaml
+    from memlm.train.recipe.binding import bind, plain
+
+    said = read_yaml(path).get("eval") or {}
+    section = bind(EvalSection, said, "eval")
+    found = {name: plain(getattr(section, name)) for name in said if name not in typed}
+    if arguments.data is not None:
+        found.pop("haystack", None)
+    if found:
+        told = ", ".join(f"{name} {value}" for name, value in found.items())
+        print(f"memlm: as {path} says: {told}", file=sys.stderr)
+    return {**SAMPLE_DEFAULTS, **found, **typed}
+
+
+def _baseline(word: str) -> str:
+    """A baseline by its present word, with a note where it was typed by a former one."""
+    from memlm.eval.running.baselines import present_word
+
+    return present_word(word)

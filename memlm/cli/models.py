@@ -1,0 +1,37 @@
+"""The model and tokenizer that a command names."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def load_model(arguments: argparse.Namespace, memory: bool = True) -> tuple[Any, Any]:
+    """The model and tokenizer that were named; with `memory`, others than memlm's are refused."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from memlm import MemLMForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    name = arguments.model
+    folder = Path(name)
+    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"model={name!r} does not exist; give a folder or a hub id")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"model={name!r} has no config.json; give the folder of a saved model")
+    if arguments.dtype != "auto" and not isinstance(
+        getattr(torch, arguments.dtype, None), torch.dtype
+    ):
+        raise ValueError(f"dtype={arguments.dtype!r} is unknown; use float32, bfloat16 or auto")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
+    if memory and not isinstance(model, MemLMForCausalLM):
+        raise ValueError(
+            f"model={name!r} is a {type(model).__name__} without memory; "
+            "give a model saved by memlm, or wrap it with MemLMForCausalLM.from_base and train it"
+        )
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,250 @@
+"""What an index has that its directory has not, how it is written there, and how it is read again.
+
+Which files there are and how they stay whole is `store`'s; here stands what goes into which of them, so
+that a save writes only what changed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from memlm.retrieval import store
+from memlm.retrieval.table import ChunkTable, MappedChunkTable
+from memlm.retrieval.vectors import Floats, Ints, Mask, Vectors
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The directory an index was saved to or loaded from, and its state then."""
+
+    path: str
+    generation: str
+    parts: list[store.PartFile]
+
+
+class IndexSaver:
+    """Keeps what changed in chunks and vectors since the last save, and saves it.
+
+    saved: where the index was saved to or loaded from last, None for nowhere.
+    """
+
+    def __init__(self, chunks: ChunkTable, vectors: Vectors) -> None:
+        self.saved: Saved | None = None
+        self._chunks = chunks
+        self._vectors = vectors
+        # What the directory saved to last does not know yet.
+        self._added: list[tuple[Ints, Floats]] = []
+        self._removed: list[int] = []
+        self._rewrite_vectors = False  # the faiss index, not a tail to it
+        self._rewrite_all = False
+
+    def note_added(self, rows: Ints, vectors: Floats) -> None:
+        """Chunks with these (n,) rows and (n, dim) vectors are in the index now."""
+        if self.saved is None or self._rewrite_vectors:
+            return
+        self._added.append((rows, vectors))
+        if self._vectors.trained and self._tail_is_long(self.saved):
+            # Cheaper to write the faiss index again than to keep so many vectors for its tail.
+            self._rewrite_vectors = True
+            self._added = []
+
+    def note_removed(self, rows: list[int]) -> None:
+        """The chunks of these rows are gone."""
+        self._removed.extend(rows)
+
+    def note_trained(self) -> None:
+        """The faiss index is another one now."""
+        self._rewrite_vectors = True
+
+    def note_compacted(self) -> None:
+        """Nothing of what is in the directory is to stay."""
+        self._rewrite_all = True
+
+    def _tail_is_long(self, saved: Saved) -> bool:
+        tail = sum(part.count for part in saved.parts if part.kind == "vectors")
+        tail += sum(len(rows) for rows, _ in self._added)
+        return tail > max(1024, len(self._chunks) // 4)
+
+    def save(self, target: Path, settings: dict[str, Any]) -> None:
+        """Write the index into `target`, with `settings` in its manifest; into its own, what changed.
+
+        ValueError when the directory holds anything but an index, or was changed by another meanwhile.
+        """
+        there = store.check_target(target)
+        generation = there["generation"] if there else None
+        target.mkdir(parents=True, exist_ok=True)
+        path = os.path.realpath(target)
+        saved = self.saved
+        if saved is not None and (saved.path != path or generation is None):
+            saved = None
+        if saved is not None and saved.generation != generation:
+            raise ValueError(
+                f"{str(target)!r} was changed by another process since this index was read; "
+                "load it again, or save elsewhere"
+            )
+        parts = self._new_parts(target, saved)
+        if parts is None:
+            return
+        manifest = store.commit(target, settings, parts, generation)
+        self.saved = Saved(path, manifest["generation"], manifest["parts"])
+        self._added = []
+        self._rewrite_vectors = self._rewrite_all = False
+        if not any(part.kind == "removed" for part in parts):
+            self._removed = []
+
+    def _new_parts(self, target: Path, saved: Saved | None) -> list[store.PartFile] | None:
+        """Write what is new and return all parts; None when nothing changed."""
+        whole = (
+            saved is None
+            or self._rewrite_all
+            or not store.intact(target, saved.parts)
+            or 4 * len(self._removed) > len(self._chunks)
+        )
+        if whole or saved is None:
+            main = self._vector_parts(target)
+            return [*self._chunk_parts(target, []), *main]
+        by_kind = {
+            kind: [part for part in saved.parts if part.kind == kind]
+            for kind in ("chunks", "vectors", "main", "removed")
+        }
+        removed = by_kind["removed"]
+        if len(self._removed) != sum(part.count for part in removed):
+            rows = self._removed
+            removed = [
+                store.write_part(
+                    target,
+                    "removed",
+                    (min(rows), max(rows) + 1),
+                    len(rows),
+                    lambda path: store.write_removed(path, rows),
+                )
+            ]
+        chunks = self._chunk_parts(target, by_kind["chunks"])
+        if self._rewrite_vectors:
+            vectors = self._vector_parts(target)
+        else:
+            vectors = [*self._tail_parts(target, by_kind["vectors"]), *by_kind["main"]]
+        before = [part for parts in by_kind.values() for part in parts]
+        now = [*chunks, *vectors, *removed]
+        return None if set(now) == set(before) else now
+
+    def _chunk_parts(self, target: Path, before: list[store.PartFile]) -> list[store.PartFile]:
+        stop = self._chunks.next_row
+        added = sum(1 for _ in self._chunks.live(before[-1].stop if before else 0))
+        if before and not added:
+            return before
+        kept = before[: store.num_parts_kept(before, added)]
+        first = kept[-1].stop if kept else 0
+        rows = list(self._chunks.live(first))
+        part = store.write_part(
+            target,
+            "chunks",
+            (first, stop),
+            len(rows),
+            lambda path: store.write_chunks(path, ((row, self._chunks[row]) for row in rows)),
+        )
+        return [*kept, part]
+
+    def _vector_parts(self, target: Path) -> list[store.PartFile]:
+        """All vectors: the faiss index once it is trained, and those that wait for training."""
+        parts = []
+        span = (0, self._chunks.next_row)
+        if self._vectors.trained:
+            self._vectors.flush()
+            count = self._vectors.indexed
+            parts = [store.write_part(target, "main", span, count, self._vectors.write)]
+        elif len(self._vectors.exact):
+            parts = [self._vector_part(target, self._vectors.exact.blocks, span)]
+        return parts
+
+    def _vector_part(
+        self, target: Path, blocks: list[tuple[Ints, Floats]], span: tuple[int, int]
+    ) -> store.PartFile:
+        count = sum(len(rows) for rows, _ in blocks)
+        return store.write_part(
+            target,
+            "vectors",
+            span,
+            count,
+            lambda path: store.write_vectors(path, self._vectors.dim, blocks),
+        )
+
+    def _tail_parts(self, target: Path, before: list[store.PartFile]) -> list[store.PartFile]:
+        """Vectors added since the faiss index was written, or before it is."""
+        added = sum(len(rows) for rows, _ in self._added)
+        if not added:
+            return before
+        kept = before[: store.num_parts_kept(before, added)]
+        blocks = []
+        for part in before[len(kept) :]:
+            for batch in store.read_arrow(store.verify(target, part), mmap=False):
+                blocks.append(store.vectors_of(batch, self._vectors.dim))
+        live = []
+        for rows, vectors in [*blocks, *self._added]:
+            there = self._chunks.alive[rows]
+            live.append((rows[there], vectors[there]))
+        first = kept[-1].stop if kept else 0
+        return [*kept, self._vector_part(target, live, (first, self._chunks.next_row))]
+
+    @classmethod
+    def opened(
+        cls, path: Path, manifest: dict[str, Any], chunks: ChunkTable, vectors: Vectors, mmap: bool
+    ) -> Self:
+        """Fill `chunks` and `vectors`, both empty, from a directory, checked against its manifest.
+
+        mmap: leave texts and vectors on disk. ValueError when a file is missing or damaged.
+        """
+        saver = cls(chunks, vectors)
+        files = [(part, store.verify(path, part)) for part in manifest["parts"]]
+        removed = np.zeros(manifest["next_row"], bool)
+        for part, file in files:
+            if part.kind == "removed":
+                rows = store.read_removed(file)
+                removed[rows] = True
+                saver._removed = rows.tolist()
+        for part, file in files:
+            if part.kind == "chunks":
+                _read_chunks(file, removed, chunks)
+        chunks.skip_to(manifest["next_row"])
+        # The faiss index first: a tail goes into it.
+        for part, file in sorted(files, key=lambda item: item[0].kind != "main"):
+            if part.kind == "main":
+                vectors.read(file, mmap, chunks.alive)
+            elif part.kind == "vectors":
+                _read_vectors(file, chunks.alive, vectors, mmap)
+        if not len(chunks) == vectors.live == manifest["chunks"]:
+            raise store.damaged(path / store.MANIFEST, "its counts do not match its parts")
+        saver.saved = Saved(os.path.realpath(path), manifest["generation"], manifest["parts"])
+        return saver
+
+
+def _read_chunks(file: Path, removed: Mask, chunks: ChunkTable) -> None:
+    """Put the chunks of a file into the table, but for rows that were removed."""
+    mapped = isinstance(chunks, MappedChunkTable)
+    for batch in store.read_arrow(file, mapped):
+        if isinstance(chunks, MappedChunkTable):
+            chunks.map(batch, removed)
+            continue
+        rows = batch.column("row").to_numpy()
+        columns = [batch.column(name).to_pylist() for name in ("id", "text", "metadata")]
+        kept = ~removed[rows]
+        entries = zip(*columns, strict=True)
+        chunks.put(rows[kept], [entry for entry, keep in zip(entries, kept, strict=True) if keep])
+
+
+def _read_vectors(file: Path, alive: Mask, vectors: Vectors, mmap: bool) -> None:
+    """Add the vectors of a file whose rows are alive; with `mmap` they are searched where they lie."""
+    for batch in store.read_arrow(file, mmap):
+        rows, block = store.vectors_of(batch, vectors.dim)
+        there = alive[rows]
+        if not there.all() and not mmap:
+            rows, block = rows[there], block[there]
+        if mmap:
+            vectors.map_tail(rows, block, int(there.sum()))
+        else:
+            vectors.add(rows, block)

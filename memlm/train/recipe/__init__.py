@@ -1,0 +1,30 @@
+"""Recipes: a training run as a YAML file, checked before anything heavy is imported.
+
+sections: what a recipe may say. recipe: all of it, checked together. reading: its file. binding:
+plain values into dataclasses. training: the Trainer's own fields. table: every key for people.
+"""
+
+from memlm.train.recipe.reading import SHIPPED, override, parse_yaml, read_yaml
+from memlm.train.recipe.recipe import Recipe
+from memlm.train.recipe.sections import (
+    CurriculumSection,
+    DataSection,
+    EvalSection,
+    ModelSection,
+    TokenizerSection,
+)
+from memlm.train.recipe.training import training_fields
+
+__all__ = [
+    "SHIPPED",
+    "CurriculumSection",
+    "DataSection",
+    "EvalSection",
+    "ModelSection",
+    "Recipe",
+    "TokenizerSection",
+    "override",
+    "parse_yaml",
+    "read_yaml",
+    "training_fields",
+]

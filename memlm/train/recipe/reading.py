@@ -1,0 +1,85 @@
+"""A recipe's file: where it is, its YAML, and keys changed on the command line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).parent.parent.parent / "recipes"
+
+
+def find_recipe(path: str | os.PathLike[str]) -> Path:
+    """A recipe's file: a path, or the name of a shipped recipe."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    name = given.name.removesuffix(".yaml")
+    if given.parent == Path(".") and name in shipped:
+        return shipped[name]
+    raise FileNotFoundError(
+        f"recipe {os.fspath(path)!r} does not exist; give a YAML file, or one of "
+        f"{', '.join(shipped)}"
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. ValueError names the line that cannot be read."""
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {str(path)!r} is not readable YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"recipe {str(path)!r} holds no mapping; write 'model:', 'data:' and so on"
+        )
+    return values
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML with 1e-3 read as a number, which YAML 1.1 takes for text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with "section.key=value" put in; list entries go by number."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(
+                f"override {text!r} has no 'key=value'; write training.learning_rate=1e-3"
+            )
+        parts = key.strip().split(".")
+        place: Any = values
+        for part in parts[:-1]:
+            if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+                place = place[int(part)]
+            elif isinstance(place, dict):
+                if not isinstance(place.get(part), (dict, list)):
+                    place[part] = {}
+                place = place[part]
+            else:
+                raise ValueError(f"override {text!r}: {part!r} is in no section; check the key")
+        if isinstance(place, list):
+            if not parts[-1].isdigit() or int(parts[-1]) >= len(place):
+                raise ValueError(
+                    f"override {text!r}: the list has entries 0 to {len(place) - 1}; use one of "
+                    "them"
+                )
+            place[int(parts[-1])] = parse_yaml(value)
+        else:
+            place[parts[-1]] = parse_yaml(value)
+    return values

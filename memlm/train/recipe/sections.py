@@ -1,0 +1,92 @@
+"""The sections of a recipe: what each may say, with defaults and meanings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from memlm.train.curriculum import Stage
+from memlm.train.options import BabilongOptions, described
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model: a base, from a checkpoint or from scratch, and its memory."""
+
+    base: str | None = described("hub id or path of the base model; null: from scratch", None)
+    config: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "from scratch: model_type and fields of its transformers configuration"},
+    )
+    memory: str | dict[str, Any] | list[Any] | None = field(
+        default="armt",
+        metadata={"help": "a memory's name, a mapping of its name and fields, or a list of these"},
+    )
+    segment_length: int = described("tokens per segment", 512)
+    init_from: str | None = described(
+        "folder of a trained memory model to go on from, in place of base and config", None
+    )
+    init_std: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "from scratch: standard deviation of the weights whose name matches a pattern "
+            "(a regular expression, searched), instead of the architecture's own"
+        },
+    )
+    freeze_base: bool = described("train the memory alone", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSection:
+    """The tokenizer."""
+
+    source: str | None = described(
+        "hub id or path, or 'train' for one trained on the data; null: the base model's", None
+    )
+    vocab_size: int = described("tokens of a trained tokenizer", 2048)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(BabilongOptions):
+    """The training data: BABILong made on the fly, or plain documents."""
+
+    source: Literal["babilong", "documents"] = described(
+        "babilong: questions about facts in text; documents: language modelling", "babilong"
+    )
+    haystack: str = described(
+        "babilong: 'builtin', a text file or folder, or hub:ID[@CONFIG][:COLUMN]", "builtin"
+    )
+    path: str | None = described(
+        "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]", None
+    )
+    skip_empty: bool = described(
+        "documents: pass over empty rows and files instead of refusing them", False
+    )
+    split_special_tokens: bool = described(
+        "documents: control tokens written out in a text are text; false makes them control tokens",
+        True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumSection:
+    """The stages, and what ends one early."""
+
+    stages: tuple[Stage, ...] = field(
+        default=(Stage(max_segments=1),), metadata={"help": "the stages, in order"}
+    )
+    advance_on: Literal["training", "evaluation"] = described(
+        "whose answers are compared with a stage's advance_at", "training"
+    )
+    score_window: int = described("training steps the running accuracy spans", 50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    """What `memlm eval` asks of the finished model unless told otherwise."""
+
+    tasks: tuple[str, ...] = described("bAbI tasks", ("qa1",))
+    lengths: tuple[str, ...] = described("tokens of text, as '4k' or '1M'", ("0k", "4k", "16k"))
+    samples: int = described("samples per task and length", 100)
+    haystack: str = described("as in data", "builtin")
+    batch_size: int = described("samples read side by side", 8)

@@ -1,0 +1,85 @@
+"""What MemLMTrainer may be told: transformers' TrainingArguments, and how gradients flow.
+
+The recipe reads the fields below from this source without importing it, so their defaults and help
+are plain literals.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MemLMTrainingArguments(TrainingArguments):
+    """TrainingArguments, and how gradients flow between segments."""
+
+    bptt_depth: int | None = field(
+        default=None,
+        metadata={"help": "segments a gradient reaches back; null: the whole document"},
+    )
+    bptt_anchor: str = field(
+        default="end",
+        metadata={
+            "help": "windows of bptt_depth segments are counted back from the last target ('end'), or "
+            "on from the document's 'start'"
+        },
+    )
+    window_step: str = field(
+        default="document",
+        metadata={
+            "help": "an optimiser step per 'document', or per 'window' of bptt_depth segments"
+        },
+    )
+    track_accuracy: bool = field(
+        default=False,
+        metadata={"help": "log the share of answers (runs of targets) predicted right"},
+    )
+
+    skip_nonfinite: bool = field(
+        default=True,
+        metadata={
+            "help": "skip batches whose memory or loss overflows, and steps whose gradient does, and "
+            "log their number as 'skipped'; false, or under FSDP: an overflowing memory ends the run"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.bptt_depth is not None and self.bptt_depth < 1:
+            raise ValueError(f"bptt_depth={self.bptt_depth} must be at least 1 segment, or None")
+        if self.bptt_anchor not in ("end", "start"):
+            raise ValueError(f"bptt_anchor={self.bptt_anchor!r} is unknown; use 'end' or 'start'")
+        if self.window_step not in ("document", "window"):
+            raise ValueError(
+                f"window_step={self.window_step!r} is unknown; use 'document' or 'window'"
+            )
+        if self.window_step == "window":
+            if self.bptt_depth is None:
+                raise ValueError("window_step='window' needs a window; give bptt_depth")
+            if self.gradient_accumulation_steps > 1:
+                raise ValueError(
+                    f"gradient_accumulation_steps={self.gradient_accumulation_steps} puts off the "
+                    "step that window_step='window' asks for; use 1"
+                )
+        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+        if self.deepspeed is not None or launched:
+            raise ValueError(
+                "deepspeed steps its optimiser at every backward, and a document has one per window of "
+                "bptt_depth segments; use DDP or FSDP, and leave deepspeed out"
+            )
+        # The batches hold more than the columns of a data set the Trainer would keep.
+        self.remove_unused_columns = False
+        # Every window gives every parameter a gradient, and a memory model has no buffers that
+        # change: both searches cost time, and the second breaks when processes run unlike numbers
+        # of windows.
+        for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
+            if getattr(self, name) is None:
+                setattr(self, name, False)
+        super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process would need DataParallel, which cannot carry "
+                "memories; start with `accelerate launch`, or show one GPU"
+            )

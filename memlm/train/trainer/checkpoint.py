@@ -1,0 +1,59 @@
+"""Where the data and the curriculum stand, kept beside the Trainer's own files in a checkpoint.
+
+curriculum.json is the same for all processes; stream-RANK.json and memory-RANK-SLOT.safetensors, the
+memories of documents that later batches read on, are one process's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from memlm.files import write_json
+from memlm.state import MemoryState
+from memlm.train.data import TrainingStream
+
+CURRICULUM_FILE = "curriculum.json"
+
+
+def save_position(
+    folder: Path,
+    stream: TrainingStream,
+    carried: Mapping[int, MemoryState],
+    rank: int,
+    *,
+    curriculum: bool,
+) -> None:
+    """Write where `stream` stands and the memories `carried`, by slot, to the next batches.
+
+    curriculum: whether this process writes what all processes share.
+    """
+    if curriculum:
+        write_json(folder / CURRICULUM_FILE, stream.curriculum.state_dict())
+    write_json(folder / f"stream-{rank}.json", stream.state_dict())
+    for slot, state in carried.items():
+        state.save(folder / f"memory-{rank}-{slot}.safetensors")
+
+
+def load_position(
+    folder: Path, stream: TrainingStream, rank: int, device: str
+) -> dict[int, MemoryState]:
+    """Put `stream`, which is dealt already, where it stood; returns the memories carried, by slot.
+
+    FileNotFoundError when another kind of trainer, or fewer processes, wrote the checkpoint.
+    """
+    found = {}
+    for name in (CURRICULUM_FILE, f"stream-{rank}.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"checkpoint {str(folder)!r} has no {name}; resume from one that MemLMTrainer "
+                "wrote with as many processes"
+            )
+        found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+    stream.curriculum.load_state_dict(found[CURRICULUM_FILE])
+    stream.load_state_dict(found[f"stream-{rank}.json"])
+    return {
+        int(path.stem.rsplit("-", 1)[1]): MemoryState.load(path, device)
+        for path in sorted(folder.glob(f"memory-{rank}-*.safetensors"))
+    }

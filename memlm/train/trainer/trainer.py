@@ -1,0 +1,521 @@
+"""The Trainer: only how a batch is run is different from transformers' own.
+
+A batch runs window by window, with a backward after each and one optimiser step over the document.
+Arguments, callbacks, trackers, checkpoints and `accelerate launch` are the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import count as count_up
+from pathlib import Path
+from typing import Any, cast
+from zlib import crc32
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from memlm.modeling import MemLMForCausalLM
+from memlm.scan import Anchor, scan
+from memlm.state import MemoryState
+from memlm.train.data import Collator, TrainingStream, Windows
+from memlm.train.trainer.arguments import MemLMTrainingArguments
+from memlm.train.trainer.checkpoint import load_position, save_position
+from memlm.train.trainer.plan import BatchPlan, count_targets, count_tokens, plan_batch
+from memlm.train.trainer.tally import Tally
+from memlm.train.trainer.window import run_window
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class StepReport:
+    """What memories asked for besides the loss, the batches and steps left out, and the steps summed."""
+
+    auxiliary: Tensor | float = 0.0
+    skipped: int = 0
+    steps: int = 0
+
+    def add(self, other: StepReport) -> None:
+        self.auxiliary = self.auxiliary + other.auxiliary
+        self.skipped += other.skipped
+        self.steps += other.steps
+
+
+class BeforeStep(TrainerCallback):
+    """Tells a trainer that a step's gradients are complete."""
+
+    def __init__(self, trainer: MemLMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.before_step()
+
+
+class MemLMTrainer(Trainer):
+    """Trainer for models with memories.
+
+    train_dataset: a `TrainingStream`, whose curriculum is then followed, saved and resumed, or any
+    data set of `input_ids` (and `labels`), one document per row.
+    """
+
+    args: MemLMTrainingArguments
+
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
+        if args is not None and not isinstance(args, MemLMTrainingArguments):
+            raise TypeError(
+                f"args is a {type(args).__name__}; MemLMTrainer takes MemLMTrainingArguments"
+            )
+        if kwargs.get("data_collator") is None:
+            tokenizer = kwargs.get("processing_class")
+            pad = getattr(tokenizer, "pad_token_id", None)
+            kwargs["data_collator"] = Collator(0 if pad is None else pad)
+        self._unwrapped: tuple[Any, Any] = (None, None)
+        super().__init__(model=model, args=args, **kwargs)
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ValueError(
+                "label_smoothing_factor and compute_loss_func are not for documents in segments, "
+                "whose loss the model sums; leave them out"
+            )
+        stream = self.train_dataset
+        if self.args.window_step == "window" and not isinstance(stream, TrainingStream):
+            raise ValueError(
+                f"window_step='window' reads a document on from step to step, which train_dataset="
+                f"{type(stream).__name__} cannot; give a memlm.train.TrainingStream"
+            )
+        self._stream = stream if isinstance(stream, TrainingStream) else None
+        if self._stream is not None:
+            # The stream starts where it stood; skipping batches would read them again.
+            self.args.ignore_data_skip = True
+            windowed = isinstance(self._stream.source, Windows)
+            if self.args.window_step == "window" and not windowed:
+                assert self.args.bptt_depth is not None
+                self._stream.source = Windows(
+                    self._stream.source,
+                    self.args.bptt_depth,
+                    self._model.segment_length,
+                    cast(Anchor, self.args.bptt_anchor),
+                )
+        self._carried: dict[int, MemoryState] = {}
+        # Rows of segments learned from in the present step, over all its batches and processes; None
+        # where it has but one of each.
+        self._learned_rows: Tensor | int | None = None
+        self._step_report, self._log_report = StepReport(), StepReport()
+        self.skipped = 0
+        self.add_callback(BeforeStep(self))
+        self._step_tally, self._log_tally, self._eval_tally = Tally(), Tally(), Tally()
+        self._logged_at = time.perf_counter()
+        self._parameter_count: int | None = None
+
+    @property
+    def _model(self) -> MemLMForCausalLM:
+        # Kept: asking several times per step costs a small model a millisecond.
+        if self._unwrapped[0] is not self.model:
+            self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
+        return self._unwrapped[1]
+
+    # Data.
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The stream's own batches, in its own order; any other data set as the Trainer does it."""
+        if self._stream is None:
+            return super().get_train_dataloader()
+        self._deal_stream()
+        workers = self.args.dataloader_num_workers
+        self._stream.check_workers(workers)
+        prefetch = self.args.dataloader_prefetch_factor or 2
+        self._stream.curriculum.lookahead = -(
+            -workers * prefetch // self.args.gradient_accumulation_steps
+        )
+        return DataLoader(
+            self._stream,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            # Its own: a loader draws a seed when it starts, which would move a resumed run's
+            # dropout.
+            generator=torch.Generator(),
+        )
+
+    def _deal_stream(self) -> None:
+        """Tell the stream which share of each batch is this process's."""
+        assert self._stream is not None
+        self._stream.deal(
+            batch_size=self._train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> Tensor | int | None:
+        # Targets of questions count as well; a document counts once, however it is windowed.
+        count = sum(count_targets(batch) for batch in batch_samples)
+        if len(batch_samples) == 1 and self.args.world_size == 1:
+            self._learned_rows = None  # The batch's own, which is found when it is run.
+            return torch.tensor(count, device=device)
+        rows = sum(int(self._plan(batch, train=True).learned_rows) for batch in batch_samples)
+        counts = torch.tensor([[count, rows]], device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts)
+        total, self._learned_rows = counts.sum(dim=0)
+        return total
+
+    # A batch.
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Run forward and backward over a batch, window by window; returns its loss, detached."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        cursor = inputs.pop("cursor", None)
+        if num_items_in_batch is None:
+            num_items_in_batch = count_targets(inputs)
+        loss, tally = self._run_batch(model, inputs, num_items_in_batch, train=True)
+        self._step_tally.add(tally)
+        if self._stream is not None and cursor is not None:
+            self._follow_curriculum(cursor)
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of a batch. Logits are neither kept nor gathered, however long documents are."""
+        inputs = self._prepare_inputs(inputs)
+        inputs.pop("cursor", None)
+        with torch.no_grad():
+            loss, tally = self._run_batch(model, inputs, max(count_targets(inputs), 1), train=False)
+        self._eval_tally.add(tally)
+        return loss, None, None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer does; with `track_accuracy`, also the share of answers right."""
+        self._eval_tally = Tally()
+        metrics = super().evaluate(*args, **kwargs)
+        right, asked = self._answers_everywhere(self._eval_tally)
+        if asked and self.args.track_accuracy:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            metrics[f"{prefix}_accuracy"] = right / asked
+            self.log({f"{prefix}_accuracy": right / asked})
+            if self._stream is not None and self.is_in_train:
+                self._stream.curriculum.record_score(self._stream.step, right / asked)
+        return metrics
+
+    def _plan(self, batch: dict[str, Any], *, train: bool) -> BatchPlan:
+        """The batch's segments and windows, as the arguments have them."""
+        return plan_batch(
+            batch,
+            batch.get("segment_length") or self._model.segment_length,
+            self.args.bptt_depth,
+            cast(Anchor, self.args.bptt_anchor),
+            train=train,
+        )
+
+    def _run_batch(
+        self, model: nn.Module, batch: dict[str, Any], count: Tensor | int, *, train: bool
+    ) -> tuple[Tensor, Tally]:
+        """Run all windows of a batch, with a backward after each that is learned from.
+
+        Returns summed cross-entropy divided by `count`, and the answers counted. What memories ask for
+        besides enters the gradients alone.
+        """
+        plan = self._plan(batch, train=train)
+        self._check_in_step(plan)
+        length = batch.get("segment_length") or self._model.segment_length
+        continued = batch.get("continued")
+        # Documents packed into one row have rows of their own.
+        rows = len(plan.segments[0].ids if plan.segments else batch["input_ids"])
+        tally = Tally(tokens=sum(count_tokens(segment) for segment in plan.segments))
+        state = self._state_before(continued, rows)
+        scale = plan.scale
+        # A mean over all that is learned from, and no share of all targets.
+        weight = self._auxiliary_weight / self._rows_learned_from(plan) if train else 0.0
+        if train and self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes, but `count` is the sum over them.
+            scale, weight = scale * self.args.world_size, weight * self.args.world_size
+        total = torch.zeros((), device=self.args.device)
+        head = self._model.get_output_embeddings() if self.args.track_accuracy else None
+        windows, reduced = count_up(), False
+
+        def run_and_learn(
+            window: list[Any], state: MemoryState
+        ) -> tuple[tuple[Tensor | None, Tally], MemoryState]:
+            nonlocal reduced
+            index = next(windows)
+            learn = train and index in plan.learned
+            with self._gradient_context(model, learn, index == plan.last_learned):
+                result = run_window(
+                    model,
+                    window,
+                    state,
+                    count=count,
+                    length=length,
+                    model_length=self._model.segment_length,
+                    head=head,
+                )
+                loss, auxiliary = result.loss, result.auxiliary
+                if loss is not None:
+                    loss = loss * scale
+                if loss is not None and learn:
+                    minimised = loss if auxiliary is None else loss + auxiliary * weight
+                    if self._may_skip and not bool(minimised.isfinite()):
+                        raise FloatingPointError("the loss is not finite")
+                    if auxiliary is not None:
+                        self._step_report.auxiliary += auxiliary.detach() * weight
+                    self.accelerator.backward(minimised)
+                    reduced = index == plan.last_learned
+            return (None if loss is None else loss.detach(), result.tally), result.state
+
+        try:
+            for (loss, answered), behind in scan(
+                run_and_learn, plan.segments, state, plan.depth, plan.first
+            ):
+                if loss is not None:
+                    total = total + loss
+                tally.add(answered)
+                state = behind
+        except FloatingPointError as error:
+            self._leave_out(error)
+            if not train:
+                return torch.full_like(total, torch.nan), tally
+            if not reduced:
+                self._reduce_nothing(model, batch["input_ids"][:1, :1])
+            state = self._model.init_state(rows)
+        if continued is not None and train:
+            self._carried[self._slot] = self._restart_broken_rows(state.detach())
+        return total, tally
+
+    def _check_in_step(self, plan: BatchPlan) -> None:
+        """Refuse what FSDP, which gathers weights at every call, would wait for without end."""
+        if not self._sharded:
+            return
+        mark = torch.tensor([crc32(repr(plan.call_pattern).encode())], device=self.args.device)
+        marks = self.accelerator.gather(mark)
+        if bool((marks != marks[0]).any()):
+            raise ValueError(
+                f"the processes' documents at step {self.state.global_step} differ in how many segments "
+                "they have or behind which of them are targets and questions, and under FSDP every "
+                "process must run the same calls; give all documents the same (min_segments = "
+                "max_segments, one ask_every), or use DDP"
+            )
+
+    @property
+    def _sharded(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
+    def _may_skip(self) -> bool:
+        # Under FSDP the other processes would wait for this one's next call.
+        return self.args.skip_nonfinite and not self._sharded
+
+    def _rows_learned_from(self, plan: BatchPlan) -> Tensor | int:
+        """Rows of segments learned from, over all batches and processes of the step."""
+        return plan.learned_rows if self._learned_rows is None else self._learned_rows
+
+    def _leave_out(self, error: FloatingPointError) -> None:
+        """Count a batch that is left out from here on. Raises `error` where that would not help."""
+        sound = all(bool(p.isfinite().all()) for p in self._model.parameters())
+        # Weights that overflowed would spoil every batch to come.
+        if not self._may_skip or not sound:
+            raise error
+        self._step_report.skipped += 1
+        logger.warning(f"A batch of step {self.state.global_step} is left out: {error}")
+
+    def _reduce_nothing(self, model: nn.Module, ids: Tensor) -> None:
+        """Take part in the gradients' reduction with zeros: other processes wait for it."""
+        if self.args.world_size > 1:
+            loss = model(ids, shift_labels=ids, logits_to_keep=None, write=False).loss
+            self.accelerator.backward(loss * 0.0)
+
+    def _state_before(self, continued: Tensor | None, rows: int) -> MemoryState:
+        """The memory a batch starts with: what the last one left in rows `continued` (B,), else fresh."""
+        fresh = self._model.init_state(rows)
+        if continued is None or not bool(continued.any()):
+            return fresh
+        return self._carried[self._slot].where(continued, fresh)
+
+    def _restart_broken_rows(self, state: MemoryState) -> MemoryState:
+        """`state` (rows B), where rows that hold infinities or NaNs are put back to the start."""
+        if not self.args.skip_nonfinite or not state.tensors:
+            return state
+        # A sum is as good a witness as every value, and one pass over the state.
+        rows = state.batch_size
+        sums = [value.reshape(rows, -1).sum(dim=1).float() for value in state.tensors.values()]
+        sound = torch.stack(sums).isfinite().all(dim=0)
+        if bool(sound.all()):
+            return state
+        return state.where(sound, self._model.init_state(state.batch_size)).detach()
+
+    def before_step(self) -> None:
+        """Drop a gradient that is not finite, in all processes alike, and add up their reports."""
+        report, self._step_report, dropped = self._step_report, StepReport(), False
+        # A loss scaler looks for itself, lowers its scale and leaves the step out.
+        if self.args.skip_nonfinite and self.accelerator.scaler is None:
+            gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
+            dropped = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if self.args.world_size > 1:
+            mine = torch.tensor([[float(report.auxiliary), report.skipped, dropped]])
+            auxiliary, skipped, drops = self.accelerator.gather(mine.to(self.args.device)).unbind(1)
+            report = StepReport(float(auxiliary.mean()), int(skipped.sum()))
+            dropped = bool(drops.any())
+        if dropped:
+            logger.warning(f"Step {self.state.global_step} is left out: its gradient is not finite")
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            report.skipped += 1
+        self.skipped += report.skipped
+        report.steps = 1
+        self._log_report.add(report)
+
+    @property
+    def _auxiliary_weight(self) -> float:
+        """The weight the present stage gives to what memories ask for besides."""
+        if self._stream is None:
+            return 1.0
+        curriculum = self._stream.curriculum
+        return curriculum.stages[curriculum.index_at(self._stream.step)].auxiliary_weight
+
+    @property
+    def _slot(self) -> int:
+        """Which batch of its step comes next, by number: each has documents of its own."""
+        return 0 if self._stream is None else self._stream.batches % self._stream.accumulation
+
+    def _gradient_context(
+        self, model: nn.Module, learn: bool, last: bool
+    ) -> AbstractContextManager[Any]:
+        """How a window runs: without gradients, with them unreduced, or, at the `last`, reduced."""
+        if not learn:
+            return torch.no_grad()
+        # FSDP keeps whole gradients while it is not synchronising.
+        return nullcontext() if last or self._sharded else self.accelerator.no_sync(model)
+
+    # The curriculum, and where the data stand.
+
+    def _follow_curriculum(self, cursor: Tensor) -> None:
+        """Note that a batch was trained on; behind the last of a step, follow the curriculum."""
+        assert self._stream is not None
+        step = self._stream.step
+        self._stream.consumed(cursor)
+        if self._stream.step == step:
+            return
+        curriculum = self._stream.curriculum
+        right, asked = self._step_tally.right, self._step_tally.asked
+        if any(stage.advance_at is not None for stage in curriculum.stages):
+            right, asked = self._answers_everywhere(self._step_tally)
+        curriculum.record(step, right, asked)
+        self._log_tally.add(self._step_tally)
+        self._step_tally = Tally()
+        if curriculum.finished(self._stream.step):
+            self.control.should_training_stop = True
+
+    def _answers_everywhere(self, tally: Tally) -> tuple[int, int]:
+        """Answers right and asked, over all processes, which thus decide alike."""
+        if self.args.world_size == 1:
+            return tally.right, tally.asked
+        pair = torch.tensor([[tally.right, tally.asked]], device=self.args.device)
+        right, asked = self.accelerator.gather(pair).sum(dim=0).tolist()
+        return right, asked
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The stages' learning rates where they have any, else the schedule of the arguments."""
+        if self._stream is None or not self._stream.curriculum.sets_learning_rate:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if getattr(self, "lr_scheduler", None) is None:
+            stream, peak = self._stream, self.args.learning_rate
+
+            optimizer = self.optimizer if optimizer is None else optimizer
+
+            def factor(_: int) -> float:
+                return stream.curriculum.learning_rate_at(stream.step, peak) / (peak or 1.0)
+
+            if peak == 0:
+                # Nothing is a share of nothing: stages with a rate of their own bring all of it.
+                for group in optimizer.param_groups:
+                    group["initial_lr"] = 1.0
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to the training log: what memories asked for, the batches and steps left out, the stage,
+        the share of answers right, and tokens per second.
+        """
+        if "loss" in logs:
+            if self._stream is None:
+                self._log_tally, self._step_tally = self._step_tally, Tally()
+            now = time.perf_counter()
+            tokens = self._log_tally.tokens * self.args.world_size
+            logs["tokens_per_second"] = tokens / max(now - self._logged_at, 1e-9)
+            report, self._log_report = self._log_report, StepReport()
+            if not isinstance(report.auxiliary, float) or report.auxiliary:
+                # Beside the loss, which is cross-entropy alone, as in evaluation.
+                logs["auxiliary_loss"] = float(report.auxiliary) / max(report.steps, 1)
+            if report.skipped:
+                logs["skipped"] = report.skipped
+            if self._log_tally.asked:
+                logs["accuracy"] = self._log_tally.right / self._log_tally.asked
+            if self._stream is not None:
+                logs["stage"] = self._stream.curriculum.index_at(max(self._stream.step - 1, 0))
+            self._log_tally, self._logged_at = Tally(), now
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Six per parameter and token, with the parameters counted once and not at every step."""
+        if self._parameter_count is None:
+            self._parameter_count = sum(p.numel() for p in self._model.parameters())
+        return 6 * self._parameter_count * inputs["input_ids"].numel()
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before the Trainer's own files: a checkpoint counts as whole once trainer_state.json,
+        # which is written last, can be read.
+        if self._stream is not None:
+            folder = Path(self._get_output_dir(trial)) / (
+                f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
+            save_position(
+                folder,
+                self._stream,
+                self._carried,
+                self.args.process_index,
+                curriculum=self.is_world_process_zero(),
+            )
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._stream is None:
+            return
+        self._deal_stream()
+        self._carried = load_position(
+            Path(resume_from_checkpoint),
+            self._stream,
+            self.args.process_index,
+            str(self.args.device),
+        )
+
+
+def local_part(gradient: Tensor) -> Tensor:
+    """This process's part of a gradient that may be sharded."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
