@@ -15,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from memlm.tasks import babi, babilong, published
+from memlm.tasks.published import reading, records, writing
 from memlm.tasks.haystack import TokenHaystack
 from tests.tokenizers import tokenizer as other_tokenizer
 
@@ -72,7 +73,7 @@ def test_samples_are_loaded_from_json(tmp_path: Path, path: str) -> None:
 def test_json_is_read_alike_wherever_a_read_ends(
     size: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(published, "_READ_CHARACTERS", size)
+    monkeypatch.setattr(reading, "_READ_CHARACTERS", size)
     rows = [
         {
             "input": 'He said: "]},{[" \\ ' + "é日🙂\n" * n,
@@ -82,7 +83,7 @@ def test_json_is_read_alike_wherever_a_read_ends(
         }
         for n in range(6)
     ]
-    wanted = [{key: row[key] for key in published.COLUMNS} for row in rows]
+    wanted = [{key: row[key] for key in records.COLUMNS} for row in rows]
     for ascii in (True, False):
         if not ascii:
             rows = json.loads(json.dumps(rows))
@@ -211,8 +212,8 @@ def test_a_folder_laid_out_like_the_hub_is_read_by_its_card(
     assert list(found) == RECORDS
     monkeypatch.chdir(tmp_path)
     # As if it were an id of the hub.
-    rows = published._hub_rows("set", "qa1", "4k", streaming)
-    assert [published._checked(*row) for row in rows] == RECORDS
+    rows = reading._hub_rows("set", "qa1", "4k", streaming)
+    assert [reading._checked(*row) for row in rows] == RECORDS
     with pytest.raises(ValueError, match=r"qa2 4k cannot be loaded"):
         babilong.load(tmp_path / "set", "qa2", "4k")
     with pytest.raises(ValueError, match=r"qa1 8k cannot be loaded"):
@@ -270,7 +271,7 @@ def test_parquet_and_json_hold_the_same_records(
     pytest.importorskip("pyarrow")
     given: Any = {"samples": 7, "haystack": source, "seed": 1}
     babilong.write(tmp_path / "j", ["qa1", "qa5"], [500], **given)
-    monkeypatch.setattr(published, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(writing, "BATCH_CHARACTERS", 3000)
     files = babilong.write(tmp_path / "p", ["qa1", "qa5"], [500], format="parquet", **given)
     assert [f.relative_to(tmp_path / "p").as_posix() for f in files] == [
         "500/qa1-00000-of-00001.parquet",
@@ -309,7 +310,7 @@ def test_a_write_that_was_killed_goes_on_where_it_was(
 ) -> None:
     given: Any = {"samples": 3, "haystack": source, "seed": 2}
     whole = babilong.write(tmp_path / "whole", ["qa1", "qa2"], ["0k", 400], **given)
-    known, calls = published.compose, []
+    known, calls = writing.compose, []
 
     def killed(*args: Any, **named: Any) -> Any:
         calls.append(1)
@@ -319,7 +320,7 @@ def test_a_write_that_was_killed_goes_on_where_it_was(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(published, "compose", killed)
+        patch.setattr(writing, "compose", killed)
         with pytest.raises(KeyboardInterrupt):
             babilong.write(out, ["qa1", "qa2"], ["0k", 400], **given)
     left = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.json"))
@@ -470,8 +471,8 @@ def test_tokens_in_pieces_are_those_of_the_whole(
 ) -> None:
     tokenizer = other_tokenizer(kind)
     for size in (1, 2, 5, 16, 50):
-        monkeypatch.setattr(published, "_PIECE_CHARACTERS", size)
-        monkeypatch.setattr(published, "_PIECE_TOKENS", 7)
+        monkeypatch.setattr(records, "_PIECE_CHARACTERS", size)
+        monkeypatch.setattr(records, "_PIECE_TOKENS", 7)
         sample = sample_of(text, tokenizer)
         said = f" {text.strip()}" if text.strip() else ""
         assert sample.text() == said
