@@ -11,6 +11,7 @@ Clipping, the stop-gradient on gamma and the epsilons are the published code's, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,6 +30,7 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.feature_maps import dpfp
+from memlm.memory.parts.gates import check_gate, open_gate
 
 EPSILON = 1e-5
 
@@ -48,6 +50,10 @@ class ARMTConfig(MemoryConfig):
     gate for good; None leaves it free, as the paper does. write_cost: added to the training loss times
     the mean gate over segments and layers (a segment that is not full pays by its length): what is not
     worth remembering is not written (not in the paper).
+    write_threshold: outside training a gate below it counts as zero, so that what is written a little at
+    every segment does not wear down what is held; float("inf") silences the memory. normaliser: "all"
+    counts the keys of every segment, as the paper's code does, "written" each key as far as its gate is
+    open; only then is a segment whose gates are zero exact silence (neither is in the paper).
     """
 
     num_memory_tokens: int | None = None
@@ -60,6 +66,8 @@ class ARMTConfig(MemoryConfig):
     shared_start: bool = option(False)
     gate_limit: float | None = None
     write_cost: float = option(0.0)
+    write_threshold: float = option(0.0)
+    normaliser: str = "all"
 
 
 class ARMTState(NamedTuple):
@@ -80,6 +88,8 @@ class ARMT(Memory):
     site: ClassVar[Site] = "layer"
     Config: ClassVar[type[MemoryConfig]] = ARMTConfig
     neutral: ClassVar[bool] = True
+    transient: ClassVar[frozenset[str]] = frozenset({"written"})
+    silent_with: ClassVar[Mapping[str, Any]] = {"normaliser": "written"}
 
     def __init__(self, config: ARMTConfig, dims: Dims) -> None:
         super().__init__(config, dims)
@@ -89,6 +99,8 @@ class ARMT(Memory):
         self.correction = config.correction
         self.initial_gate, self.value_std = config.initial_gate, config.value_std
         self.gate_limit, self.write_cost = config.gate_limit, config.write_cost
+        self.write_threshold = config.write_threshold
+        self.counts_all = config.normaliser == "all"
         self.shared_start = config.shared_start
         self.query = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.key = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
@@ -102,6 +114,9 @@ class ARMT(Memory):
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
         if config.write_cost < 0:
             raise ValueError(f"write_cost={config.write_cost} would pay for writing; use 0 or more")
+        check_gate("sigmoid", config.write_threshold)
+        if config.normaliser not in ("all", "written"):
+            raise ValueError(f"normaliser={config.normaliser!r} is unknown; use 'all' or 'written'")
         if config.gate_limit is not None and config.gate_limit <= 0:
             raise ValueError(f"gate_limit={config.gate_limit} must be above 0, or None")
         return replace(config, num_memory_tokens=memory_tokens_for(config.num_memory_tokens, dims))
@@ -167,6 +182,8 @@ class ARMT(Memory):
             stored = torch.einsum("bmp,bpd->bmd", phi, state.associations) / counted.unsqueeze(-1)
             associations = state.associations + phi.mT @ (beta * (value - stored))
             gamma = self._gamma(phi, counted, state.normaliser).unsqueeze(-1)
+            if not self.counts_all:
+                gamma = gamma * beta
             written = share * beta.mean(dim=(1, 2))
             return ARMTState(
                 associations, state.normaliser + (gamma * phi).sum(dim=1), written.to(wide)
@@ -180,7 +197,7 @@ class ARMT(Memory):
         logit = self.gate(tokens).to(wide)
         if self.gate_limit is not None:
             logit = self.gate_limit * torch.tanh(logit / self.gate_limit)
-        return torch.sigmoid(logit)
+        return open_gate(logit, "sigmoid", 0.0 if self.training else self.write_threshold)
 
     def _gamma(self, phi: Tensor, counted: Tensor, normaliser: Tensor) -> Tensor:
         """How much of each key the normaliser does not count yet, (B, M); carries no gradient."""

@@ -10,6 +10,7 @@ sequences and rows whose document has ended are handled outside it (`memlm.backb
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, overload
 
@@ -150,6 +151,8 @@ class Memory(nn.Module, ABC):
     # Leaves of the state that say something of the last segment alone; all others stay as they are, to the
     # bit, while every write gate is zero (memories whose config has a `write_threshold`).
     transient: ClassVar[frozenset[str]] = frozenset()
+    # Options that this takes, where the published form writes something at every segment whatever its gate.
+    silent_with: ClassVar[Mapping[str, Any]] = {}
     # False when no gradient passes through the state, however deep the backpropagation.
     differentiable: ClassVar[bool] = True
 

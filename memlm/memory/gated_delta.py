@@ -103,7 +103,7 @@ class GatedDeltaConfig(MemoryConfig):
                 "or give head_dim as well"
             )
         size = dims.hidden_size // heads if self.head_dim is None else self.head_dim
-        filled = {
+        filled: dict[str, Any] = {
             "num_heads": heads,
             "head_dim": size,
             "value_dim": size if self.value_dim is None else self.value_dim,

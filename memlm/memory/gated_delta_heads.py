@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from memlm.memory.base import (
     QKV,
     Dims,
-    Inner,
+    InnerHeads,
     Memory,
     MemoryConfig,
     Site,
@@ -112,7 +112,7 @@ class GatedDeltaHeads(Memory):
         self,
         x: QKV,
         state: GatedDeltaHeadsState,
-        inner: Inner,
+        inner: InnerHeads,
         *,
         mask: Tensor | None,
         write: bool = True,

@@ -40,10 +40,11 @@ def naive_write(
             m = memory[b, i]
             k, v = naive_phi(cell.key.weight @ m), cell.value.weight @ m
             beta = torch.sigmoid(cell.gate.weight[0] @ m + cell.gate.bias[0])
+            beta = beta if beta >= cell.config.write_threshold else torch.zeros_like(beta)
             old = torch.zeros_like(v) if first else a[b].T @ k / (z[b] @ k + EPS)
             gamma = 1.0 if first else (1 - (z[b] @ k + EPS) / (k @ k + EPS)).clamp(0, 1)
             new_a[b] += beta * torch.outer(k, v - old)
-            new_z[b] += gamma * k
+            new_z[b] += gamma * k * (beta if cell.config.normaliser == "written" else 1.0)
     return new_a, new_z
 
 
@@ -65,8 +66,10 @@ def cell_of(**options: object) -> ARMT:
 
 
 @torch.no_grad()
-def test_equals_the_equations_over_several_segments() -> None:
-    cell = cell_of()
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@pytest.mark.parametrize("normaliser", ["all", "written"])
+def test_equals_the_equations_over_several_segments(normaliser: str, threshold: float) -> None:
+    cell = cell_of(normaliser=normaliser, write_threshold=threshold).eval()
     state = cell.init_state(B)
     a, z = state.associations.clone(), state.normaliser.clone()
     for step in range(5):
@@ -237,3 +240,22 @@ def test_bad_options_are_refused() -> None:
         )
     with pytest.raises(ValueError, match=r"layers=\(0, 7\)"):
         MemLMForCausalLM.from_base(base_model("llama"), ARMTConfig(layers=(0, 7)), segment_length=8)
+
+
+def test_a_threshold_is_for_reading_and_not_for_training() -> None:
+    cell = cell_of(write_threshold=float("inf"), normaliser="written")
+    memory, state = torch.randn(B, M, D, dtype=torch.float64), cell.init_state(B)
+    state = cell.train().write(memory, state)
+    assert state.associations.abs().sum() > 0 and state.written.min() > 0
+    after = cell.eval().write(memory, state)
+    assert torch.equal(after.associations, state.associations)
+    assert torch.equal(after.normaliser, state.normaliser)
+    assert not after.written.any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"write_threshold": -0.5}, {"normaliser": "some"}], ids=lambda o: next(iter(o))
+)
+def test_thresholds_and_normalisers_there_are_not_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MemLMForCausalLM.from_base(base_model("llama"), ARMTConfig(**options), segment_length=8)

@@ -352,8 +352,9 @@ def test_bfloat16_stays_close(memory: str, family: str) -> None:
 @pytest.mark.parametrize("memory", SILENT)
 @torch.no_grad()
 def test_silence_leaves_the_state_as_it_was(memory: str) -> None:
-    model, ids = memory_model("llama", memory), tokens(2, 3 * SEGMENT)
-    silent = memory_model("llama", replace(CASES[memory], write_threshold=float("inf")))
+    config = replace(CASES[memory], **memory_class(memory).silent_with)
+    model, ids = memory_model("llama", config), tokens(2, 3 * SEGMENT)
+    silent = memory_model("llama", replace(config, write_threshold=float("inf")))
     silent.load_state_dict(model.state_dict())
     silent.config.segment_length = 2
     lasting = [

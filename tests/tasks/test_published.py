@@ -15,8 +15,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from memlm.tasks import babi, babilong, published
-from memlm.tasks.published import reading, records, writing
 from memlm.tasks.haystack import TokenHaystack
+from memlm.tasks.published import reading, records, writing
 from tests.tokenizers import tokenizer as other_tokenizer
 
 RECORDS = [

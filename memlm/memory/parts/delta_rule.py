@@ -67,7 +67,7 @@ def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tenso
         joined = torch.cat([u, _scaled(e, keep)], dim=-1)
         found = torch.linalg.solve_triangular(mixing, joined, upper=False, unitriangular=True)
         solved, erased = found.split([u.shape[-1], e.shape[-1]], dim=-1)
-    left = w if keep is None else _scaled(w, total - keep)
+    left = w if keep is None or total is None else _scaled(w, total - keep)
     started, deltas = [], []
     for index in range(w.shape[2]):
         started.append(state)
