@@ -20,6 +20,8 @@ from memlm import MemLMForCausalLM
 from memlm.memory import (
     ARMTConfig,
     CompressiveConfig,
+    GatedDeltaConfig,
+    GatedDeltaHeadsConfig,
     InfiniConfig,
     KNNConfig,
     MemoryConfig,
@@ -39,6 +41,8 @@ RECIPES: dict[str, MemoryConfig] = {
     "armt": ARMTConfig(num_memory_tokens=2, d_mem=16, value_std=0.1),
     # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
+    "gated-delta": GatedDeltaConfig(rule="delta", output_std=0.1),
+    "gated-delta-heads": GatedDeltaHeadsConfig(decays=False, initial_mix=1.0),
     "infini": InfiniConfig(),
     # No gradient reaches stored keys; a single layer needs more steps than a check may take.
     "knn": KNNConfig(capacity=32, layers=(0, 1)),
