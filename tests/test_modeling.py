@@ -15,7 +15,8 @@ from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, 
 
 def test_names_are_discovered_from_files() -> None:
     rmt, titans = ("rmt", "rmt-r"), ("titans-mac", "titans-mag", "titans-mal")
-    names = ("none", "armt", "compressive", "infini", "knn", *rmt, *titans, "transformer-xl")
+    gated = ("gated-delta", "gated-delta-heads")
+    names = ("none", "armt", "compressive", *gated, "infini", "knn", *rmt, *titans, "transformer-xl")
     assert available_memories() == names
 
 
