@@ -16,7 +16,17 @@ from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, 
 def test_names_are_discovered_from_files() -> None:
     rmt, titans = ("rmt", "rmt-r"), ("titans-mac", "titans-mag", "titans-mal")
     gated = ("gated-delta", "gated-delta-heads")
-    names = ("none", "armt", "compressive", *gated, "infini", "knn", *rmt, *titans, "transformer-xl")
+    names = (
+        "none",
+        "armt",
+        "compressive",
+        *gated,
+        "infini",
+        "knn",
+        *rmt,
+        *titans,
+        "transformer-xl",
+    )
     assert available_memories() == names
 
 
