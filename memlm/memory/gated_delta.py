@@ -34,7 +34,12 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.gates import check_gate, open_gate
-from memlm.memory.parts.titans import _real_first_order, _tokens_back_from, _tokens_in
+from memlm.memory.parts.tokens import (
+    real_first_order,
+    short_convolution,
+    tokens_back_from,
+    tokens_in,
+)
 
 EPSILON = 1e-6
 
@@ -219,8 +224,8 @@ class GatedDelta(Memory):
         self, x: Tensor, state: GatedDeltaState, mask: Tensor | None
     ) -> tuple[Tensor, GatedDeltaState]:
         """What the memory answers to `x` (B, T, D), and the state behind it."""
-        order, real = _real_first_order(mask)
-        x = _tokens_in(order, x)
+        order, real = real_first_order(mask)
+        x = tokens_in(order, x)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         (q, k, v), tails = zip(
             *(self._project(x, linear, i, state, real) for i, linear in enumerate(projections)),
@@ -236,7 +241,7 @@ class GatedDelta(Memory):
         y = self.o_proj(found * F.silu(self.g_proj(x)))
         count = x.shape[1] if real is None else real.sum(dim=1).clamp(min=1)
         written = gate.mean(dim=1).sum(dim=1) / (count * self.steps)
-        return _tokens_back_from(order, y), GatedDeltaState(
+        return tokens_back_from(order, y), GatedDeltaState(
             memory, tails if self.kernels else (), written
         )
 
@@ -251,16 +256,8 @@ class GatedDelta(Memory):
         z = linear(x)
         tail = z
         if self.kernels:
-            joined = torch.cat([state.tails[stream].to(z.dtype), z], dim=1)
-            kernel = cast(Tensor, self.kernels[stream]).to(z.dtype)
-            z = F.conv1d(joined.mT, kernel, groups=joined.shape[2]).mT
-            size, count = self.config.conv_size - 1, x.shape[1]
-            if real is None:
-                tail = joined[:, count:]
-            else:
-                index = real.sum(dim=1, keepdim=True) + torch.arange(size, device=x.device)
-                tail = joined.gather(1, index.unsqueeze(-1).expand(-1, -1, joined.shape[2]))
-            tail = tail.to(state.tails[stream].dtype)
+            kernel = cast(Tensor, self.kernels[stream])
+            z, tail = short_convolution(z, kernel, state.tails[stream], real)
         return F.silu(z), tail
 
     def _tokens(

@@ -20,6 +20,12 @@ from torch import Tensor, nn
 
 from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option, was_loaded
 from memlm.memory.parts.deep_memory import read, read_write
+from memlm.memory.parts.tokens import (
+    real_first_order,
+    short_convolution,
+    tokens_back_from,
+    tokens_in,
+)
 
 EPSILON = 1e-6
 
@@ -181,21 +187,21 @@ class TitansMemory(nn.Module):
 
         Also the tail of the query's convolution behind `x`, the last of the state's tails.
         """
-        order, real = _real_first_order(mask)
-        x = _tokens_in(order, x)
+        order, real = real_first_order(mask)
+        x = tokens_in(order, x)
         x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         last = len(self.kernels) - 1
         q, tail = self._project(x, self.query, last, state, real)
         with torch.autocast(x.device.type, enabled=False):
             y = read(F.normalize(q.to(state.weights[0].dtype), dim=-1), state.weights)
-            return _tokens_back_from(order, self._normed(y).to(x.dtype)), tail
+            return tokens_back_from(order, self._normed(y).to(x.dtype)), tail
 
     def forward(
         self, x: Tensor, state: TitansState, mask: Tensor | None
     ) -> tuple[Tensor, TitansState]:
         """Write `x` (B, T, D) token by token; read at each what is known there, itself included."""
-        order, real = _real_first_order(mask)
-        x = _tokens_in(order, x)
+        order, real = real_first_order(mask)
+        x = tokens_in(order, x)
         x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
         streams = [
             self._project(x, linear, i, state, real)
@@ -227,7 +233,7 @@ class TitansMemory(nn.Module):
             read_out = self._normed(y).to(x.dtype)
         y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
         tails = (*(tail for _, tail in streams), *state.tails[3:]) if self.kernels else ()
-        return _tokens_back_from(order, y), TitansState(tuple(weights), tuple(carried), tails)
+        return tokens_back_from(order, y), TitansState(tuple(weights), tuple(carried), tails)
 
     def _project(
         self, x: Tensor, linear: nn.Linear, stream: int, state: TitansState, real: Tensor | None
@@ -236,16 +242,8 @@ class TitansMemory(nn.Module):
         z = linear(x)
         tail = z
         if self.kernels:
-            joined = torch.cat([state.tails[stream].to(z.dtype), z], dim=1)
-            kernel = cast(Tensor, self.kernels[stream]).to(z.dtype)
-            z = F.conv1d(joined.mT, kernel, groups=joined.shape[2]).mT
-            size, count = self.config.conv_size - 1, x.shape[1]
-            if real is None:
-                tail = joined[:, count:]
-            else:
-                index = real.sum(dim=1, keepdim=True) + torch.arange(size, device=x.device)
-                tail = _tokens_at(joined, index)
-            tail = tail.to(state.tails[stream].dtype)
+            kernel = cast(Tensor, self.kernels[stream])
+            z, tail = short_convolution(z, kernel, state.tails[stream], real)
         return rearrange(F.silu(z), "B T (H d) -> B H T d", H=self.heads), tail
 
     def _normed(self, y: Tensor) -> Tensor:
@@ -295,31 +293,3 @@ class Titans(Memory):
         tokens = self.persistent.to(x.dtype).expand(x.shape[0], -1, -1)
         mask = None if mask is None else F.pad(mask, (count, 0), value=True)
         return torch.cat([tokens, x], dim=1), mask, count
-
-
-def _real_first_order(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """An order (B, T) with each row's real tokens first, so that chunks do not depend on the padding.
-
-    Also the mask (B, T) in that order; None and None without padding.
-    """
-    if mask is None:
-        return None, None
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
-    return order, mask.gather(1, order)
-
-
-def _tokens_at(x: Tensor, places: Tensor) -> Tensor:
-    """The tokens of `x` (B, T, D) that stand at `places` (B, n): (B, n, D)."""
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-
-def _tokens_in(order: Tensor | None, x: Tensor) -> Tensor:
-    """`x` (B, T, D) with its tokens in `order` (B, T); as it is for None."""
-    return x if order is None else _tokens_at(x, order)
-
-
-def _tokens_back_from(order: Tensor | None, y: Tensor) -> Tensor:
-    """`y` (B, T, D), whose tokens are in `order`, with each at the place it came from."""
-    if order is None:
-        return y
-    return torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)

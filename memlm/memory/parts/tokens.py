@@ -1,0 +1,53 @@
+"""Tokens in an order of their own, and short convolutions over them, for memories written by token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def real_first_order(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """An order (B, T) with each row's real tokens first, so that chunks do not depend on the padding.
+
+    Also the mask (B, T) in that order; None and None without padding.
+    """
+    if mask is None:
+        return None, None
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    return order, mask.gather(1, order)
+
+
+def tokens_at(x: Tensor, places: Tensor) -> Tensor:
+    """The tokens of `x` (B, T, D) that stand at `places` (B, n): (B, n, D)."""
+    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def tokens_in(order: Tensor | None, x: Tensor) -> Tensor:
+    """`x` (B, T, D) with its tokens in `order` (B, T); as it is for None."""
+    return x if order is None else tokens_at(x, order)
+
+
+def tokens_back_from(order: Tensor | None, y: Tensor) -> Tensor:
+    """`y` (B, T, D), whose tokens are in `order`, with each at the place it came from."""
+    if order is None:
+        return y
+    return torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
+
+
+def short_convolution(
+    z: Tensor, kernel: Tensor, before: Tensor, real: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A causal convolution per channel of `z` (B, T, n), after the inputs `before` (B, size - 1, n).
+
+    kernel (n, 1, size). real (B, T): which tokens are, real ones first; None: all. Returns (B, T, n), and
+    the inputs that the next tokens come after, in the dtype of `before`.
+    """
+    joined = torch.cat([before.to(z.dtype), z], dim=1)
+    found = F.conv1d(joined.mT, kernel.to(z.dtype), groups=joined.shape[2]).mT
+    if real is None:
+        rest = joined[:, z.shape[1] :]
+    else:
+        index = real.sum(dim=1, keepdim=True) + torch.arange(before.shape[1], device=z.device)
+        rest = tokens_at(joined, index)
+    return found, rest.to(before.dtype)
