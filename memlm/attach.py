@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
@@ -211,6 +212,7 @@ class MemoryStack(nn.Module):
                 f"memory_state has {state.batch_size} rows, but input_ids has {batch_size}; use "
                 "memory_state.select(rows) or init_state(batch_size)"
             )
+        state = self._completed(state)
         ours = self.shapes
         theirs = {name: value.shape[1:] for name, value in state.tensors.items()}
         if ours != theirs:
@@ -221,6 +223,22 @@ class MemoryStack(nn.Module):
                 "use a state of this model"
             )
         return self.at_home(state)
+
+    def _completed(self, state: MemoryState) -> MemoryState:
+        """`state` with leaves about its last segment that an older version did not write, as at the start."""
+        missing = {
+            name
+            for label, memory in self._labelled()
+            for name in self.shapes
+            if name not in state.tensors
+            and name.startswith(f"{label}.")
+            and name.removeprefix(f"{label}.").split(".")[0] in memory.transient
+        }
+        if not missing:
+            return state
+        start = self.init_state(state.batch_size).detach().tensors
+        tensors = state.tensors | {name: start[name] for name in missing}
+        return MemoryState(tensors, state.batch_size, state.signature)
 
     def signed(self, signature: str) -> bool:
         """Whether a state with this signature is one of these memories', old signatures included."""
@@ -255,6 +273,43 @@ class MemoryStack(nn.Module):
                     cost = cost.sum() / len(attached.cells)
                     total = cost if total is None else total + cost.to(total.device)
         return total
+
+    def largest_gate(self, state: MemoryState) -> Tensor | None:
+        """(B,) the largest write gate of the last segment in any layer; None: no memory has gates."""
+        trees = self.unpack(state)
+        found = [cell.largest_gate(trees[label]) for label, cell in self._labelled()]
+        gates = [gate for gate in found if gate is not None]
+        if not gates:
+            return None
+        return torch.stack([gate.float().to(gates[0].device) for gate in gates]).amax(dim=0)
+
+    def with_options(self, options: Mapping[str, Any]) -> dict[str, MemoryConfig]:
+        """The cells' configs with other live options, in those that have them.
+
+        ValueError for a name that no memory here has, or a value it cannot have.
+        """
+        cells = self._labelled()
+        known = sorted({name for _, cell in cells for name in cell.Config.live_options()})
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(
+                    f"{name}={value!r} is no option that may change on this model; "
+                    + (f"use one of {', '.join(known)}" if known else "its memories have none")
+                )
+        new = {}
+        for label, cell in cells:
+            own = {k: v for k, v in options.items() if k in cell.Config.live_options()}
+            new[label] = resolve(replace(cell.config, **own), cell.dims)
+        return new
+
+    def set_options(self, options: Mapping[str, Any]) -> None:
+        """Change live options of the memories that have them; as `with_options` has it."""
+        new = self.with_options(options)
+        for label, cell in self._labelled():
+            cell.config = new[label]
+        for number, memory in enumerate(self._memories().values()):
+            for one in memory.cells.values():
+                self.configs[number] = config_to_dict(cast(Memory, one).config)
 
     def check_finite(self, sizes: Sequence[Tensor], state: MemoryState, first_segment: int) -> None:
         """Refuse to go on with a state that is not finite: FloatingPointError, naming where it began.

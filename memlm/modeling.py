@@ -28,6 +28,7 @@ from memlm.schedule import sequential
 from memlm.segment import IGNORE, Segment, cut
 from memlm.state import MemoryState
 from memlm.windowed import windows
+from memlm.writes import WriteCount
 
 __all__ = ["LogitsNotMade", "MemLMForCausalLM", "MemLMOutput"]
 
@@ -450,11 +451,15 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
 
     @torch.no_grad()
     def read(
-        self, segments: Iterable[Segment], memory_state: MemoryState | None = None
+        self,
+        segments: Iterable[Segment],
+        memory_state: MemoryState | None = None,
+        writes: WriteCount | None = None,
     ) -> MemoryState:
-        """Remember `segments`, taken one by one, and return the state behind the last.
+        """Remember `segments`, taken one by one, and return the state after the last.
 
-        No gradient, no logits: for documents too long to be held. Rows end by their masks.
+        No gradient, no logits: for documents too long to be held. Rows end by their masks. writes: counts
+        the segments in which a write gate opened.
         """
         pieces = iter(segments)
         first = next(pieces, None)
@@ -464,9 +469,26 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             return memory_state
         state = self._admit(memory_state, first.ids.shape[0])
         run = self._window(True, Nothing(None))
-        for _, behind in scan(run, chain([first], pieces), state, bptt_depth=1):
-            state = behind
+
+        def noted(window: list[Segment], before: MemoryState) -> tuple[Any, MemoryState]:
+            out, after = run(window, before)
+            if writes is not None:
+                writes.add(window[-1].active, self.memory.largest_gate(after))
+            return out, after
+
+        for _, after in scan(noted, chain([first], pieces), state, bptt_depth=1):
+            state = after
         return state
+
+    def set_memory_options(self, **options: Any) -> None:
+        """Change what may change on a finished model, such as `write_threshold=0.1`, in every memory that
+        has it.
+
+        Options are those that `Config.live_options()` names; they are saved with the model. ValueError for
+        one that no memory here has, or a value it cannot have; nothing is changed then.
+        """
+        self.memory.set_options(options)
+        self.config.memory = list(self.memory.configs)
 
     def freeze_base(self) -> None:
         """Train the memories alone: no gradient for the base model's parameters."""

@@ -35,6 +35,7 @@ from memlm.tokens import (
     next_block,
     tokens_begun,
 )
+from memlm.writes import WriteCount
 
 FILE = "stream.safetensors"
 INDEX = "index"
@@ -99,6 +100,7 @@ class DocumentStream:
         # Tokens behind the last committed segment. Between two calls they are at most one segment,
         # and at least one token once something was read: the last token predicts the next one.
         self._open: list[int] = []
+        self._writes = WriteCount()
         # Text not tokenised yet, and the text before it, which decides how it is tokenised; None at
         # the document's start.
         self._text = ""
@@ -194,6 +196,13 @@ class DocumentStream:
             return self._committed + len(self._open) + len(self._encode(self._text))
 
     @property
+    def writes(self) -> int | None:
+        """Segments so far in which a write gate opened (above 0.1 in any layer); None without gates."""
+        with self._lock:
+            rows = self._writes.rows()
+        return None if rows is None else rows[0]
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of the memory: the same after a page and after a library."""
         return self._state.nbytes
@@ -205,6 +214,7 @@ class DocumentStream:
             other._make_locks()
             other._state = self._state.fork()
             other._open = list(self._open)
+            other._writes = self._writes.copy()
             other.retriever = None if self.retriever is None else self.retriever.fork()
         return other
 
@@ -217,6 +227,7 @@ class DocumentStream:
             saved = {
                 "committed": self._committed,
                 "open": self._open,
+                "writes": self._writes.rows(),
                 "text": self._text,
                 "context": self._context,
                 "split_special_tokens": self.split_special_tokens,
@@ -275,6 +286,7 @@ class DocumentStream:
         stream._state = model._admit(state, 1)
         stream._committed, stream._open = saved["committed"], saved["open"]
         stream._text, stream._context = saved["text"], saved["context"]
+        stream._writes = WriteCount(saved.get("writes"))
         return stream
 
     def _make_locks(self) -> None:
@@ -294,12 +306,13 @@ class DocumentStream:
 
     def _read(self, ids: list[int]) -> None:
         """Take tokens, and commit every segment that another token follows."""
-        ids, state = self._open + ids, self._state
+        ids, state, writes = self._open + ids, self._state, self._writes.copy()
         length = self.model.segment_length
         full = max(0, (len(ids) - 1) // length * length)
         if full:
-            state = self.model.read(cut(self._tensor(ids[:full]), None, None, length), state)
-        self._state, self._open = state, ids[full:]
+            segments = cut(self._tensor(ids[:full]), None, None, length)
+            state = self.model.read(segments, state, writes)
+        self._state, self._open, self._writes = state, ids[full:], writes
         self._committed += full
 
     def _ends(self) -> list[int]:

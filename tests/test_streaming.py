@@ -496,3 +496,18 @@ def test_every_end_token_of_the_model_ends_an_answer(monkeypatch) -> None:
     end = free[2]
     until = free[: free.index(end) + 1]
     assert answer(end) == answer([1, end]) == until
+
+
+def test_segments_that_were_written_are_counted(small_blocks, tmp_path) -> None:
+    stream = written(TEXT)
+    # Every gate of these weights is open: each committed segment counts.
+    assert stream.writes == stream._committed // SEGMENT > 0
+    stream.save(tmp_path)
+    again = DocumentStream.load(tmp_path, stream.model, stream.tokenizer)
+    other = stream.fork()
+    other.write(TEXT)
+    assert again.writes == stream.writes < other.writes
+    stream.model.set_memory_options(write_threshold=2.0)
+    again.write(TEXT)
+    assert again.writes == stream.writes
+    assert written(TEXT, "rmt").writes is None

@@ -35,9 +35,10 @@ def test_a_model_and_its_state_give_the_logits_they_gave(folder: Path) -> None:
     state = MemoryState.load(folder / "state.safetensors")
     again = model(tokens(*make.SECOND, seed=3), memory_state=state).logits
     torch.testing.assert_close(again, expected, **close)
-    # The state is one the model makes itself, and it matters.
-    made = model(tokens(*make.FIRST)).memory_state
-    torch.testing.assert_close(made.tensors, state.tensors, **close)
+    # The state is one the model makes itself, but for leaves that came later, and it matters.
+    made = model(tokens(*make.FIRST)).memory_state.tensors
+    made = {name: made[name] for name in state.tensors}
+    torch.testing.assert_close(made, state.tensors, **close)
     if folder.name != "none":
         alone = model(tokens(*make.SECOND, seed=3)).logits
         assert not torch.allclose(alone, expected, **close)

@@ -10,6 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from memlm.memory import config_from_dict
+
+# The options of memories that change what a finished model answers; the others are training's.
+ANSWERING = ("write_threshold",)
+
 
 @contextmanager
 def without_training(model: Any) -> Iterator[None]:
@@ -24,7 +29,10 @@ def without_training(model: Any) -> Iterator[None]:
 
 
 def fingerprint(model: Any) -> str:
-    """Name the model's class, segment length and a digest of some of every parameter's values."""
+    """Name the model's class, segment length, live options that are set, and a digest of its values.
+
+    The digest is of some values of every parameter.
+    """
     known = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         # The ends of each tensor: reading billions of values would take longer than it is worth.
@@ -33,7 +41,20 @@ def fingerprint(model: Any) -> str:
         known.update(f"{name}{tuple(parameter.shape)}{ends}".encode())
     length = getattr(model.config, "segment_length", None)
     segments = "" if length is None else f"/segment_length={length}"
-    return f"{type(model).__name__}{segments}/{known.hexdigest()}"
+    return f"{type(model).__name__}{segments}{_options(model)}/{known.hexdigest()}"
+
+
+def _options(model: Any) -> str:
+    """Options that may change on a finished model, and so its answers, where they are not the default."""
+    found = []
+    for described in getattr(model.config, "memory", None) or []:
+        config = config_from_dict(described)
+        default = type(config)()
+        for name in ANSWERING:
+            value = getattr(config, name, None)
+            if value != getattr(default, name, None):
+                found.append(f"/{name}={value}")
+    return "".join(dict.fromkeys(found))
 
 
 def dtype_of(model: Any) -> str:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from memlm.memory.base import (
     Dims,
     Inner,
-    Memory,
     MemoryConfig,
     Site,
     accumulator_dtype,
@@ -30,13 +29,13 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.feature_maps import dpfp
-from memlm.memory.parts.gates import check_gate, open_gate
+from memlm.memory.parts.gates import GatedConfig, GatedMemory
 
 EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ARMTConfig(MemoryConfig):
+class ARMTConfig(GatedConfig):
     """Options of ARMT.
 
     num_memory_tokens: tokens that write, each segment; None picks 16, or half a segment.
@@ -47,13 +46,11 @@ class ARMTConfig(MemoryConfig):
     memory tokens at the start; None takes the embeddings'. shared_start: W_k starts as a copy of W_q, so
     that what is the same is found by the same features before anything is learnt.
     gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
-    gate for good; None leaves it free, as the paper does. write_cost: added to the training loss times
-    the mean gate over segments and layers (a segment that is not full pays by its length): what is not
-    worth remembering is not written (not in the paper).
-    write_threshold: outside training a gate below it counts as zero, so that what is written a little at
-    every segment does not wear down what is held; float("inf") silences the memory. normaliser: "all"
-    counts the keys of every segment, as the paper's code does, "written" each key as far as its gate is
-    open; only then is a segment whose gates are zero exact silence (neither is in the paper).
+    gate for good; None leaves it free, as the paper does. write_gate, write_threshold, train_threshold,
+    gate_noise, write_cost: as in `GatedConfig` (not in the paper, which has a sigmoid); a segment that is
+    not full pays by its length. normaliser: "all" counts the keys of every segment, as the paper's code
+    does, "written" each key as far as its gate is open; only then is a segment whose gates are zero exact
+    silence. None picks "written" for hard gates.
     """
 
     num_memory_tokens: int | None = None
@@ -65,30 +62,34 @@ class ARMTConfig(MemoryConfig):
     token_std: float | None = option(None)
     shared_start: bool = option(False)
     gate_limit: float | None = None
-    write_cost: float = option(0.0)
-    write_threshold: float = option(0.0)
-    normaliser: str = "all"
+    normaliser: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normaliser is None:
+            chosen = "written" if self.write_gate == "hard" else "all"
+            object.__setattr__(self, "normaliser", chosen)
 
 
 class ARMTState(NamedTuple):
     """What a layer remembers, float32 or wider; P = 2 nu d_mem features.
 
-    associations (B, P, D), normaliser (B, P), and written (B,): the mean gate of the last segment, times
-    its length in full segments, which only `auxiliary_loss` reads.
+    associations (B, P, D), normaliser (B, P); of the last segment, written (B,): the mean gate times its
+    length in full segments, and opened (B,): the largest gate.
     """
 
     associations: Tensor
     normaliser: Tensor
     written: Tensor
+    opened: Tensor | tuple[()] = ()
 
 
-class ARMT(Memory):
+class ARMT(GatedMemory):
     """Associative Recurrent Memory Transformer."""
 
     site: ClassVar[Site] = "layer"
     Config: ClassVar[type[MemoryConfig]] = ARMTConfig
     neutral: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"written"})
     silent_with: ClassVar[Mapping[str, Any]] = {"normaliser": "written"}
 
     def __init__(self, config: ARMTConfig, dims: Dims) -> None:
@@ -98,8 +99,7 @@ class ARMT(Memory):
         self.nu = config.nu
         self.correction = config.correction
         self.initial_gate, self.value_std = config.initial_gate, config.value_std
-        self.gate_limit, self.write_cost = config.gate_limit, config.write_cost
-        self.write_threshold = config.write_threshold
+        self.gate_limit = config.gate_limit
         self.counts_all = config.normaliser == "all"
         self.shared_start = config.shared_start
         self.query = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
@@ -112,9 +112,7 @@ class ARMT(Memory):
         for name in ("d_mem", "nu"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
-        if config.write_cost < 0:
-            raise ValueError(f"write_cost={config.write_cost} would pay for writing; use 0 or more")
-        check_gate("sigmoid", config.write_threshold)
+        config.check_gates()
         if config.normaliser not in ("all", "written"):
             raise ValueError(f"normaliser={config.normaliser!r} is unknown; use 'all' or 'written'")
         if config.gate_limit is not None and config.gate_limit <= 0:
@@ -149,6 +147,7 @@ class ARMT(Memory):
         return ARMTState(
             weight.new_zeros(batch_size, features, self.dims.hidden_size, dtype=dtype),
             weight.new_zeros(batch_size, features, dtype=dtype),
+            weight.new_zeros(batch_size, dtype=dtype),
             weight.new_zeros(batch_size, dtype=dtype),
         )
 
@@ -186,18 +185,17 @@ class ARMT(Memory):
                 gamma = gamma * beta
             written = share * beta.mean(dim=(1, 2))
             return ARMTState(
-                associations, state.normaliser + (gamma * phi).sum(dim=1), written.to(wide)
+                associations,
+                state.normaliser + (gamma * phi).sum(dim=1),
+                written.to(wide),
+                beta.detach().amax(dim=(1, 2)),
             )
-
-    def auxiliary_loss(self, before: ARMTState, after: ARMTState) -> Tensor | None:
-        """(B,) `write_cost` times the mean gate; None when writing is free."""
-        return self.write_cost * after.written if self.write_cost else None
 
     def _beta(self, tokens: Tensor, wide: torch.dtype) -> Tensor:
         logit = self.gate(tokens).to(wide)
         if self.gate_limit is not None:
             logit = self.gate_limit * torch.tanh(logit / self.gate_limit)
-        return open_gate(logit, "sigmoid", 0.0 if self.training else self.write_threshold)
+        return self.gates_at(logit)
 
     def _gamma(self, phi: Tensor, counted: Tensor, normaliser: Tensor) -> Tensor:
         """How much of each key the normaliser does not count yet, (B, M); carries no gradient."""

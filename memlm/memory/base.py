@@ -115,6 +115,14 @@ def option(default: Any) -> Any:
     return field(default=default, metadata={"in_state": False})
 
 
+def live_option(default: Any) -> Any:
+    """An `option` that may change on a finished model (`MemLMForCausalLM.set_memory_options`).
+
+    So a mechanism looks it up in `self.config` each time.
+    """
+    return field(default=default, metadata={"in_state": False, "live": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Fields every mechanism has. `layers`: which decoder layers it is attached to; None means all.
@@ -137,6 +145,11 @@ class MemoryConfig:
         """Those of `to_dict` that change a state's shape or meaning: all but an `option`."""
         shaping = [one.name for one in fields(self) if one.metadata.get("in_state", True)]
         return {name: value for name, value in self.to_dict().items() if name in shaping}
+
+    @classmethod
+    def live_options(cls) -> tuple[str, ...]:
+        """Names of the fields that may change on a finished model."""
+        return tuple(one.name for one in fields(cls) if one.metadata.get("live"))
 
 
 class Memory(nn.Module, ABC):
@@ -222,6 +235,10 @@ class Memory(nn.Module, ABC):
         Averaged over real segments, rows and the layers of this memory, and added to the loss as it is: how
         long a document is, how deep the model and how a batch is split do not change its weight.
         """
+        return None
+
+    def largest_gate(self, state: Any) -> Tensor | None:
+        """(B,) the largest write gate of the last segment, from 0 to 1; None: it has no gates."""
         return None
 
     def reset_parameters(self, embedding_std: float) -> None:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from memlm.memory.base import (
     Dims,
     Inner,
-    Memory,
     MemoryConfig,
     Site,
     accumulator_dtype,
@@ -33,7 +32,7 @@ from memlm.memory.base import (
     was_loaded,
 )
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
-from memlm.memory.parts.gates import check_gate, open_gate
+from memlm.memory.parts.gates import GatedConfig, GatedMemory
 from memlm.memory.parts.tokens import (
     real_first_order,
     short_convolution,
@@ -65,7 +64,7 @@ RULES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaConfig(MemoryConfig):
+class GatedDeltaConfig(GatedConfig):
     """Options of the gated delta rules.
 
     rule: "linear", "gla", "delta" (DeltaNet), "gated-delta", "kda" or "kaczmarz". num_heads: heads
@@ -74,12 +73,10 @@ class GatedDeltaConfig(MemoryConfig):
     (DeltaProduct), each with keys, values and gates of its own, the token's decay before the first.
     negative_eigenvalues: gates reach 2, so that a write may turn what it erases round. conv_size:
     width of the short convolutions, 0 for none. chunk_length: tokens computed at once, None for 64;
-    only rounding depends on it. write_gate: "sigmoid", the papers', or "hard", which reaches zero
-    exactly and shuts off the decay as well. write_threshold: a gate below it counts as zero,
-    everything the token does with it; float("inf") silences the memory. initial_gate: the write
-    gate's logit at the start. write_cost: added to the training loss, times the mean gate (not in
-    the papers). output_std: scale of the output projection at the start; 0 leaves the stage as it
-    was.
+    only rounding depends on it. write_gate: "sigmoid", the papers', or "hard", which shuts off the
+    decay as well; it and what goes with it: as in `GatedConfig`. initial_gate: the write gate's
+    logit at the start. output_std: scale of the output projection at the start; 0 leaves the stage
+    as it was.
     """
 
     rule: str = "gated-delta"
@@ -90,17 +87,14 @@ class GatedDeltaConfig(MemoryConfig):
     negative_eigenvalues: bool = False
     conv_size: int = 4
     chunk_length: int | None = option(None)
-    write_gate: str = "sigmoid"
-    write_threshold: float = option(0.0)
     initial_gate: float = option(0.0)
-    write_cost: float = option(0.0)
     output_std: float = option(0.0)
 
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} is unknown; use one of {', '.join(RULES)}")
-        check_gate(self.write_gate, self.write_threshold)
+        self.check_gates()
         heads = dims.num_heads if self.num_heads is None else self.num_heads
         if heads < 1 or (self.head_dim is None and dims.hidden_size % heads):
             raise ValueError(
@@ -115,7 +109,7 @@ class GatedDeltaConfig(MemoryConfig):
             "chunk_length": 64 if self.chunk_length is None else self.chunk_length,
         }
         least = {**dict.fromkeys(filled, 1), "householder_steps": 1, "conv_size": 0}
-        least |= {"write_cost": 0, "output_std": 0}
+        least |= {"output_std": 0}
         for name, lowest in least.items():
             value = filled.get(name, getattr(self, name))
             if value < lowest:
@@ -125,21 +119,22 @@ class GatedDeltaConfig(MemoryConfig):
 
 class GatedDeltaState(NamedTuple):
     """memory (B, H, dk, dv), float32 or wider. tails: the last conv_size - 1 inputs of the three
-    convolutions, (B, conv_size - 1, n) each. written (B,): the mean gate over the last segment's
-    tokens."""
+    convolutions, (B, conv_size - 1, n) each. written, opened (B,): the mean gate and the largest over
+    the last segment's tokens."""
 
     memory: Tensor
     tails: tuple[Tensor, ...]
     written: Tensor
+    opened: Tensor
 
 
-class GatedDelta(Memory):
+class GatedDelta(GatedMemory):
     """Gated delta rules beside a layer's attention."""
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaConfig
     neutral: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"tails", "written"})
+    transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails"}
     config: GatedDeltaConfig
 
     def __init__(self, config: GatedDeltaConfig, dims: Dims) -> None:
@@ -206,6 +201,7 @@ class GatedDelta(Memory):
                 self.zeros(batch_size, tail, len(kernel), dtype=dtype) for kernel in self.kernels
             ),
             self.zeros(batch_size, dtype=dtype),
+            self.zeros(batch_size, dtype=dtype),
         )
 
     def forward(
@@ -242,12 +238,8 @@ class GatedDelta(Memory):
         count = x.shape[1] if real is None else real.sum(dim=1).clamp(min=1)
         written = gate.mean(dim=1).sum(dim=1) / (count * self.steps)
         return tokens_back_from(order, y), GatedDeltaState(
-            memory, tails if self.kernels else (), written
+            memory, tails if self.kernels else (), written, gate.detach().amax(dim=(1, 2))
         )
-
-    def auxiliary_loss(self, before: Any, after: GatedDeltaState) -> Tensor | None:
-        """(B,) `write_cost` times the mean gate; None when writing is free."""
-        return self.config.write_cost * after.written if self.config.write_cost else None
 
     def _project(
         self, x: Tensor, linear: nn.Linear, stream: int, state: GatedDeltaState, real: Tensor | None
@@ -279,7 +271,7 @@ class GatedDelta(Memory):
         q = rearrange(q.to(dtype), "b t (h d) -> b h t d", h=heads)
         q = F.normalize(q, dim=-1) * self.keys**-0.5
         k, v = split(k), split(v)
-        gate = open_gate(split(gate_logit).squeeze(-1), *self._gate)
+        gate = self.gates_at(split(gate_logit).squeeze(-1))
         if real is not None:
             gate = gate * real.repeat_interleave(steps, dim=1).unsqueeze(1)
         if self.rule.unit_keys:
@@ -306,7 +298,7 @@ class GatedDelta(Memory):
         most = gate.unflatten(2, (-1, self.steps)).amax(dim=3).unsqueeze(-1)
         if self.config.write_gate == "hard":
             log_decay = log_decay * most
-        elif self.config.write_threshold:
+        elif self.threshold:
             log_decay = torch.where(most == 0, 0.0, log_decay)
         elif real is not None:
             log_decay = log_decay * real[:, None, :, None]
@@ -317,7 +309,3 @@ class GatedDelta(Memory):
         spread = x.new_zeros(*x.shape[:3], self.steps, *x.shape[3:])
         spread[:, :, :, place] = x
         return spread.flatten(2, 3)
-
-    @property
-    def _gate(self) -> tuple[str, float]:
-        return self.config.write_gate, self.config.write_threshold

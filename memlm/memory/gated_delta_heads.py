@@ -12,7 +12,7 @@ Queries and keys come without positions, and are normed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from memlm.memory.base import (
     QKV,
     Dims,
     InnerHeads,
-    Memory,
     MemoryConfig,
     Site,
     accumulator_dtype,
@@ -30,45 +29,43 @@ from memlm.memory.base import (
     was_loaded,
 )
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
-from memlm.memory.parts.gates import check_gate, open_gate
+from memlm.memory.parts.gates import GatedConfig, GatedMemory
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaHeadsConfig(MemoryConfig):
+class GatedDeltaHeadsConfig(GatedConfig):
     """Options of the gated delta rule at the softmax.
 
     erases: whether a write first takes away what its key held (the delta rule). decays: whether
     what is held fades, by a gate per head and token. chunk_length: tokens computed at once, None
-    for 64; only rounding depends on it. write_gate, write_threshold, write_cost, initial_gate: as
-    for `GatedDeltaConfig`. initial_decay: share of the state that a token lets fade at the start.
+    for 64; only rounding depends on it. write_gate and what goes with it: as in `GatedConfig`.
+    initial_gate: the write gate's logit at the start. initial_decay: share of the state that a token lets fade at the start.
     initial_mix: how much of what is answered is added at the start; 0 leaves the base as it was.
     """
 
     erases: bool = True
     decays: bool = True
     chunk_length: int | None = option(None)
-    write_gate: str = "sigmoid"
-    write_threshold: float = option(0.0)
-    write_cost: float = option(0.0)
     initial_gate: float = option(0.0)
     initial_decay: float = option(0.001)
     initial_mix: float = option(0.0)
 
 
 class GatedDeltaHeadsState(NamedTuple):
-    """memory (B, G, dh, dh), float32 or wider; written (B,): the mean gate of the last segment's tokens."""
+    """memory (B, G, dh, dh), float32 or wider; written, opened (B,): the mean gate and the largest of
+    the last segment's tokens."""
 
     memory: Tensor
     written: Tensor
+    opened: Tensor
 
 
-class GatedDeltaHeads(Memory):
+class GatedDeltaHeads(GatedMemory):
     """Gated delta rules at the softmax."""
 
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaHeadsConfig
     neutral: ClassVar[bool] = True
-    transient: ClassVar[frozenset[str]] = frozenset({"written"})
     config: GatedDeltaHeadsConfig
 
     def __init__(self, config: GatedDeltaHeadsConfig, dims: Dims) -> None:
@@ -81,14 +78,12 @@ class GatedDeltaHeads(Memory):
 
     @classmethod
     def resolve(cls, config: GatedDeltaHeadsConfig, dims: Dims) -> GatedDeltaHeadsConfig:
-        check_gate(config.write_gate, config.write_threshold)
+        config.check_gates()
         chunk = 64 if config.chunk_length is None else config.chunk_length
         if chunk < 1:
             raise ValueError(f"chunk_length={chunk} must be at least 1")
         if not 0 < config.initial_decay < 1:
             raise ValueError(f"initial_decay={config.initial_decay} must lie between 0 and 1")
-        if config.write_cost < 0:
-            raise ValueError(f"write_cost={config.write_cost} would pay for writing; use 0 or more")
         return replace(config, chunk_length=chunk)
 
     def reset_parameters(self, embedding_std: float) -> None:
@@ -105,6 +100,7 @@ class GatedDeltaHeads(Memory):
         dtype = accumulator_dtype(self.mix.dtype)
         return GatedDeltaHeadsState(
             self.zeros(batch_size, groups, size, size, dtype=dtype),
+            self.zeros(batch_size, dtype=dtype),
             self.zeros(batch_size, dtype=dtype),
         )
 
@@ -131,7 +127,7 @@ class GatedDeltaHeads(Memory):
         k = x.k.to(wide)
         logits = torch.einsum("bgtd,ngd->nbgt", k, self.gates.to(wide))
         logits = logits + self.biases.to(wide)[:, None, :, None]
-        gate = open_gate(logits[0], self.config.write_gate, self.config.write_threshold)
+        gate = self.gates_at(logits[0])
         if mask is not None:
             gate = gate * mask.unsqueeze(1)
         log_decay = None
@@ -139,7 +135,7 @@ class GatedDeltaHeads(Memory):
             log_decay = F.logsigmoid(-logits[1])
             if self.config.write_gate == "hard":
                 log_decay = log_decay * gate
-            elif self.config.write_threshold or mask is not None:
+            elif self.threshold or mask is not None:
                 log_decay = torch.where(gate == 0, 0.0, log_decay)
         k = F.normalize(k, dim=-1)
         q = F.normalize(x.q.to(wide), dim=-1).unflatten(1, (self.dims.num_kv_heads, -1))
@@ -150,8 +146,5 @@ class GatedDeltaHeads(Memory):
         found, memory = delta_rule(tokens, state.memory, self.config.chunk_length)
         count = gate.shape[2] if mask is None else mask.sum(dim=1).clamp(min=1)
         written = gate.mean(dim=1).sum(dim=1) / count
-        return found.flatten(1, 2), GatedDeltaHeadsState(memory, written)
-
-    def auxiliary_loss(self, before: Any, after: GatedDeltaHeadsState) -> Tensor | None:
-        """(B,) `write_cost` times the mean gate; None when writing is free."""
-        return self.config.write_cost * after.written if self.config.write_cost else None
+        opened = gate.detach().amax(dim=(1, 2))
+        return found.flatten(1, 2), GatedDeltaHeadsState(memory, written, opened)

@@ -65,7 +65,7 @@ class TitansMAC(Titans):
         at = torch.arange(count + tokens, device=x.device)
         times = torch.cat([at, at[count:]])
         y = inner(longer, mask=real, times=times, last=tokens)[:, count + tokens :]
-        answer, new = self.memory(y, state, mask)
+        answer, new = self.remember(y, state, mask)
         if new.tails:
             new = new._replace(tails=(*new.tails[:3], tail))
         return y + answer, (new if write else state)

@@ -40,5 +40,5 @@ class TitansMAG(Titans):
     ) -> tuple[Tensor, TitansState]:
         longer, real, count = self.with_persistent(x, mask)
         y = inner(longer, mask=real)[:, count:]
-        answer, new = self.memory(x, state, mask)
+        answer, new = self.remember(x, state, mask)
         return y + answer, (new if write else state)

@@ -37,6 +37,6 @@ class TitansMAL(Titans):
         mask: Tensor | None,
         write: bool = True,
     ) -> tuple[Tensor, TitansState]:
-        answer, new = self.memory(x, state, mask)
+        answer, new = self.remember(x, state, mask)
         longer, real, count = self.with_persistent(x + answer, mask)
         return inner(longer, mask=real)[:, count:], (new if write else state)

@@ -55,6 +55,13 @@ class Stage:
             "routers of a base with experts"
         },
     )
+    memory: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "options of the memories that change with this stage and stay so, such as "
+            "{train_threshold: 0.1, write_threshold: 0.1}; the model is saved with them"
+        },
+    )
     data: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "fields of the data section that are different in this stage"},
@@ -201,6 +208,13 @@ class Curriculum:
         """The learning rate of optimiser step `step`."""
         index = self.index_at(step)
         return self.stages[index].learning_rate_at(step - self.start_of(index), peak)
+
+    def memory_options_at(self, step: int) -> dict[str, Any]:
+        """What the stages up to that of optimiser step `step` set of the memories' options."""
+        options: dict[str, Any] = {}
+        for stage in self.stages[: self.index_at(step) + 1]:
+            options |= stage.memory
+        return options
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs, as JSON types."""

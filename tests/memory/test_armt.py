@@ -164,7 +164,8 @@ def test_whole_model_equals_layers_unrolled_by_hand(family: str) -> None:
             expected_state.tensors[f"armt.{i}.normaliser"] = z
     out = model(ids)
     for i in range(len(captured)):
-        expected_state.tensors[f"armt.{i}.written"] = out.memory_state[f"armt.{i}.written"]
+        for gates in ("written", "opened"):
+            expected_state.tensors[f"armt.{i}.{gates}"] = out.memory_state[f"armt.{i}.{gates}"]
     torch.testing.assert_close(out.logits, torch.cat(logits, 1), rtol=1e-8, atol=1e-8)
     for name, tensor in expected_state.tensors.items():
         torch.testing.assert_close(out.memory_state[name], tensor, rtol=1e-8, atol=1e-8)

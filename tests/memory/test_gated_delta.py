@@ -91,7 +91,7 @@ class Row:
 
 
 def check(**options) -> None:
-    memory, state = cell(**options), None
+    memory = cell(**options).eval()
     state = memory.init_state(ROWS)
     rows = [Row(memory) for _ in range(ROWS)]
     with torch.no_grad():

@@ -743,3 +743,40 @@ def test_a_stage_weighs_what_memories_ask_for(tmp_path: Path) -> None:
     assert_same(after(0.3, 0.0), free)
     assert_same(after(0.3, 2.0), after(0.6, 1.0))
     assert any((free[name] - priced[name]).abs().max() > 1e-4 for name in free)
+
+
+def test_a_stage_sets_options_of_the_memories(tmp_path: Path) -> None:
+    def run(*stages: Stage, steps: int, resume: bool = False, **options: Any) -> MemLMForCausalLM:
+        memory = ARMTConfig(num_memory_tokens=3, d_mem=8, **options)
+        model = memory_model("llama", memory)
+        data = stream(Endless(pieces=1), *stages)
+        values = {"save_strategy": "steps", "save_steps": 2}
+        trainer(model, tmp_path, data, max_steps=steps, **values).train(
+            resume_from_checkpoint=resume
+        )
+        return model
+
+    priced = {"write_cost": 0.3, "write_threshold": 0.1}
+    stages = Stage(max_segments=2, steps=2), Stage(max_segments=2, memory=priced)
+    plain, always = run(stages[0], steps=2), run(stages[0], steps=2, **priced)
+    first = run(*stages, steps=2)
+    assert_same(weights(first), weights(plain))
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(*map(_values, (plain, always))))
+    # Resumed in the second stage, it has what that stage sets.
+    resumed, whole = run(*stages, steps=5, resume=True), run(*stages, steps=5)
+    assert_same(weights(resumed), weights(whole))
+    assert whole.config.memory[0]["write_cost"] == 0.3
+    assert whole.config.memory[0]["write_threshold"] == 0.1
+    without = run(stages[0], Stage(max_segments=2), steps=5)
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(*map(_values, (whole, without))))
+
+
+def _values(model: MemLMForCausalLM) -> list[torch.Tensor]:
+    return list(weights(model).values())
+
+
+def test_options_of_a_stage_that_no_memory_has_are_refused_at_once(tmp_path: Path) -> None:
+    model = memory_model("llama", "armt")
+    stages = Stage(max_segments=1, steps=2), Stage(max_segments=1, memory={"writethreshold": 1})
+    with pytest.raises(ValueError, match=r"writethreshold=1.*write_threshold"):
+        trainer(model, tmp_path, stream(Endless(pieces=1), *stages), max_steps=3)

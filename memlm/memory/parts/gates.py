@@ -2,18 +2,97 @@
 
 A sigmoid is never zero, and ten million tokens are forty thousand segments: no leak that it can
 learn is small enough. The hard gate is a sigmoid stretched beyond 0 and 1 and cut there (Louizos et
-al. 2018, *Learning Sparse Neural Networks through L0 Regularization*, section 2.2, without the
-noise).
+al. 2018, *Learning Sparse Neural Networks through L0 Regularization*, section 2.2). A threshold
+does the same to a sigmoid that was trained without.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
-GATES = ("sigmoid", "hard")
+from memlm.memory.base import Memory, MemoryConfig, live_option
+
 # How far the hard gate reaches beyond 0 and 1 before it is cut.
 STRETCH = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedConfig(MemoryConfig):
+    """Options of every memory with write gates; all but the first may change on a finished model.
+
+    write_gate: "sigmoid", "hard", which reaches both 0 and 1, or "none" where a mechanism can be
+    without. write_threshold: a gate below it counts as zero, outside training; float("inf") silences
+    the memory. train_threshold: the same in training, forward and backward. gate_noise: scale of the
+    logistic noise added to the gates' logits in training (the same paper's; 0 for none).
+    write_cost: added to the training loss, times the mean gate over segments and layers: what is not
+    worth remembering is not written.
+    """
+
+    write_gate: str = "sigmoid"
+    write_threshold: float = live_option(0.0)
+    train_threshold: float = live_option(0.0)
+    gate_noise: float = live_option(0.0)
+    write_cost: float = live_option(0.0)
+
+    def check_gates(self, kinds: tuple[str, ...] = ("sigmoid", "hard")) -> None:
+        """Refuse gates that there are not. ValueError."""
+        if self.write_gate not in kinds:
+            raise ValueError(
+                f"write_gate={self.write_gate!r} is unknown; use {' or '.join(map(repr, kinds))}"
+            )
+        for name in ("write_threshold", "train_threshold"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(
+                    f"{name}={value} must be at least 0; use 0 for none, or float('inf') for silence"
+                )
+        if not self.gate_noise >= 0:
+            raise ValueError(f"gate_noise={self.gate_noise} must be 0 or more")
+        if not self.write_cost >= 0:
+            raise ValueError(f"write_cost={self.write_cost} would pay for writing; use 0 or more")
+        silent = [
+            name
+            for name in ("write_threshold", "train_threshold", "gate_noise", "write_cost")
+            if self.write_gate == "none" and getattr(self, name)
+        ]
+        if silent:
+            raise ValueError(
+                f"{silent[0]}={getattr(self, silent[0])} needs write gates, but write_gate='none'; use "
+                "write_gate='hard' or 'sigmoid'"
+            )
+
+
+class GatedMemory(Memory):
+    """A memory with write gates. Its state has two leaves about the last segment alone:
+
+    written (B,): the mean gate, which `write_cost` is paid for, and opened (B,): the largest.
+    """
+
+    transient: ClassVar[frozenset[str]] = frozenset({"written", "opened"})
+    config: GatedConfig
+
+    @property
+    def threshold(self) -> float:
+        """What a gate must reach now, to count."""
+        return self.config.train_threshold if self.training else self.config.write_threshold
+
+    def gates_at(self, logit: Tensor) -> Tensor:
+        """The gates at `logit`, from 0 to 1, of any shape."""
+        if self.training and self.config.gate_noise:
+            chance = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
+            logit = logit + self.config.gate_noise * torch.logit(chance)
+        return open_gate(logit, self.config.write_gate, self.threshold)
+
+    def largest_gate(self, state: Any) -> Tensor | None:
+        return None if isinstance(state.opened, tuple) else state.opened
+
+    def auxiliary_loss(self, before: Any, after: Any) -> Tensor | None:
+        """(B,) `write_cost` times the mean gate; None when writing is free."""
+        return self.config.write_cost * after.written if self.config.write_cost else None
 
 
 def open_gate(logit: Tensor, kind: str, threshold: float = 0.0) -> Tensor:
@@ -25,13 +104,3 @@ def open_gate(logit: Tensor, kind: str, threshold: float = 0.0) -> Tensor:
     if kind == "hard":
         gate = ((1 + 2 * STRETCH) * gate - STRETCH).clamp(0, 1)
     return torch.where(gate < threshold, 0.0, gate) if threshold else gate
-
-
-def check_gate(kind: str, threshold: float) -> None:
-    """Refuse a gate there is not. ValueError."""
-    if kind not in GATES:
-        raise ValueError(f"write_gate={kind!r} is unknown; use {' or '.join(map(repr, GATES))}")
-    if not threshold >= 0:
-        raise ValueError(
-            f"write_threshold={threshold} must be at least 0; use 0 for none, or float('inf') for silence"
-        )

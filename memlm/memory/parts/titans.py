@@ -9,6 +9,7 @@ Legend: H heads of the memory, d their size, C tokens per chunk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Memory, MemoryConfig, accumulator_dtype, option, was_loaded
+from memlm.memory.base import Dims, accumulator_dtype, option, was_loaded
 from memlm.memory.parts.deep_memory import read, read_write
+from memlm.memory.parts.gates import GatedConfig, GatedMemory
 from memlm.memory.parts.tokens import (
     real_first_order,
     short_convolution,
@@ -31,7 +33,7 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class TitansConfig(MemoryConfig):
+class TitansConfig(GatedConfig):
     """Options of every Titans memory.
 
     num_heads: heads of the memory, None for the base's attention heads; head_dim: their size, None for
@@ -45,7 +47,14 @@ class TitansConfig(MemoryConfig):
     start. max_surprise: largest gradient norm of one token, in units of sqrt(head_dim), so that no rate can
     make the memory diverge; None for no limit. output_std: scale of the output projection at the start; 0
     leaves the stage as it was.
+    write_gate: "none", the paper's, or "sigmoid" or "hard": how far each head moves, over a whole segment,
+    from what it was to what the segment would make of it, momentum and forgetting included. The segment's
+    gate is that of its most telling token; within the segment, tokens read what was written before them in
+    any case. What goes with it: as in `GatedConfig`. initial_gate: its logit at the start.
     """
+
+    write_gate: str = "none"
+    initial_gate: float = option(0.0)
 
     num_heads: int | None = None
     head_dim: int | None = None
@@ -63,6 +72,7 @@ class TitansConfig(MemoryConfig):
 
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
+        self.check_gates(("none", "sigmoid", "hard"))
         heads = dims.num_heads if self.num_heads is None else self.num_heads
         if heads < 1 or (self.head_dim is None and dims.hidden_size % heads):
             raise ValueError(
@@ -104,12 +114,15 @@ class TitansConfig(MemoryConfig):
 class TitansState(NamedTuple):
     """weights and momentum of the memory, one (B, H, n_in, n_out) per layer, float32 or wider.
 
-    tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1, H d) each.
+    tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1, H d) each. written, opened
+    (B,): the mean gate of the last segment over heads, and the largest; () without gates.
     """
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
     tails: tuple[Tensor, ...]
+    written: Tensor | tuple[()] = ()
+    opened: Tensor | tuple[()] = ()
 
 
 class TitansMemory(nn.Module):
@@ -252,15 +265,19 @@ class TitansMemory(nn.Module):
         return y * self.out_norm.to(y.dtype)
 
 
-class Titans(Memory):
-    """What MAC, MAG and MAL have in common: the block, the persistent tokens, and their options."""
+class Titans(GatedMemory):
+    """What MAC, MAG and MAL have in common: the block, its gate, the persistent tokens, their options."""
 
+    transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails"}
+    silent_with: ClassVar[Mapping[str, Any]] = {"write_gate": "hard"}
     config: TitansConfig
     streams: ClassVar[int] = 3
 
     def __init__(self, config: TitansConfig, dims: Dims) -> None:
         super().__init__(config, dims)
         self.memory = TitansMemory(config, dims, self.streams)
+        gated = config.write_gate != "none"
+        self.gate = nn.Linear(dims.hidden_size, self.memory.heads) if gated else None
         count = config.num_persistent_tokens
         self.persistent = nn.Parameter(torch.empty(count, dims.hidden_size)) if count else None
 
@@ -278,12 +295,44 @@ class Titans(Memory):
 
     def reset_parameters(self, embedding_std: float) -> None:
         self.memory.reset_parameters()
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=self.gate.in_features**-0.5)
+            nn.init.constant_(self.gate.bias, self.config.initial_gate)
         if self.persistent is not None:
             # The input of an attention module is normed, that of a layer is not.
             nn.init.normal_(self.persistent, std=embedding_std if self.site == "layer" else 1.0)
 
     def init_state(self, batch_size: int) -> TitansState:
-        return self.memory.init_state(batch_size)
+        state = self.memory.init_state(batch_size)
+        if self.gate is None:
+            return state
+        none = self.zeros(batch_size, dtype=state.weights[0].dtype)
+        return state._replace(written=none, opened=none)
+
+    def remember(
+        self, x: Tensor, state: TitansState, mask: Tensor | None
+    ) -> tuple[Tensor, TitansState]:
+        """What the memory answers to `x` (B, T, D), and the state after it, as far as the gate lets it."""
+        answer, new = self.memory(x, state, mask)
+        if self.gate is None:
+            return answer, new
+        with torch.autocast(x.device.type, enabled=False):
+            logit = self.gate(x.to(self.gate.weight.dtype)).to(state.weights[0].dtype)
+            if mask is not None:
+                logit = logit.masked_fill(~mask.unsqueeze(-1), float("-inf"))
+            gate = self.gates_at(logit.amax(dim=1))  # (B, H)
+
+            def moved(old: tuple[Tensor, ...], made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                share = gate[:, :, None, None]
+                return tuple(torch.lerp(a, b, share) for a, b in zip(old, made, strict=True))
+
+            return answer, TitansState(
+                moved(state.weights, new.weights),
+                moved(state.momentum, new.momentum),
+                new.tails,
+                gate.mean(dim=1),
+                gate.detach().amax(dim=1),
+            )
 
     def with_persistent(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """`x` (B, T, D) and its mask with the persistent tokens in front, and how many these are."""

@@ -104,6 +104,11 @@ class MemLMTrainer(Trainer):
                     self._model.segment_length,
                     cast(Anchor, self.args.bptt_anchor),
                 )
+        self._memory_options: dict[str, Any] = {}
+        if self._stream is not None:
+            for stage in self._stream.curriculum.stages:
+                # Refused now rather than when the stage begins.
+                self._model.memory.with_options(stage.memory)
         self._carried: dict[int, MemoryState] = {}
         # Rows of segments learned from in the present step, over all its batches and processes; None
         # where it has but one of each.
@@ -187,6 +192,7 @@ class MemLMTrainer(Trainer):
         cursor = inputs.pop("cursor", None)
         if num_items_in_batch is None:
             num_items_in_batch = count_targets(inputs)
+        self._set_memory_options()
         loss, tally = self._run_batch(model, inputs, num_items_in_batch, train=True)
         self._step_tally.add(tally)
         if self._stream is not None and cursor is not None:
@@ -410,6 +416,15 @@ class MemLMTrainer(Trainer):
         return nullcontext() if last or self._sharded else self.accelerator.no_sync(model)
 
     # The curriculum, and where the data stand.
+
+    def _set_memory_options(self) -> None:
+        """Give the memories the options that stages have set up to now, after resuming as well."""
+        if self._stream is None:
+            return
+        options = self._stream.curriculum.memory_options_at(self._stream.step)
+        if options != self._memory_options:
+            self._model.set_memory_options(**options)
+            self._memory_options = options
 
     def _follow_curriculum(self, cursor: Tensor) -> None:
         """Note that a batch was trained on; behind the last of a step, follow the curriculum."""
