@@ -225,7 +225,7 @@ class MemoryStack(nn.Module):
         return self.at_home(state)
 
     def _completed(self, state: MemoryState) -> MemoryState:
-        """`state` with leaves about its last segment that an older version did not write, as at the start."""
+        """`state` with the transient leaves that an older version did not write, as at the start."""
         missing = {
             name
             for label, memory in self._labelled()

@@ -39,7 +39,8 @@ class GatedDeltaHeadsConfig(GatedConfig):
     erases: whether a write first takes away what its key held (the delta rule). decays: whether
     what is held fades, by a gate per head and token. chunk_length: tokens computed at once, None
     for 64; only rounding depends on it. write_gate and what goes with it: as in `GatedConfig`.
-    initial_gate: the write gate's logit at the start. initial_decay: share of the state that a token lets fade at the start.
+    initial_gate: the write gate's logit at the start. initial_decay: share of the state that a
+    token lets fade at the start.
     initial_mix: how much of what is answered is added at the start; 0 leaves the base as it was.
     """
 
