@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memlm.eval import metrics
     from memlm.eval.losses.measure import perplexity
+    from memlm.eval.reach import remembrance
     from memlm.eval.reporting.compare import compare
     from memlm.eval.reporting.report import Report
     from memlm.eval.running.runner import evaluate
@@ -30,6 +31,7 @@ _NAMES = {
     "compare": "memlm.eval.reporting.compare",
     "evaluate": "memlm.eval.running.runner",
     "perplexity": "memlm.eval.losses.measure",
+    "remembrance": "memlm.eval.reach",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "haystack",
     "metrics",
     "perplexity",
+    "remembrance",
 ]
 
 

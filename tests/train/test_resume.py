@@ -46,6 +46,8 @@ def made(folder: Path, kind: str, callbacks: Any = None) -> MemLMTrainer:
         pieces, values["gradient_accumulation_steps"] = 4, 2
     elif kind == "window":
         values |= {"window_step": "window", "bptt_depth": 1}
+    elif kind == "passed":
+        values |= {"initial_state": "pass", "initial_state_probability": 0.7}
     elif kind == "workers":
         values["dataloader_num_workers"] = 2
     torch.manual_seed(0)
@@ -57,7 +59,7 @@ def made(folder: Path, kind: str, callbacks: Any = None) -> MemLMTrainer:
     return trainer(model, folder, data, callbacks, **values)
 
 
-@pytest.mark.parametrize("kind", ["documents", "carried", "window", "workers"])
+@pytest.mark.parametrize("kind", ["documents", "carried", "passed", "window", "workers"])
 def test_a_killed_run_resumes_to_the_unbroken_one(tmp_path: Path, kind: str) -> None:
     whole = made(tmp_path / "whole", kind)
     whole.train()

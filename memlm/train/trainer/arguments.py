@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from memlm.train.trainer.initial import check_initial_state
+
 
 @dataclass
 class MemLMTrainingArguments(TrainingArguments):
@@ -32,6 +34,18 @@ class MemLMTrainingArguments(TrainingArguments):
         metadata={
             "help": "an optimiser step per 'document', or per 'window' of bptt_depth segments"
         },
+    )
+    initial_state: str = field(
+        default="zero",
+        metadata={
+            "help": "what a document's memory starts from in training: 'zero', nothing; 'pass', what "
+            "another row's document left; 'carry', what the row's own last one left; 'fitted', noise like "
+            "what was left. So a memory meets the states of documents far longer than those of training"
+        },
+    )
+    initial_state_probability: float = field(
+        default=1.0,
+        metadata={"help": "share of documents (0 to 1) that start as initial_state says"},
     )
     track_accuracy: bool = field(
         default=False,
@@ -55,6 +69,9 @@ class MemLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"window_step={self.window_step!r} is unknown; use 'document' or 'window'"
             )
+        check_initial_state(
+            self.initial_state, self.initial_state_probability, self.per_device_train_batch_size
+        )
         if self.window_step == "window":
             if self.bptt_depth is None:
                 raise ValueError("window_step='window' needs a window; give bptt_depth")

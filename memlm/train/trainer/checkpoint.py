@@ -17,29 +17,15 @@ from memlm.train.data import TrainingStream
 CURRICULUM_FILE = "curriculum.json"
 
 
-def save_position(
-    folder: Path,
-    stream: TrainingStream,
-    carried: Mapping[int, MemoryState],
-    rank: int,
-    *,
-    curriculum: bool,
-) -> None:
-    """Write where `stream` stands and the memories `carried`, by slot, to the next batches.
-
-    curriculum: whether this process writes what all processes share.
-    """
+def save_position(folder: Path, stream: TrainingStream, rank: int, *, curriculum: bool) -> None:
+    """Write where `stream` stands. curriculum: whether this process writes what all processes share."""
     if curriculum:
         write_json(folder / CURRICULUM_FILE, stream.curriculum.state_dict())
     write_json(folder / f"stream-{rank}.json", stream.state_dict())
-    for slot, state in carried.items():
-        state.save(folder / f"memory-{rank}-{slot}.safetensors")
 
 
-def load_position(
-    folder: Path, stream: TrainingStream, rank: int, device: str
-) -> dict[int, MemoryState]:
-    """Put `stream`, which is dealt already, where it stood; returns the memories carried, by slot.
+def load_position(folder: Path, stream: TrainingStream, rank: int) -> None:
+    """Put `stream`, which is dealt already, where it stood.
 
     FileNotFoundError when another kind of trainer, or fewer processes, wrote the checkpoint.
     """
@@ -53,6 +39,16 @@ def load_position(
         found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
     stream.curriculum.load_state_dict(found[CURRICULUM_FILE])
     stream.load_state_dict(found[f"stream-{rank}.json"])
+
+
+def save_states(folder: Path, carried: Mapping[int, MemoryState], rank: int) -> None:
+    """Write the memories that a process hands to its next batches, by slot."""
+    for slot, state in carried.items():
+        state.save(folder / f"memory-{rank}-{slot}.safetensors")
+
+
+def load_states(folder: Path, rank: int, device: str) -> dict[int, MemoryState]:
+    """What `save_states` wrote."""
     return {
         int(path.stem.rsplit("-", 1)[1]): MemoryState.load(path, device)
         for path in sorted(folder.glob(f"memory-{rank}-*.safetensors"))

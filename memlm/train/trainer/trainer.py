@@ -28,7 +28,13 @@ from memlm.scan import Anchor, scan
 from memlm.state import MemoryState
 from memlm.train.data import Collator, TrainingStream, Windows
 from memlm.train.trainer.arguments import MemLMTrainingArguments
-from memlm.train.trainer.checkpoint import load_position, save_position
+from memlm.train.trainer.checkpoint import (
+    load_position,
+    load_states,
+    save_position,
+    save_states,
+)
+from memlm.train.trainer.initial import check_fits, initial_state
 from memlm.train.trainer.plan import BatchPlan, count_targets, count_tokens, plan_batch
 from memlm.train.trainer.tally import Tally
 from memlm.train.trainer.window import run_window
@@ -104,6 +110,7 @@ class MemLMTrainer(Trainer):
                     self._model.segment_length,
                     cast(Anchor, self.args.bptt_anchor),
                 )
+        check_fits(self.args.initial_state, self._model.init_state(1))
         self._memory_options: dict[str, Any] = {}
         if self._stream is not None:
             for stage in self._stream.curriculum.stages:
@@ -252,7 +259,7 @@ class MemLMTrainer(Trainer):
         # Documents packed into one row have rows of their own.
         rows = len(plan.segments[0].ids if plan.segments else batch["input_ids"])
         tally = Tally(tokens=sum(count_tokens(segment) for segment in plan.segments))
-        state = self._state_before(continued, rows)
+        state = self._state_before(continued, rows, train=train)
         scale = plan.scale
         # A mean over all that is learned from, and no share of all targets.
         weight = self._auxiliary_weight / self._rows_learned_from(plan) if train else 0.0
@@ -307,7 +314,7 @@ class MemLMTrainer(Trainer):
             if not reduced:
                 self._reduce_nothing(model, batch["input_ids"][:1, :1])
             state = self._model.init_state(rows)
-        if continued is not None and train:
+        if train and (continued is not None or self.args.initial_state != "zero"):
             self._carried[self._slot] = self._restart_broken_rows(state.detach())
         return total, tally
 
@@ -353,12 +360,21 @@ class MemLMTrainer(Trainer):
             loss = model(ids, shift_labels=ids, logits_to_keep=None, write=False).loss
             self.accelerator.backward(loss * 0.0)
 
-    def _state_before(self, continued: Tensor | None, rows: int) -> MemoryState:
-        """The memory a batch starts with: what the last one left in rows `continued` (B,), else fresh."""
-        fresh = self._model.init_state(rows)
+    def _state_before(self, continued: Tensor | None, rows: int, *, train: bool) -> MemoryState:
+        """The memory a batch starts with: what the last one left in rows `continued` (B,), else fresh.
+
+        What is fresh is empty, or as the argument `initial_state` has it.
+        """
+        fresh, left = self._model.init_state(rows), self._carried.get(self._slot)
+        if train:
+            args = self.args
+            seed = (args.seed, self.state.global_step, args.process_index, self._slot)
+            kind, probability = args.initial_state, args.initial_state_probability
+            fresh = initial_state(kind, probability, fresh, left, seed)
         if continued is None or not bool(continued.any()):
             return fresh
-        return self._carried[self._slot].where(continued, fresh)
+        assert left is not None
+        return left.where(continued, fresh)
 
     def _restart_broken_rows(self, state: MemoryState) -> MemoryState:
         """`state` (rows B), where rows that hold infinities or NaNs are put back to the start."""
@@ -505,14 +521,13 @@ class MemLMTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Before the Trainer's own files: a checkpoint counts as whole once trainer_state.json,
         # which is written last, can be read.
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial)) / name
+        save_states(folder, self._carried, self.args.process_index)
         if self._stream is not None:
-            folder = Path(self._get_output_dir(trial)) / (
-                f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
             save_position(
                 folder,
                 self._stream,
-                self._carried,
                 self.args.process_index,
                 curriculum=self.is_world_process_zero(),
             )
@@ -520,15 +535,11 @@ class MemLMTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._stream is None:
-            return
-        self._deal_stream()
-        self._carried = load_position(
-            Path(resume_from_checkpoint),
-            self._stream,
-            self.args.process_index,
-            str(self.args.device),
-        )
+        folder, rank = Path(resume_from_checkpoint), self.args.process_index
+        self._carried = load_states(folder, rank, str(self.args.device))
+        if self._stream is not None:
+            self._deal_stream()
+            load_position(folder, self._stream, rank)
 
 
 def local_part(gradient: Tensor) -> Tensor:
