@@ -83,8 +83,14 @@ def windows(
 
     # The model makes the first state itself: where it is sharded, nobody else has the parameters for it.
     start = cast(MemoryState, memory_state)
-    found = scan(call, segments, start, bptt_depth, first)
-    return (out for out, _ in found)
+    return _outputs(scan(call, segments, start, bptt_depth, first))
+
+
+def _outputs(found: Iterator[tuple[MemLMOutput, MemoryState]]) -> Iterator[MemLMOutput]:
+    """The outputs alone, none of them held while the next window is read."""
+    for out, _ in found:
+        yield out
+        del out, _
 
 
 class _Shares:

@@ -161,3 +161,22 @@ def test_no_graph_of_an_earlier_window_is_alive():
         gc.enable()
     # The first window starts from a state without a graph; the others are alike.
     assert len(most) == 6 and max(most) <= min(most[:2]) * 1.1
+
+
+def test_nothing_of_a_window_is_held_while_the_next_is_read():
+    model, ids = memory_model("llama", "armt"), tokens(1, 4 * SEGMENT)
+    held: list[weakref.ref] = []
+    alive = []
+    around = _Around(model)
+    around.register_forward_pre_hook(
+        lambda *_: alive.append(sum(one() is not None for one in held))
+    )
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for out in memlm.windows(around, ids, bptt_depth=1):
+                held.append(weakref.ref(out.logits))
+                del out
+    finally:
+        gc.enable()
+    assert alive == [0] * 4

@@ -21,7 +21,7 @@ _WHERE = {
     "Question": "memlm.train.data",
     "Recipe": "memlm.train.recipe",
     "Stage": "memlm.train.curriculum",
-    "TrainResult": "memlm.train.run",
+    "TrainResult": "memlm.train.folder",
     "TrainingStream": "memlm.train.data",
     "train": "memlm.train.run",
     "train_tokenizer": "memlm.train.tokenizer",
@@ -50,9 +50,10 @@ if TYPE_CHECKING:
     from memlm.train.curriculum import Curriculum, Stage
     from memlm.train.data import Collator, Piece, PieceSource, Question, TrainingStream
     from memlm.train.documents import DocumentSource
+    from memlm.train.folder import TrainResult
     from memlm.train.options import BabilongOptions
     from memlm.train.recipe import Recipe
-    from memlm.train.run import TrainResult, train
+    from memlm.train.run import train
     from memlm.train.tokenizer import train_tokenizer
     from memlm.train.trainer import MemLMTrainer, MemLMTrainingArguments
 

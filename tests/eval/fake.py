@@ -29,6 +29,9 @@ class Remembered:
 
     rows: list[tuple[int, ...]]
 
+    def detach(self) -> Remembered:
+        return self
+
 
 class SolvingModel(nn.Module):
     """Obeys the contract of MemLMForCausalLM and checks that its caller does.

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from memlm.train import MemLMTrainer, Stage
-from memlm.train.run import last_checkpoint
+from memlm.train.folder import last_checkpoint
 from memlm.train.trainer import CURRICULUM_FILE
 from tests.cases import memory_model
 from tests.train.tiny import Endless, stream, trainer, weights

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memlm.modeling import MemLMForCausalLM
 from memlm.train import Recipe, train
+from memlm.train.callbacks import LogFile
+from memlm.train.making import make_model
 from memlm.train.recipe import override
-from memlm.train.run import LogFile, make_model
 from tests.tokenizers import tokenizer
 from tests.train.tiny import weights
 

@@ -288,48 +288,43 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Predict every row's targets behind its state, a segment at a time."""
         length = self.model.segment_length
-        firsts = [len(row.rest) - len(row.targets) for row in rows]
         totals = np.zeros(len(rows))
         greedy = np.ones(len(rows), dtype=bool)
-        longest = max(len(row.rest) for row in rows)
-        for start in range(0, longest, length):
-            pieces = [row.rest[start : start + length] for row in rows]
-            ids, mask = self._padded(pieces)
-            # Only columns from here on have a prediction that counts in some row.
-            counted = [max(first - start, 0) for first in firsts]
-            column = min(c for c, piece in zip(counted, pieces, strict=True) if c < len(piece))
-            out = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                memory_state=state,
-                logits_to_keep=ids.shape[1] - column,
-                write=start + length < longest,
-            )
-            state = out.memory_state
-            places = [np.arange(c, len(piece)) for c, piece in zip(counted, pieces, strict=True)]
-            which = np.repeat(np.arange(len(rows)), [len(place) for place in places])
-            targets = np.concatenate(
-                [
-                    row.targets[start + place - first]
-                    for row, place, first in zip(rows, places, firsts, strict=True)
-                ]
-            )
-            at = np.concatenate(places) - column
-            likelihood, best = self._predictions(out.logits, which, at, targets)
-            np.add.at(totals, which, likelihood)
-            np.logical_and.at(greedy, which, best)
-            bar.update(sum(map(len, pieces)))
+        ids, mask = self._padded([row.rest for row in rows])
+        # Hidden states in place of logits: the head is for the positions that have a target.
+        windows = self.model.windows(
+            ids,
+            mask,
+            memory_state=state,
+            bptt_depth=1,
+            write=ids.shape[1] > length,
+            head=torch.nn.Identity(),
+        )
+        for number, read in enumerate(windows):
+            start = number * length
+            # Row, column and target of each prediction that is made here and counts.
+            found = []
+            for which, row in enumerate(rows):
+                first = len(row.rest) - len(row.targets)
+                at = np.arange(max(first, start), min(len(row.rest), start + length))
+                found.append((np.full_like(at, which), at - start, row.targets[at - first]))
+            where, columns, targets = map(np.concatenate, zip(*found, strict=True))
+            hidden = read.logits[self._tensor(where), self._tensor(columns)]
+            likelihood, best = self._predictions(hidden, targets)
+            np.add.at(totals, where, likelihood)
+            np.logical_and.at(greedy, where, best)
+            bar.update(sum(min(max(len(row.rest) - start, 0), length) for row in rows))
         return [(float(total), bool(all_)) for total, all_ in zip(totals, greedy, strict=True)]
 
     def _predictions(
-        self, logits: Tensor, rows: Ids, columns: Ids, targets: Ids
+        self, hidden: Tensor, targets: Ids
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Log-likelihood of each target under logits (B, T, V) at its row and column, and whether no
-        token is likelier."""
+        """Log-likelihood of each target (N,) behind hidden states (N, D), and whether no token is
+        likelier."""
         likelihoods, best = [], []
         for start in range(0, len(targets), POSITIONS):
             at = slice(start, start + POSITIONS)
-            some = logits[self._tensor(rows[at]), self._tensor(columns[at])]
+            some = self.model.backbone.logits(hidden[at].unsqueeze(0)).squeeze(0)
             some = some.to(torch.promote_types(some.dtype, torch.float32))
             wanted = self._tensor(targets[at])
             chosen = some.gather(1, wanted[:, None]).squeeze(1) - some.logsumexp(dim=1)

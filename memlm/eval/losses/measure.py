@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlm.modeling import MemLMForCausalLM
+    from memlm.output import MemLMOutput
 
 DOCUMENTS = "documents.jsonl"
 
@@ -160,37 +161,41 @@ def stream_losses(
     lengths = np.array([len(row) for row in rows])
     if not len(rows) or lengths.min() < 1:
         raise ValueError(f"rows has lengths {lengths.tolist()}; give documents of a token or more")
-    size = int(model.config.segment_length)
-    empty = model.init_state(len(rows))
-    state = empty
-    with torch.no_grad():
-        for start in range(0, int(lengths.max()) - 1, size):
-            here = np.clip(lengths - start, 0, size)
-            # One token more than is read: the last position of a segment predicts the next's first.
-            known = np.zeros((len(rows), int(here.max()) + 1), dtype=np.int64)
-            for held, row in zip(known, rows, strict=True):
-                piece = row[start : start + len(held)]
-                held[: len(piece)] = piece
-            columns = np.arange(known.shape[1] - 1)
-            real = torch.from_numpy(columns < here[:, None]).to(model.device)
-            ids = torch.from_numpy(known).to(model.device)
-            aimed = columns < (lengths - 1 - start)[:, None]
-            read = model(ids[:, :-1], attention_mask=real, memory_state=state)
-            loss = _cross_entropy(read.logits, ids[:, 1:], aimed)
-            state = read.memory_state
-            del read  # Or two segments' logits would be held while the next is read.
-            alone = None
-            if baseline and start == 0:
-                alone = loss
-            elif baseline:
-                logits = model(
-                    ids[:, :-1], attention_mask=real, memory_state=empty, write=False
-                ).logits
-                alone = _cross_entropy(logits, ids[:, 1:], aimed)
-                del logits
-            yield SegmentLosses(start, loss, alone)
-            if progress is not None:
-                progress(int(here.sum()))
+    longest, size = int(lengths.max()), int(model.config.segment_length)
+    if longest == 1:
+        return
+    # A segment of a last token alone would predict nothing.
+    width = longest - 1 if (longest - 1) % size == 0 else longest
+    # One token more than is read: the last position of a segment predicts the next's first.
+    known = np.zeros((len(rows), width + 1), dtype=np.int64)
+    for held, row in zip(known, rows, strict=True):
+        held[: len(row)] = row[: len(held)]
+    columns = np.arange(width)
+    aimed = columns < lengths[:, None] - 1
+    ids = torch.from_numpy(known).to(model.device)
+    real = torch.from_numpy(columns < lengths[:, None]).to(model.device)
+    read = model.windows(ids[:, :-1], real, bptt_depth=1)
+    # What is not written leaves every segment an empty memory; in the first, that is what is read anyway.
+    apart = (
+        model.windows(ids[:, size:-1], real[:, size:], bptt_depth=1, write=False)
+        if baseline and width > size
+        else None
+    )
+
+    def losses(windows: Iterator[MemLMOutput], at: slice) -> NDArray[np.float64]:
+        # Nothing of the output is kept: two segments' logits would be held while the next is read.
+        with torch.no_grad():
+            logits = cast("Tensor", next(windows).logits)
+            return _cross_entropy(logits, ids[:, 1:][:, at], aimed[:, at])
+
+    for start in range(0, width, size):
+        at = slice(start, start + size)
+        loss = alone = losses(read, at)
+        if apart is not None and start > 0:
+            alone = losses(apart, at)
+        yield SegmentLosses(start, loss, alone if baseline else None)
+        if progress is not None:
+            progress(int(np.clip(lengths - start, 0, size).sum()))
 
 
 def _cross_entropy(

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -271,29 +271,30 @@ class MemoryReader(BatchReader):
         on_read: Callable[[int], object],
         kept: Kept | None = None,
     ) -> list[str]:
+        from memlm.scan import scan
+
         state, done = (None, 0) if kept is None else (kept.state, kept.done)
         last: list[BatchPiece] = []
 
-        def segments(until: float) -> Iterator[Segment]:
-            nonlocal done
+        def segments() -> Iterator[Segment]:
             for piece in pieces:
                 if piece.last:
                     last.append(piece)
                     return
                 yield self._segment(piece)
-                done += 1
                 on_read(piece.ids.size if piece.mask is None else int(piece.mask.sum()))
-                if time.monotonic() > until:
-                    return
 
-        while not last:
-            part = segments(time.monotonic() + KEEP_SECONDS)
-            first = next(part, None)
-            if first is None:
-                break
-            state = self.model.read(itertools.chain([first], part), state)
-            if not last and self._file is not None:
+        def read(window: list[Segment], state: MemoryState) -> tuple[None, MemoryState]:
+            return None, self.model.read(window, state)
+
+        save_at = time.monotonic() + KEEP_SECONDS
+        # Without a state the model makes the first itself.
+        found = scan(read, segments(), cast("MemoryState", state), bptt_depth=1)
+        for _, state in found:
+            done += 1
+            if self._file is not None and time.monotonic() > save_at:
                 state.save(self._file, {"batch": _identity_of(batch), "segments": str(done)})
+                save_at = time.monotonic() + KEEP_SECONDS
         (prompts,) = last
         outputs = self._generate(self.model, prompts, max_new_tokens, memory_state=state)
         if self._file is not None:

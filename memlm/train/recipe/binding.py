@@ -1,78 +1,88 @@
-"""Plain values, as YAML has them, into dataclasses and back, with errors that name the key."""
+"""Plain values, as YAML has them, into dataclasses and back, with errors that name the key.
+
+pydantic checks types, choices and ranges; which sentence a reader gets is said here.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pydantic import TypeAdapter, ValidationError
 
-def bind(cls: type, values: Any, where: str) -> Any:
-    """`cls` from plain values. ValueError on an unknown key, with the nearest, or a wrong type."""
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{where or 'recipe'}={values!r} should be a mapping; write its keys below it, indented"
-        )
-    hints = get_type_hints(cls)
-    known = [item.name for item in fields(cls)]
-    given = {}
-    for key, value in values.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            raise ValueError(f"{name} is no key of a recipe; {did_you_mean(str(key), known)}")
-        given[key] = convert(hints[key], value, name)
-    for item in fields(cls):
-        missing = item.default is MISSING and item.default_factory is MISSING
-        if missing and item.name not in given:
-            raise ValueError(
-                f"{where}.{item.name} is missing; give a {type_name(hints[item.name])}"
-            )
+adapter = cache(TypeAdapter)
+
+
+def bind(hint: Any, values: Any, where: str) -> Any:
+    """`values` as the type `hint`, a dataclass mostly; `where` is their key, "" for a whole recipe.
+
+    ValueError names the first key that is wrong, its value and what to write: unknown keys before
+    others, with the nearest known one.
+    """
+    # As JSON: a list is a tuple there and a mapping a dataclass, and nothing else changes its type.
+    text = json.dumps(values, default=refuse_object)
     try:
-        return cls(**given)
-    except ValueError as error:
+        return adapter(hint).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+    # A key that is misspelt is missing under its right name, too.
+    error = min(errors, key=lambda error: error["type"] != "unexpected_keyword_argument")
+    inner, place = within(hint, error["loc"])
+    name = ".".join(map(str, ([where] if where else []) + place))
+    value, kind = error["input"], error["type"]
+    if kind == "unexpected_keyword_argument":
+        known = list(get_type_hints(inner))
+        raise ValueError(
+            f"{name} is no key of a recipe; {did_you_mean(str(error['loc'][-1]), known)}"
+        )
+    if kind == "missing":
+        raise ValueError(f"{name} is missing; give a {type_name(inner)}")
+    if kind == "value_error":
         # A check between fields: say which section's.
-        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+        cause = error["ctx"]["error"]
+        raise ValueError(f"{name}: {cause}" if name else str(cause)) from cause
+    if is_dataclass(inner):
+        raise ValueError(
+            f"{name or 'recipe'}={value!r} should be a mapping; write its keys below it, indented"
+        )
+    if kind == "literal_error" or kind.endswith("_type"):
+        raise ValueError(f"{name}={value!r} should be {type_name(inner)}; write {example(inner)}")
+    # Beyond a limit: pydantic names the limit, which is the remedy.
+    raise ValueError(f"{name}={value!r}: {error['msg']}")
 
 
-def convert(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the type `hint`. ValueError naming key, value and what is expected."""
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if is_dataclass(hint):
-        return bind(hint, value, name)  # type: ignore[arg-type]
-    if origin in (Union, types.UnionType):
-        for option in args:
-            try:
-                return convert(option, value, name)
-            except ValueError:
-                continue
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif origin is Literal:
-        if value in args:
-            return value
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            several = len(args) == 2 and args[1] is Ellipsis
-            if several or len(value) == len(args):
-                inner = [args[0]] * len(value) if several else list(args)
-                pairs = enumerate(zip(inner, value, strict=True))
-                return tuple(convert(kind, item, f"{name}.{i}") for i, (kind, item) in pairs)
-    elif hint is bool or origin is dict or origin is list:
-        if isinstance(value, origin or hint):
-            if origin is dict and args[1] is not Any:
-                return {key: convert(args[1], item, f"{name}.{key}") for key, item in value.items()}
-            return value
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, hint) and not isinstance(value, bool):
-        return value
-    raise ValueError(f"{name}={value!r} should be {type_name(hint)}; write {example(hint)}")
+def refuse_object(value: Any) -> Any:
+    """ValueError for what JSON has no word for, such as a date."""
+    raise ValueError(
+        f"{value!r} is a {type(value).__name__}, and a recipe holds plain values alone; write it as "
+        "text, in quotes"
+    )
+
+
+def within(hint: Any, location: Sequence[str | int]) -> tuple[Any, list[str | int]]:
+    """The type at pydantic's `location` in `hint`, and the keys that lead there.
+
+    The owner's, where its last key is unknown. Of a choice between types the choice itself: behind its
+    key pydantic says which of them it tried.
+    """
+    place: list[str | int] = []
+    for key in location:
+        origin, args = get_origin(hint), get_args(hint)
+        if origin in (Union, types.UnionType):
+            break
+        place.append(key)
+        if is_dataclass(hint):
+            hint = get_type_hints(hint).get(str(key), hint)
+        elif origin is dict:
+            hint = args[1]
+        else:
+            hint = args[0 if origin is list or args[-1] is Ellipsis else int(key)]
+    return hint, place
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
@@ -104,7 +114,7 @@ def example(hint: Any) -> str:
     if origin is Literal:
         return str(args[0])
     if origin in (tuple, list):
-        return f"[{example(args[0])}]"
+        return f"[{', '.join(example(kind) for kind in args if kind is not Ellipsis)}]"
     if origin is dict or is_dataclass(hint):
         return "{key: value}"
     return {int: "8", float: "0.1", str: "text", bool: "true"}.get(hint, "null")

@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from memlm.tasks.haystack import check_source
 from memlm.train.curriculum import Stage
@@ -41,7 +43,10 @@ class Recipe:
     """A training run."""
 
     output_dir: str | None = described("folder of the finished model and its checkpoints", None)
-    seed: int = described("seed of weights, tokenizer, data and dropout", 0)
+    # As numpy takes it.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = described(
+        "seed of weights, tokenizer, data and dropout", 0
+    )
     model: ModelSection = field(default_factory=ModelSection)
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
     data: DataSection = field(default_factory=DataSection)
@@ -65,11 +70,6 @@ class Recipe:
                 "checkpoint), config (from scratch) or init_from (a trained memory model)"
             )
         check_memory(self.model.memory)
-        if self.model.segment_length < 1:
-            raise ValueError(
-                f"model.segment_length={self.model.segment_length} is no segment; give at least 1 "
-                "token"
-            )
         if self.model.config is not None and "model_type" not in self.model.config:
             raise ValueError("model.config has no model_type; give one, such as 'llama'")
         if self.tokenizer.source is None and self.model.config is not None:

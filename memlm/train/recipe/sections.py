@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
+
+Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +27,11 @@ class ModelSection:
         default="armt",
         metadata={"help": "a memory's name, a mapping of its name and fields, or a list of these"},
     )
-    segment_length: int = described("tokens per segment", 512)
+    segment_length: Count = described("tokens per segment", 512)
     init_from: str | None = described(
         "folder of a trained memory model to go on from, in place of base and config", None
     )
-    init_std: dict[str, float] = field(
+    init_std: dict[str, Annotated[float, Field(ge=0)]] = field(
         default_factory=dict,
         metadata={
             "help": "from scratch: standard deviation of the weights whose name matches a pattern "
@@ -43,7 +48,7 @@ class TokenizerSection:
     source: str | None = described(
         "hub id or path, or 'train' for one trained on the data; null: the base model's", None
     )
-    vocab_size: int = described("tokens of a trained tokenizer", 2048)
+    vocab_size: Count = described("tokens of a trained tokenizer", 2048)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +77,21 @@ class DataSection(BabilongOptions):
 class CurriculumSection:
     """The stages, and what ends one early."""
 
-    stages: tuple[Stage, ...] = field(
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = field(
         default=(Stage(max_segments=1),), metadata={"help": "the stages, in order"}
     )
     advance_on: Literal["training", "evaluation"] = described(
         "whose answers are compared with a stage's advance_at", "training"
     )
-    score_window: int = described("training steps the running accuracy spans", 50)
+    score_window: Count = described("training steps the running accuracy spans", 50)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSection:
     """What `memlm eval` asks of the finished model unless told otherwise."""
 
-    tasks: tuple[str, ...] = described("bAbI tasks", ("qa1",))
-    lengths: tuple[str, ...] = described("tokens of text, as '4k' or '1M'", ("0k", "4k", "16k"))
-    samples: int = described("samples per task and length", 100)
+    tasks: Names = described("bAbI tasks", ("qa1",))
+    lengths: Names = described("tokens of text, as '4k' or '1M'", ("0k", "4k", "16k"))
+    samples: Count = described("samples per task and length", 100)
     haystack: str = described("as in data", "builtin")
-    batch_size: int = described("samples read side by side", 8)
+    batch_size: Count = described("samples read side by side", 8)

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from memlm.train.recipe.binding import convert, did_you_mean
+from memlm.train.recipe.binding import bind, did_you_mean
 
 OWN_ARGUMENTS = Path(__file__).parent.parent / "trainer" / "arguments.py"
 # Set from other sections of the recipe.
@@ -36,7 +36,7 @@ def check_training(values: dict[str, Any]) -> None:
             hint: Any = SIMPLE_TYPES[kinds[0]]
             for kind in kinds[1:]:
                 hint = hint | SIMPLE_TYPES[kind]
-            convert(hint, value, f"training.{key}")
+            bind(hint, value, f"training.{key}")
 
 
 @cache
