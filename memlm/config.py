@@ -8,11 +8,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers import configuration_utils as _configuration_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from memlm.templates import DOCUMENT_QUESTION_TEMPLATE, DOCUMENT_RECALL_TEMPLATE
+
 FORMAT_VERSION = 1
-# How a question follows a document, and an answer the question; a trained model keeps its own.
-QUESTION_TEMPLATE = "\n\nQuestion: {question}\nAnswer:"
-# How a passage that was recalled stands in front of the question; {document} and {start} may be named.
-RECALL_TEMPLATE = "\nRecalled: {text}"
 # Read by trainers, trackers and evaluation harnesses off the top-level config.
 _MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _MIRRORED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -51,9 +49,9 @@ class MemLMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     memory: list | None = None
     segment_length: int = 512
-    question_template: str = QUESTION_TEMPLATE
+    question_template: str = DOCUMENT_QUESTION_TEMPLATE
     question_segment: str = "open"
-    recall_template: str = RECALL_TEMPLATE
+    recall_template: str = DOCUMENT_RECALL_TEMPLATE
     memory_dtype: str = "float32"
     logits_with_labels: bool = False
     memlm_version: int = FORMAT_VERSION

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from memlm.segment import Segment, cut
 from memlm.state import MemoryState
@@ -69,14 +70,14 @@ class RollingMemory:
         state, done = self._align(rows)
         goal = [(size - 1) // length * length for size in sizes]
         if any(a < b for a, b in zip(done, goal, strict=True)):
-            ids, mask = _padded(self._between(rows, done, goal), left=False)
+            ids, mask = _padded(self._between(rows, done, goal), "right")
             state = self.model.read(cut(ids, mask.to(torch.bool), None, length), state)
         self.state, self.done = state, goal
         self.committed = [
             row[: max(0, end - len(prompt))]
             for prompt, row, end in zip(self.prompts, rows, goal, strict=True)
         ]
-        ids, mask = _padded(self._between(rows, goal, sizes), left=True)
+        ids, mask = _padded(self._between(rows, goal, sizes), "left")
         return ids, mask, state
 
     def _between(self, rows: list[Tensor], begin: list[int], end: list[int]) -> list[Tensor]:
@@ -137,12 +138,8 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None, columns: slice) -> l
     )
 
 
-def _padded(rows: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = rows[0].new_zeros((len(rows), width))
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[index, at] = row
-        mask[index, at] = 1
+def _padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    # Rows on the model's device: `memlm.padding` is for those that are not there yet.
+    real = [torch.ones_like(row) for row in rows]
+    ids, mask = (pad_sequence(r, batch_first=True, padding_side=side) for r in (rows, real))
     return ids, mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from memlm.cli.options import SAMPLE_DEFAULTS, Commands, add_sample_options
+from memlm.cli.options import SAMPLE_DEFAULTS, Commands, add_sample_options, sample_options
 from memlm.cli.printing import print_written
 
 
@@ -41,19 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
     print_written(
         babilong.write(
             arguments.out,
-            tasks=arguments.tasks,
-            lengths=arguments.lengths,
-            samples=arguments.samples,
-            haystack=arguments.haystack,
-            stories=arguments.stories,
+            **sample_options(arguments),
             tokenizer=arguments.tokenizer,
-            seed=arguments.seed,
             format=arguments.format,
-            position=tuple(arguments.position),
-            distance=arguments.distance,
             reserve=arguments.reserve,
             share=arguments.share,
-            composition=arguments.composition,
             overwrite=arguments.overwrite,
         )
     )

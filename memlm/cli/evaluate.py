@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from memlm.cli.models import load_model
-from memlm.cli.options import SAMPLE_DEFAULTS, Commands, add_device_options, add_sample_options
+from memlm.cli.options import (
+    SAMPLE_DEFAULTS,
+    Commands,
+    add_device_options,
+    add_sample_options,
+    sample_options,
+)
 from memlm.cli.printing import print_written
 
 
@@ -73,22 +79,13 @@ def run(arguments: argparse.Namespace) -> None:
     report = evaluate(
         model,
         tokenizer,
-        tasks=asked["tasks"],
-        lengths=asked["lengths"],
-        samples=asked["samples"],
-        haystack=asked["haystack"],
-        stories=arguments.stories,
+        **{**sample_options(arguments), **asked},
         data=arguments.data,
         out=arguments.out,
         baseline=arguments.baseline,
         window=arguments.window,
         prompt=arguments.prompt,
-        position=tuple(arguments.position),
-        distance=arguments.distance,
-        composition=arguments.composition,
         retrieval=retrieval,
-        batch_size=asked["batch_size"],
-        seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
         progress=True,
     )

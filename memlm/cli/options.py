@@ -118,6 +118,18 @@ def add_sample_options(parser: argparse.ArgumentParser, first: str = "") -> None
     )
 
 
+# What `add_sample_options` adds.
+_SAMPLE_OPTIONS = (
+    "tasks", "lengths", "samples", "haystack", "stories", "seed", "position", "distance", "composition",
+)  # fmt: skip
+
+
+def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sample_options` asked for, by the names that functions know it by."""
+    found = {name: getattr(arguments, name) for name in _SAMPLE_OPTIONS}
+    return {**found, "position": tuple(found["position"])}
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where a model runs, and in which numbers."""
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from memlm.config import RECALL_TEMPLATE
 from memlm.retrieval.arguments import ABSENT, check_where
 from memlm.retrieval.base import Embedder
 from memlm.retrieval.chunks import Chunk, Chunker
 from memlm.retrieval.index import ChunkIndex, Hit
+from memlm.templates import DOCUMENT_RECALL_TEMPLATE
 from memlm.text import split_sentences
 from memlm.tokens import Part, fill, joined
 
@@ -224,12 +224,14 @@ def as_retriever(retrieval: ChunkIndex | Retriever | None) -> Retriever | None:
     )
 
 
-def render(recalled: Iterable[Recalled], template: str = RECALL_TEMPLATE) -> str:
+def render(recalled: Iterable[Recalled], template: str = DOCUMENT_RECALL_TEMPLATE) -> str:
     """The text that shows recalled passages to a model, in front of the question."""
     return joined(render_parts(recalled, template))
 
 
-def render_parts(recalled: Iterable[Recalled], template: str = RECALL_TEMPLATE) -> list[Part]:
+def render_parts(
+    recalled: Iterable[Recalled], template: str = DOCUMENT_RECALL_TEMPLATE
+) -> list[Part]:
     """`render`, in parts that tell the template from what fills it."""
     return [
         part

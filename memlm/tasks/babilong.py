@@ -7,17 +7,14 @@ sample depends on its own seed alone, so what one sample leaves of its noise is 
 next, and nothing is held in memory but the list of stretches of text a sample is made of.
 """
 
+from memlm.tasks.asking import encode_answer, encode_question
 from memlm.tasks.compose import Sample, compose, facts_fit
 from memlm.tasks.composition import COMPOSITIONS, Composition, composition_of
 from memlm.tasks.lengths import format_length, parse_length
 from memlm.tasks.published import Record, RecordSample, iterate, load, write
-from memlm.tasks.templates import (
-    ANSWER_TEMPLATE,
-    FACT_TEMPLATE,
-    QUESTION_TEMPLATE,
-    encode_answer,
-    encode_question,
-)
+from memlm.templates import BABILONG_ANSWER_TEMPLATE as ANSWER_TEMPLATE
+from memlm.templates import BABILONG_FACT_TEMPLATE as FACT_TEMPLATE
+from memlm.templates import BABILONG_QUESTION_TEMPLATE as QUESTION_TEMPLATE
 
 __all__ = [
     "ANSWER_TEMPLATE",

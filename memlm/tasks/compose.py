@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.tasks.asking import encode_question
 from memlm.tasks.babi.story import Story
 from memlm.tasks.composition import Composition, composition_of
 from memlm.tasks.haystack.haystack import Haystack
 from memlm.tasks.haystack.tokenised import TokenHaystack, from_sentences
 from memlm.tasks.lengths import format_length, parse_length
-from memlm.tasks.templates import FACT_TEMPLATE, QUESTION_TEMPLATE, encode_question
+from memlm.templates import BABILONG_FACT_TEMPLATE, BABILONG_QUESTION_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,13 +81,13 @@ class Sample:
                     yield self._haystack.cut_text(sentence, left)
                 left -= min(size, left)
             for fact in facts:
-                yield FACT_TEMPLATE.format(fact=self.story.facts[fact])
+                yield BABILONG_FACT_TEMPLATE.format(fact=self.story.facts[fact])
 
     def text(self) -> str:
         """Return the whole document."""
         return "".join(self)
 
-    def question_ids(self, template: str = QUESTION_TEMPLATE) -> NDArray[np.int32]:
+    def question_ids(self, template: str = BABILONG_QUESTION_TEMPLATE) -> NDArray[np.int32]:
         """Return what `encode_question` does."""
         return encode_question(self._haystack.tokenizer, self.question, template)
 
@@ -140,7 +141,7 @@ def compose(
     start, end = position
     tokens = rules.room(whole)
     noise = _as_tokens(haystack, tokenizer, tokens)
-    fact_ids = tuple(noise.encode(FACT_TEMPLATE.format(fact=fact)) for fact in story.facts)
+    fact_ids = tuple(noise.encode(BABILONG_FACT_TEMPLATE.format(fact=fact)) for fact in story.facts)
     sizes = np.array([len(ids) for ids in fact_ids], dtype=np.int64)
     used = int(sizes.sum())
     if tokens and used > tokens and not rules.overflow:
@@ -283,7 +284,9 @@ def facts_fit(
     rows: 1/8 there, with reserve=300. reserve, distance, composition: as for `compose`.
     """
     rules = composition_of(composition, reserve=reserve, share=share, distance=distance)
-    sizes = np.array([len(noise.encode(FACT_TEMPLATE.format(fact=f))) for f in story.facts])
+    sizes = np.array(
+        [len(noise.encode(BABILONG_FACT_TEMPLATE.format(fact=f))) for f in story.facts]
+    )
     tokens = rules.room(length) if length else int(sizes.sum())
     if sizes.sum() > tokens and not rules.overflow:
         return False

@@ -29,14 +29,13 @@ from memlm.tasks import babi
 from memlm.tasks.babi.generators.events import DIALECTS
 from memlm.tasks.babi.generators.world import World
 from memlm.tasks.babilong import (
-    ANSWER_TEMPLATE,
-    FACT_TEMPLATE,
     Sample,
     compose,
     encode_answer,
     encode_question,
 )
 from memlm.tasks.haystack import TokenHaystack
+from memlm.templates import BABILONG_ANSWER_TEMPLATE, BABILONG_FACT_TEMPLATE
 from memlm.tokens import encode_parts
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted
@@ -91,7 +90,7 @@ class BabilongSource:
 
     def encode(self, fact: str) -> np.ndarray:
         """A fact as it stands in a document, behind one space."""
-        return self.haystack.encode(FACT_TEMPLATE.format(fact=fact))
+        return self.haystack.encode(BABILONG_FACT_TEMPLATE.format(fact=fact))
 
     # Remembered in a dict, not by a cached function: this object is sent to spawned data workers.
 
@@ -104,7 +103,7 @@ class BabilongSource:
 
     def answer(self, answer: str) -> np.ndarray:
         """What `encode_answer` gives."""
-        ids = self.haystack.encode(ANSWER_TEMPLATE.format(answer=answer))
+        ids = self.haystack.encode(BABILONG_ANSWER_TEMPLATE.format(answer=answer))
         return np.concatenate([ids, self._end])
 
     # Layout "story".

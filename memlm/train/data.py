@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from memlm.padding import pad_rows
 from memlm.scan import Anchor, first_window
 from memlm.segment import IGNORE
 from memlm.train.curriculum import Curriculum, Stage
@@ -184,13 +185,8 @@ class Collator:
         return batch
 
     def _pad(self, rows: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(len(row) for row in rows)
-        ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = row
-            mask[index, : len(row)] = 1
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        ids, mask = pad_rows(rows, self.pad_token_id)
+        return torch.from_numpy(ids), torch.from_numpy(mask).long()
 
 
 def _piece(sample: Mapping[str, Any]) -> Piece:

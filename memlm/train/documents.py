@@ -157,7 +157,7 @@ def _with_text(texts: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
     return found
 
 
-class Rows:
+class DatasetTexts:
     """The text column of a `datasets` data set, streamed or not, as (name, text)."""
 
     def __init__(self, rows: Iterable[dict[str, Any]], column: str | None = None) -> None:
@@ -186,4 +186,4 @@ def open_texts(
         return TextFiles(path, skip_empty)
     name, config, column = parse_hub(path)
     splits = open_dataset(path, name, config)
-    return Rows(splits["train" if "train" in splits else next(iter(splits))], column)
+    return DatasetTexts(splits["train" if "train" in splits else next(iter(splits))], column)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from memlm.tasks import babi
 from memlm.tasks.babi.generators.events import DIALECTS
+from memlm.templates import BABILONG_RECALL_TEMPLATE
 
 # Options that documents of some layouts alone are made by, and those that only say how to recall.
 READ_BY = {
@@ -81,7 +82,7 @@ class BabilongOptions:
     recall_template: str = described(
         "how a recalled passage stands in front of the question, with {text} in it; the model "
         "remembers it",
-        " {text}",
+        BABILONG_RECALL_TEMPLATE,
     )
 
     def reads(self, name: str) -> bool:

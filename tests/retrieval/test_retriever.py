@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from memlm.config import RECALL_TEMPLATE
 from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.retrieval.retriever import (
     Recalled,
@@ -17,6 +16,7 @@ from memlm.retrieval.retriever import (
     read_document,
     render,
 )
+from memlm.templates import DOCUMENT_RECALL_TEMPLATE
 
 NOISE = [
     f"Sentence {n} tells of the weather over the northern hills and of nothing else."
@@ -171,7 +171,9 @@ def test_blank_text_and_nothing_recall_nothing() -> None:
 
 def test_passages_are_shown_as_the_template_says() -> None:
     passage = Recalled("Two\n lines.", "book", 7, 17, "a", 0.5)
-    assert render([passage, passage]) == 2 * RECALL_TEMPLATE.replace("{text}", "Two lines.")
+    assert render([passage, passage]) == 2 * DOCUMENT_RECALL_TEMPLATE.replace(
+        "{text}", "Two lines."
+    )
     assert render([passage], "[{document}, {start}] {text}\n") == "[book, 7] Two lines.\n"
     tricky = Recalled("{start} {document}", "{text}", 7, 17, "a", 0.5)
     assert render([tricky], "{text}") == "{start} {document}"

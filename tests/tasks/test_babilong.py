@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from memlm import MemLMConfig
 from memlm.tasks import babi, babilong
 from memlm.tasks.haystack import Haystack, TokenHaystack
+from memlm.train.options import BabilongOptions
 from tests.tokenizers import tokenizer as other_tokenizer
 
 STORY = babi.Story(
@@ -379,3 +381,16 @@ def test_what_was_moved_is_still_found_here() -> None:
         assert getattr(babilong, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         getattr(babilong, "nothing")  # noqa: B009
+
+
+def test_templates_are_what_samples_and_models_were_made_with() -> None:
+    # Samples, shipped weights and files of users hold these; changing one changes what they mean.
+    assert (babilong.FACT_TEMPLATE, babilong.QUESTION_TEMPLATE, babilong.ANSWER_TEMPLATE) == (
+        " {fact}",
+        " {question}",
+        " {answer}",
+    )
+    assert BabilongOptions().recall_template == " {text}"
+    config = MemLMConfig()
+    assert config.question_template == "\n\nQuestion: {question}\nAnswer:"
+    assert config.recall_template == "\nRecalled: {text}"

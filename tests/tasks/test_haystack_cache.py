@@ -20,8 +20,6 @@ from memlm.tasks.haystack import cache as haystack_cache
 from memlm.tasks.haystack.cache import cache_folder, fingerprint, tokenized_haystack
 from tests.tokenizers import tokenizer as other_tokenizer
 
-COLUMNS = ("ids", "offsets", "first_sentence", "text", "text_offsets")
-
 
 class Counting:
     """A tokenizer that counts its calls."""
@@ -170,54 +168,74 @@ def test_a_source_that_changes_while_it_is_read_is_not_kept(
     assert entries(cache) == [] and left_over(cache) == []
 
 
-@pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("harm", ["flipped", "cut", "emptied", "missing"])
+@pytest.mark.parametrize("harm", ["cut", "emptied", "longer", "foreign", *range(8)])
 def test_a_damaged_entry_is_made_again(
-    column: str, harm: str, prose_folder: Path, tmp_path: Path, counting: Counting
+    harm: str | int,
+    prose_folder: Path,
+    tmp_path: Path,
+    counting: Counting,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plain = Haystack.open(prose_folder, "eval").tokenized(counting.tokenizer)
     tokenized_haystack(prose_folder, "eval", counting, cache=tmp_path)
     haystack_cache._verified.clear()
-    path = entries(tmp_path)[0] / f"{column}.npy"
+    (path,) = entries(tmp_path)
     data = path.read_bytes()
-    if harm == "missing":
-        path.unlink()
-    elif harm == "flipped":
-        path.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    if isinstance(harm, int):
+        # One bit, in the header, the columns and the end alike.
+        at = (len(data) - 1) * harm // 7
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     else:
-        path.write_bytes(data[:-9] if harm == "cut" else b"")
+        harms = {"cut": data[:-9], "emptied": b"", "longer": data + b"\0", "foreign": b"{}"}
+        path.write_bytes(harms[harm])
     counting.calls = 0
     assert same(tokenized_haystack(prose_folder, "eval", counting, cache=tmp_path), plain)
-    assert counting.calls > 0 and len(entries(tmp_path)) == 1 and not left_over(tmp_path)
+    assert counting.calls > 0 and entries(tmp_path) == [path] and not left_over(tmp_path)
+    assert f"{path} is damaged and is made again" in caplog.text and path.read_bytes() == data
+    haystack_cache._verified.clear()
     counting.calls = 0
     assert same(tokenized_haystack(prose_folder, "eval", counting, cache=tmp_path), plain)
     assert counting.calls == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"wanted": 1}', "\ufffd"])
-def test_a_foreign_manifest_is_replaced(
-    text: str, prose_folder: Path, tmp_path: Path, counting: Counting
-) -> None:
-    tokenized_haystack(prose_folder, "eval", counting, cache=tmp_path)
-    manifest = entries(tmp_path)[0] / "manifest.json"
-    manifest.write_text(text)
-    counting.calls = 0
-    tokenized_haystack(prose_folder, "eval", counting, cache=tmp_path)
-    assert counting.calls > 0
-    assert json.loads(manifest.read_text())["wanted"]["split"] == "eval"
-
-
-def test_something_else_in_the_place_of_an_entry_is_moved_away(
+def test_an_entry_opens_as_a_data_set(
     prose_folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    datasets = pytest.importorskip("datasets")
+    kept = tokenized_haystack(prose_folder, "all", tokenizer, cache=tmp_path)
+    rows = datasets.Dataset.from_file(str(entries(tmp_path)[0]))
+    assert rows["text"][:] == list(kept.texts)
+    assert [i for row in rows["ids"] for i in row] == kept.ids.tolist()
+    numbers = np.array(rows["document"])
+    assert (
+        np.flatnonzero(np.diff(numbers, prepend=-1)).tolist() == kept.first_sentence[:-1].tolist()
+    )
+
+
+def test_an_entry_that_cannot_be_read_is_left_alone(
+    prose_folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = Haystack.open(prose_folder, "eval").tokenized(tokenizer)
     tokenized_haystack(prose_folder, "eval", tokenizer, cache=tmp_path)
-    place = entries(tmp_path)[0]
-    for path in place.iterdir():
-        path.unlink()
-    place.rmdir()
-    place.write_text("a file")
-    tokenized_haystack(prose_folder, "eval", tokenizer, cache=tmp_path)
-    assert (place / "manifest.json").is_file()
+    haystack_cache._verified.clear()
+    (path,) = entries(tmp_path)
+    path.unlink()
+    path.mkdir()
+    assert same(tokenized_haystack(prose_folder, "eval", tokenizer, cache=tmp_path), plain)
+    assert path.is_dir() and not left_over(tmp_path)
+
+
+def test_folders_of_an_earlier_format_are_ignored(
+    prose_folder: Path, tmp_path: Path, counting: Counting
+) -> None:
+    former = tmp_path / "haystacks" / ("0" * 32) / "ids.npy"
+    former.parent.mkdir(parents=True)
+    former.write_bytes(b"as it was")
+    for calls in (True, False):
+        counting.calls = 0
+        tokenized_haystack(prose_folder, "eval", counting, cache=tmp_path)
+        assert bool(counting.calls) is calls
+    assert former.read_bytes() == b"as it was"
 
 
 def test_an_interrupted_build_leaves_nothing_that_is_taken_for_whole(
@@ -236,14 +254,12 @@ def test_an_interrupted_build_leaves_nothing_that_is_taken_for_whole(
         with pytest.raises(KeyboardInterrupt):
             tokenized_haystack(prose_folder, "all", counting, cache=tmp_path)
     assert entries(tmp_path) == [] and left_over(tmp_path) == []
-    # A kill leaves its folder; it is never opened, and removed when it is old.
+    # A kill leaves its file; it is never opened, and removed when it is old.
     killed = tmp_path / "haystacks" / ".0123.abc"
-    killed.mkdir()
-    (killed / "ids.npy").write_bytes(b"half")
+    killed.write_bytes(b"half")
     tokenized_haystack(prose_folder, "all", counting, cache=tmp_path)
     assert len(entries(tmp_path)) == 1 and left_over(tmp_path) == [killed]
-    for path in (killed / "ids.npy", killed):
-        os.utime(path, (1, 1))
+    os.utime(killed, (1, 1))
     tokenized_haystack(prose_folder, "train", counting, cache=tmp_path)
     assert left_over(tmp_path) == []
 

@@ -28,7 +28,7 @@ from memlm.train import (
     TrainingStream,
 )
 from memlm.train.data import Windows, shifted
-from memlm.train.documents import Rows, TextFiles, open_texts
+from memlm.train.documents import DatasetTexts, TextFiles, open_texts
 from tests.tokenizers import tokenizer
 from tests.train.tiny import Endless, answer_piece, ids, stream, text_piece
 
@@ -137,7 +137,7 @@ def test_a_stage_reaches_workers_that_are_running() -> None:
 @pytest.mark.parametrize("layout", ["story", "aligned", "flowing"])
 def test_sources_that_were_used_pickle(layout: Any, haystack: TokenHaystack) -> None:
     options = BabilongOptions(layout=layout, retrieval=int(layout == "story"))
-    rows = Rows([{"text": "Mary went to the office."}, {"text": "John left."}])
+    rows = DatasetTexts([{"text": "Mary went to the office."}, {"text": "John left."}])
     tok = tokenizer("byte-bpe")
     for source in (
         BabilongSource(haystack, LENGTH, options),
@@ -413,7 +413,7 @@ def test_a_streamed_data_set_is_resumed_where_it_stood() -> None:
     rows = [{"text": f"Document {n} of many. " * (n % 3 + 1)} for n in range(9)]
 
     def made() -> TrainingStream:
-        source = source_of_texts(Rows(iter_twice(rows)))
+        source = source_of_texts(DatasetTexts(iter_twice(rows)))
         return deal(stream(source, Stage(max_segments=2)))
 
     whole = list(islice(made(), 30))
@@ -431,7 +431,7 @@ def iter_twice(rows: list[dict[str, str]]) -> Any:
 
 
 def test_empty_documents_are_refused_or_passed_over(tmp_path: Path) -> None:
-    rows = Rows([{"text": "Mary."}, {"text": "  "}])
+    rows = DatasetTexts([{"text": "Mary."}, {"text": "  "}])
     stage = Stage(max_segments=1)
     with pytest.raises(ValueError, match="'row 1' is empty"):
         list(source_of_texts(rows).document(1, stage))

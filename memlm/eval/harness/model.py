@@ -28,6 +28,7 @@ from memlm.eval.harness.requests import (
     families_of,
 )
 from memlm.modeling import MemLMForCausalLM
+from memlm.padding import pad_rows
 from memlm.segment import Segment
 from memlm.state import MemoryState
 
@@ -367,14 +368,8 @@ class HarnessModel(TemplateLM):
 
     def _padded(self, pieces: Sequence[Ids], left: bool = False) -> tuple[Tensor, Tensor | None]:
         """(B, T) ids and the mask of what is real; no mask where everything is."""
-        width = max(map(len, pieces))
         # Padding is masked everywhere, so any id serves.
-        ids = np.zeros((len(pieces), width), dtype=np.int64)
-        mask = np.zeros((len(pieces), width), dtype=bool)
-        for number, piece in enumerate(pieces):
-            at = slice(width - len(piece), width) if left else slice(0, len(piece))
-            ids[number, at] = piece
-            mask[number, at] = True
+        ids, mask = pad_rows(pieces, left=left)
         return self._tensor(ids), None if mask.all() else self._tensor(mask)
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:

@@ -37,7 +37,7 @@ NEAR = 64
 
 
 @dataclass(frozen=True)
-class Bin:
+class AccuracyBin:
     """Samples between two positions, `low` included and `high` not."""
 
     low: float
@@ -178,7 +178,7 @@ def plot_lines(
     _save(figure, path)
 
 
-def depths(rows: Sequence[Mapping[str, Any]], bins: int = DEPTH_BINS) -> list[Bin]:
+def depths(rows: Sequence[Mapping[str, Any]], bins: int = DEPTH_BINS) -> list[AccuracyBin]:
     """Count right answers by where in the document the earliest supporting fact stands.
 
     Positions are fractions of the document, in `bins` of equal width; an empty one is left out. Rows
@@ -189,10 +189,10 @@ def depths(rows: Sequence[Mapping[str, Any]], bins: int = DEPTH_BINS) -> list[Bi
         count = counts.setdefault(min(bins - 1, at * bins // tokens), [0, 0])
         count[0] += right
         count[1] += 1
-    return [Bin(i / bins, (i + 1) / bins, *counts[i]) for i in sorted(counts)]
+    return [AccuracyBin(i / bins, (i + 1) / bins, *counts[i]) for i in sorted(counts)]
 
 
-def distances(rows: Sequence[Mapping[str, Any]], factor: int | None = None) -> list[Bin]:
+def distances(rows: Sequence[Mapping[str, Any]], factor: int | None = None) -> list[AccuracyBin]:
     """Count right answers by how many tokens before the end the earliest supporting fact stands.
 
     Bins are `factor` times as wide from one to the next, by default 2, or 4 where that makes more than
@@ -211,7 +211,7 @@ def distances(rows: Sequence[Mapping[str, Any]], factor: int | None = None) -> l
         count[0] += right
         count[1] += 1
     edges = [0.0, *(float(NEAR * factor**i) for i in range(max(counts) + 1))]
-    return [Bin(edges[i], edges[i + 1], *counts[i]) for i in sorted(counts)]
+    return [AccuracyBin(edges[i], edges[i + 1], *counts[i]) for i in sorted(counts)]
 
 
 def plot_depth(
@@ -266,7 +266,7 @@ def _places(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, bool]]:
 
 
 def _bins_panel(
-    axes: Axes, runs: Mapping[str, Sequence[Bin]], edges: Sequence[float] | None = None
+    axes: Axes, runs: Mapping[str, Sequence[AccuracyBin]], edges: Sequence[float] | None = None
 ) -> None:
     for number, bins in enumerate(runs.values()):
         if not bins:
@@ -286,7 +286,10 @@ def _bins_panel(
 
 
 def _bin_ticks(
-    axes: Axes, runs: Mapping[str, Sequence[Bin]], edges: Sequence[float], names: Sequence[str]
+    axes: Axes,
+    runs: Mapping[str, Sequence[AccuracyBin]],
+    edges: Sequence[float],
+    names: Sequence[str],
 ) -> None:
     """Name the bins, with how many samples every run with any there has at least."""
     labels = []

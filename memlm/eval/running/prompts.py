@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.tasks import babi
-from memlm.tasks.babilong import QUESTION_TEMPLATE
+from memlm.templates import BABILONG_QUESTION_TEMPLATE
 from memlm.tokens import Part, fill, joined
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Prompts:
     """
 
     style: str
-    question_template: str = QUESTION_TEMPLATE
+    question_template: str = BABILONG_QUESTION_TEMPLATE
     template: str = TEMPLATE
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     bare: bool = False
@@ -160,7 +160,7 @@ class Prompts:
         cls,
         prompt: str | os.PathLike[str],
         tokenizer: PreTrainedTokenizerBase,
-        question_template: str = QUESTION_TEMPLATE,
+        question_template: str = BABILONG_QUESTION_TEMPLATE,
         bare: bool = False,
     ) -> Prompts:
         """Make the prompts of a style or a YAML file. ValueError on an unknown style or a bad file.

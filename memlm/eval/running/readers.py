@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.padding import pad_rows
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,13 +191,7 @@ class BatchReader(ABC):
         return sorted({int(self.tokenizer.eos_token_id), *map(int, named)})
 
     def _prompts(self, rows: Sequence[Tokens]) -> BatchPiece:
-        longest = max(map(len, rows))
-        ids = np.full((len(rows), longest), self.pad, dtype=np.int64)
-        mask = np.zeros((len(rows), longest), dtype=bool)
-        for row, prompt in enumerate(rows):
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = True
-        return BatchPiece(ids, mask, last=True)
+        return BatchPiece(*pad_rows(rows, self.pad, left=True), last=True)
 
 
 class MemoryReader(BatchReader):

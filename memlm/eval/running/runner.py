@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlm.config import RECALL_TEMPLATE
 from memlm.eval.log import SAMPLES, Row, RunLog, recorded
 from memlm.eval.provenance import dtype_of, fingerprint, versions, without_training
 from memlm.eval.reporting.plots import save_with_picture
@@ -26,10 +25,11 @@ from memlm.eval.running.prompts import Prompts
 from memlm.eval.running.samples import Composed, Published, SampleSource
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig
-from memlm.tasks.babilong import QUESTION_TEMPLATE, Composition, composition_of
+from memlm.tasks.babilong import Composition, composition_of
 from memlm.tasks.haystack import Haystack, Split
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.tasks.lengths import format_length
+from memlm.templates import BABILONG_QUESTION_TEMPLATE, DOCUMENT_RECALL_TEMPLATE
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -116,7 +116,7 @@ def evaluate(
         retrieval = RetrievalConfig(k=retrieval)
     recall = None
     if retrieval is not None:
-        template = _config(model, "recall_template", RECALL_TEMPLATE)
+        template = _config(model, "recall_template", DOCUMENT_RECALL_TEMPLATE)
         recall = Recall(retrieval, embedder or HashingEmbedder(), template)
     own = prompts.style == "answer" and _config(model, "question_segment", "open") == "own"
     with ExitStack() as stack:
@@ -190,7 +190,7 @@ def _prompts(
     if prompt is None:
         chats = getattr(tokenizer, "chat_template", None) is not None
         prompt = "answer" if is_memory_model(model) else "chat" if chats else "instruction"
-    template = _config(model, "question_template", QUESTION_TEMPLATE)
+    template = _config(model, "question_template", BABILONG_QUESTION_TEMPLATE)
     # A model of memlm has been trained on documents without a start token.
     bare = is_memory_model(model) and prompt == "answer"
     return Prompts.of(prompt, tokenizer, template, bare)

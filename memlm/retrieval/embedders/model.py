@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.padding import pad_rows
 from memlm.retrieval.embedders.checks import (
     checked_texts,
     checked_vectors,
@@ -163,12 +164,10 @@ class ModelEmbedder:
         import torch
 
         device = next(self.model.parameters()).device
-        longest = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id or 0
         # On the right, whatever the tokenizer's side: positions count from the left.
-        padded = torch.tensor([row + [pad] * (longest - len(row)) for row in ids], device=device)
-        lengths = torch.tensor([len(row) for row in ids], device=device)
-        mask = torch.arange(longest, device=device) < lengths[:, None]
+        rows, real = pad_rows(ids, self.tokenizer.pad_token_id or 0)
+        padded, mask = torch.from_numpy(rows).to(device), torch.from_numpy(real).to(device)
+        lengths = mask.sum(1)
         settings: dict[str, Any] = {"output_hidden_states": not self._is_last}
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             settings["use_cache"] = False

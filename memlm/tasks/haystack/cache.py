@@ -1,8 +1,9 @@
 """Tokenised haystacks kept on disk: made once, then mapped into memory instead of made again.
 
-CACHE/haystacks/KEY/ holds a flat .npy file for each array of a `TokenHaystack` and manifest.json,
-written last. The key is a digest of everything the arrays depend on, so an entry is never stale; one
-that is damaged is made again. CACHE is the variable MEMLM_CACHE, else ~/.cache/memlm; empty for none.
+CACHE/haystacks/KEY-DIGEST.arrow holds a sentence per row: `document` (its number), `text` and `ids`;
+`datasets.Dataset.from_file` opens it. KEY is a digest of everything the rows depend on, so an entry is
+never stale; DIGEST is that of the file, and one that is damaged is made again. CACHE is the variable
+MEMLM_CACHE, else ~/.cache/memlm; empty for none.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +40,10 @@ from memlm.tasks.haystack.tokenised import MIN_TOKENS, SentenceTexts, TokenHayst
 from memlm.tokens import encode_texts
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 VARIABLE = "MEMLM_CACHE"
 # Less is tokenised in about a second. So is "builtin", whose text moreover changes with Python's
 # version and options (-OO has no docstrings).
@@ -51,16 +51,10 @@ MIN_CHARACTERS = 1_000_000
 # No build takes this long: what is left of an older one was abandoned.
 ABANDONED_SECONDS = 24 * 3600
 PROBE = " It's 3.5 miles, he said - naïve café.\n\nMary went to the office."
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "ids": np.dtype("<i4"),
-    "offsets": np.dtype("<i8"),
-    "first_sentence": np.dtype("<i8"),
-    "text": np.dtype("u1"),
-    "text_offsets": np.dtype("<i8"),
-}
-_MANIFEST = "manifest.json"
+# Under this name a file's schema says what it was made of, and the digest of its ids.
+_SCHEMA_KEY = b"memlm"
 # Entries read through in this process; once is enough, files in use are never written to.
-_verified: set[tuple[str, str]] = set()
+_verified: set[Path] = set()
 _log = logging.getLogger(__name__)
 
 
@@ -93,13 +87,14 @@ def tokenized_haystack(
     if folder is not None:
         wanted = _wanted(source, split, tokenizer, min_tokens, max_characters)
     if folder is not None and wanted is not None:
-        place = folder / "haystacks" / _digest(wanted)
-        known = _open(place, wanted, tokenizer, source)
-        if known is not None:
-            return known
+        entries, key = folder / "haystacks", _digest(wanted)
+        for path in _entries(entries, key):
+            known = _open(path, tokenizer, source, min_tokens)
+            if known is not None:
+                return known
         documents = read_documents(source, split, max_characters)
         try:
-            return _build(place, wanted, documents, tokenizer, source)
+            return _build(entries, key, wanted, documents, tokenizer, source)
         except _Unwritable as error:
             _log.warning(
                 "the haystack cache %s cannot be written (%s); set %s to another folder",
@@ -234,105 +229,98 @@ def _digest(value: Any) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _open(
-    place: Path, wanted: dict[str, Any], tokenizer: PreTrainedTokenizerBase, source: str
-) -> TokenHaystack | None:
-    """Map an entry; None when it is missing, of something else, or damaged."""
+def _entries(folder: Path, key: str) -> list[Path]:
+    """The files of an entry: one, unless another release of pyarrow wrote another."""
     try:
-        text = (place / _MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        if manifest["wanted"] != wanted:
-            return None
-        columns = manifest["columns"]
-        arrays = {name: _map(place / f"{name}.npy", columns[name], name) for name in _DTYPES}
-        if (str(place), text) not in _verified:
-            for name in _DTYPES:
-                if _checksum(place / f"{name}.npy") != columns[name]["checksum"]:
-                    raise ValueError(f"{name} is damaged")
-            _verified.add((str(place), text))
+        return sorted(folder.glob(f"{key}-*.arrow"))
+    except OSError:
+        return []
+
+
+def _open(
+    path: Path, tokenizer: PreTrainedTokenizerBase, source: str, min_tokens: int
+) -> TokenHaystack | None:
+    """Map an entry; None when it cannot be read or is damaged, which then makes room for another."""
+    try:
+        if path not in _verified:
+            if _file_digest(path) != path.stem.rpartition("-")[2]:
+                _log.warning("the haystack cache entry %s is damaged and is made again", path)
+                path.unlink()
+                return None
+            _verified.add(path)
+        return _map(path, tokenizer, source, min_tokens)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        _log.warning("the haystack cache entry %s is left unused (%s)", place, error)
+    except (OSError, ValueError, KeyError) as error:
+        _log.warning("the haystack cache entry %s is left unused (%s)", path, error)
         return None
+
+
+def _map(
+    path: Path, tokenizer: PreTrainedTokenizerBase, source: str, min_tokens: int
+) -> TokenHaystack:
+    """A haystack whose arrays are views of the file: one batch, so that each column is in one piece."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        batch = pa.ipc.open_stream(file).read_next_batch()
+    document, text, ids = (batch.column(name) for name in ("document", "text", "ids"))
+    _, starts, characters = text.buffers()
+    text_offsets = np.frombuffer(starts, np.int64, len(batch) + 1)
+    first = np.flatnonzero(np.diff(document.to_numpy(), prepend=-1))
     made = TokenHaystack.of_arrays(
         tokenizer,
         source,
-        wanted["min_tokens"],
-        SentenceTexts(arrays["text"], arrays["text_offsets"]),
-        arrays["ids"],
-        arrays["offsets"],
-        arrays["first_sentence"],
+        min_tokens,
+        SentenceTexts(np.frombuffer(characters, np.uint8, text_offsets[-1]), text_offsets),
+        ids.values.to_numpy(),
+        ids.offsets.to_numpy(),
+        np.append(first, len(batch)).astype(np.int64),
     )
-    # The checksum of the ids is their digest, and reading them all would bring them into memory.
-    made.digest = columns["ids"]["checksum"]
+    # Reading the ids for it would bring them all into memory.
+    made.digest = json.loads(batch.schema.metadata[_SCHEMA_KEY])["ids"]
     return made
 
 
-def _map(path: Path, column: dict[str, Any], name: str) -> NDArray[Any]:
-    # A plain view: np.memmap makes every slice an object that is slow to make.
-    found = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-    if found.dtype != _DTYPES[name] or found.shape != (column["size"],):
-        raise ValueError(f"{name} has {found.dtype} {found.shape}, not {column['size']} values")
-    return found
-
-
-def _checksum(path: Path) -> str:
-    """The digest of an array's values, read from the file and not through the mapping."""
-    known = hashlib.blake2b(digest_size=8)
+def _file_digest(path: Path) -> str:
+    """Read from the file and not through the mapping, which would keep it in memory."""
     with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        while chunk := file.read(1 << 20):
-            known.update(chunk)
-    return known.hexdigest()
+        return hashlib.file_digest(file, _hash).hexdigest()
+
+
+def _hash() -> Any:
+    return hashlib.blake2b(digest_size=8)
 
 
 class _Column:
-    """A flat .npy file that is appended to; its length is known when it is closed."""
+    """Values of a column in a temporary file without a name: it is gone however the process ends."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, dtype: type[np.generic]) -> None:
         self.dtype = dtype
         self.size = 0
-        self._known = hashlib.blake2b(digest_size=8)
         with _disk():
-            self._file = path.open("wb")
-            self._header()
-            self._begin = self._file.tell()
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with _disk():
             self._file.close()
 
     def append(self, values: Any) -> None:
         data = np.ascontiguousarray(values, dtype=self.dtype)
         self.size += len(data)
-        self._known.update(data.data)
         with _disk():
             self._file.write(data.data)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the length into the header; numpy leaves room there for any."""
-        with _disk():
-            self._file.seek(0)
-            self._header()
-            assert self._file.tell() == self._begin
-            self._file.flush()
-        return {"size": self.size, "checksum": self._known.hexdigest()}
+    def buffer(self) -> pa.Buffer:
+        """All values, mapped."""
+        import pyarrow as pa
 
-    def _header(self) -> None:
-        described = np.lib.format.dtype_to_descr(self.dtype)
-        np.lib.format.write_array_header_1_0(
-            self._file, {"descr": described, "fortran_order": False, "shape": (self.size,)}
-        )
+        with _disk():
+            self._file.flush()
+            return pa.py_buffer(np.memmap(self._file, self.dtype, "r", shape=(self.size,)))
 
 
 @contextmanager
@@ -344,95 +332,83 @@ def _disk() -> Iterator[None]:
 
 
 def _build(
-    place: Path,
+    folder: Path,
+    key: str,
     wanted: dict[str, Any],
     documents: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
     source: str,
 ) -> TokenHaystack:
-    """Make an entry in a folder of its own, then rename that: nobody ever meets half an entry."""
+    """Make an entry beside its place, then rename it: nobody ever meets half an entry."""
     with _disk():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    _clear_abandoned(place.parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(folder)
+        handle, name = tempfile.mkstemp(prefix=f".{key}.", dir=folder)
+        os.close(handle)
+    path = temporary = Path(name)
+    min_tokens = wanted["min_tokens"]
     try:
-        _fill(temporary, wanted, tokenise(documents, tokenizer, source, wanted["min_tokens"]))
-        # A source that changed while it was read is neither the old nor the new one.
-        same = "revision" in wanted["source"] or identity(source) == wanted["source"]
-        found = None
-        if same and _publish(temporary, place, wanted, tokenizer, source):
-            found = _open(place, wanted, tokenizer, source)
-        # What is mapped stays readable after its files are removed.
-        found = found or _open(temporary, wanted, tokenizer, source)
+        _write(temporary, wanted, tokenise(documents, tokenizer, source, min_tokens))
+        with _disk():
+            # A source that changed while it was read is neither the old nor the new one.
+            if "revision" in wanted["source"] or identity(source) == wanted["source"]:
+                path = folder / f"{key}-{_file_digest(temporary)}.arrow"
+                # A cache may be shared; a temporary file is its owner's alone.
+                temporary.chmod(0o644)
+                os.replace(temporary, path)
+                _verified.add(path)
+            # What is mapped stays readable after its file is removed.
+            return _map(path, tokenizer, source, min_tokens)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if found is None:
-        raise _Unwritable("what was written could not be read back")
-    return found
+        temporary.unlink(missing_ok=True)
 
 
-def _fill(
-    folder: Path,
+def _write(
+    path: Path,
     wanted: dict[str, Any],
     made: Iterable[tuple[list[str], NDArray[np.int32], NDArray[np.int64]]],
 ) -> None:
+    """Write sentences as one batch; it begins with its size, so its columns are gathered on disk first."""
+    import pyarrow as pa
+
     with ExitStack() as stack:
-        columns = {
-            name: stack.enter_context(_Column(folder / f"{name}.npy", dtype))
-            for name, dtype in _DTYPES.items()
-        }
-        for name in ("offsets", "first_sentence", "text_offsets"):
-            columns[name].append([0])
-        sentences = 0
-        for texts, ids, lengths in made:
+        document, text, text_offsets, ids, offsets = (
+            stack.enter_context(_Column(path.parent, dtype))
+            for dtype in (np.int32, np.uint8, np.int64, np.int32, np.int64)
+        )
+        for starts in (text_offsets, offsets):
+            starts.append([0])
+        known = hashlib.blake2b(digest_size=8)
+        for number, (texts, tokens, lengths) in enumerate(made):
             encoded = [text.encode() for text in texts]
             sizes = np.array([len(text) for text in encoded], dtype=np.int64)
-            sentences += len(texts)
-            columns["offsets"].append(columns["ids"].size + np.cumsum(lengths))
-            columns["text_offsets"].append(columns["text"].size + np.cumsum(sizes))
-            columns["ids"].append(ids)
-            columns["text"].append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
-            columns["first_sentence"].append([sentences])
-        written = {name: column.finish() for name, column in columns.items()}
-    manifest = json.dumps({"wanted": wanted, "columns": written}, indent=2) + "\n"
-    with _disk():
-        (folder / _MANIFEST).write_text(manifest, encoding="utf-8")
-        # A cache may be shared; a temporary folder is its owner's alone.
-        folder.chmod(0o755)
-
-
-def _publish(
-    temporary: Path,
-    place: Path,
-    wanted: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-) -> bool:
-    """Rename a finished entry into place, moving a damaged one away; False where that fails."""
-    for _ in range(3):
-        try:
-            os.rename(temporary, place)
-            return True
-        except OSError:
-            if _open(place, wanted, tokenizer, source) is not None:
-                return True  # Another process was quicker.
-        with _disk():
-            aside = Path(tempfile.mkdtemp(prefix=".damaged.", dir=place.parent))
-        try:
-            os.rename(place, aside / "entry")
-        except OSError:
-            pass  # Another process has moved it, or nobody may.
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return False
+            document.append(np.full(len(texts), number))
+            text_offsets.append(text.size + np.cumsum(sizes))
+            text.append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
+            offsets.append(ids.size + np.cumsum(lengths))
+            ids.append(tokens)
+            known.update(np.ascontiguousarray(tokens, dtype=np.int32).data)
+        rows = document.size
+        flat = pa.Array.from_buffers(pa.int32(), ids.size, [None, ids.buffer()])
+        columns = {
+            "document": pa.Array.from_buffers(pa.int32(), rows, [None, document.buffer()]),
+            "text": pa.Array.from_buffers(
+                pa.large_string(), rows, [None, text_offsets.buffer(), text.buffer()]
+            ),
+            "ids": pa.Array.from_buffers(
+                pa.large_list(pa.int32()), rows, [None, offsets.buffer()], children=[flat]
+            ),
+        }
+        notes = json.dumps({"ids": known.hexdigest(), "made_of": wanted})
+        batch = pa.record_batch(columns, metadata={_SCHEMA_KEY: notes})
+        with _disk(), pa.OSFile(str(path), "wb") as file:
+            with pa.ipc.new_stream(file, batch.schema) as writer:
+                writer.write_batch(batch)
 
 
 def _clear_abandoned(folder: Path) -> None:
     """Remove what builds that were killed have left behind."""
     for path in folder.glob(".*"):
-        try:
-            newest = max(p.stat().st_mtime for p in (path, *path.iterdir()))
-        except OSError:
-            continue
-        if time.time() - newest > ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.tasks.asking import encode_question
 from memlm.tasks.babi.story import Story
-from memlm.tasks.templates import QUESTION_TEMPLATE, encode_question
+from memlm.templates import BABILONG_QUESTION_TEMPLATE
 from memlm.tokens import encode_texts
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class RecordSample:
         """Return the whole document."""
         return "".join(self)
 
-    def question_ids(self, template: str = QUESTION_TEMPLATE) -> NDArray[np.int32]:
+    def question_ids(self, template: str = BABILONG_QUESTION_TEMPLATE) -> NDArray[np.int32]:
         """Return what `encode_question` does."""
         return encode_question(self.tokenizer, self.question, template)
 

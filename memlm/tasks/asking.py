@@ -1,4 +1,4 @@
-"""How facts, questions and answers stand in a BABILong document: each follows one space."""
+"""The ids of a question, and of the answer that is learned behind it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.templates import BABILONG_ANSWER_TEMPLATE, BABILONG_QUESTION_TEMPLATE
 from memlm.tokens import encode_parts, encode_texts, fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Facts, sentences, the question and the answer each follow one space: in a sample as in training.
-FACT_TEMPLATE = " {fact}"
-QUESTION_TEMPLATE = " {question}"
-ANSWER_TEMPLATE = " {answer}"
-
 
 def encode_question(
-    tokenizer: PreTrainedTokenizerBase, question: str, template: str = QUESTION_TEMPLATE
+    tokenizer: PreTrainedTokenizerBase, question: str, template: str = BABILONG_QUESTION_TEMPLATE
 ) -> NDArray[np.int32]:
     """Return the ids that follow the context and ask the question, (Q,)."""
     return np.array(encode_parts(tokenizer, fill(template, question=question)), dtype=np.int32)
@@ -29,5 +25,5 @@ def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> NDArray[np
     """Return the ids of the answer and the end token, (A,)."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
-    text = ANSWER_TEMPLATE.format(answer=answer)
+    text = BABILONG_ANSWER_TEMPLATE.format(answer=answer)
     return np.array([*encode_texts(tokenizer, [text])[0], tokenizer.eos_token_id], dtype=np.int32)
