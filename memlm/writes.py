@@ -41,8 +41,3 @@ class WriteCount:
     def rows(self) -> list[int] | None:
         """Segments written, row by row; None where the memories have no gates or nothing was read."""
         return None if self._rows is None else [int(count) for count in self._rows.tolist()]
-
-
-def per_million(writes: int, tokens: int) -> float:
-    """Segments written per million tokens."""
-    return 1e6 * writes / max(tokens, 1)

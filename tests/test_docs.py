@@ -34,6 +34,9 @@ def test_pages_name_every_option() -> None:
     for name in MECHANISMS:
         shared = name.startswith("titans-") and name != "titans-mac"
         page = (ROOT / f"docs/methods/{'titans-mac' if shared else name}.md").read_text()
+        if "../lasting.md" in page:
+            # What all memories with gates have is said there.
+            page += (ROOT / "docs/lasting.md").read_text()
         for field in fields(memory_class(name).Config):
             if field.name != "layers" or memory_class(name).site != "model":
                 assert f"`{field.name}" in page, f"{name}.md says nothing of {field.name}"

@@ -35,15 +35,18 @@ def add_to(commands: Commands) -> None:
     evaluate.add_argument(
         "--baseline",
         type=_baseline,
-        choices=["model", "last-tokens", "full", "window", "retrieval"],
-        help="who reads: the model itself (the default: into its memory; as full where it has none), or "
-        "the base model, which sees the last tokens alone, everything, a sliding window, or retrieved "
-        "passages",
-    )
+        choices=[
+            "model", "last-tokens", "full", "window", "retrieval", "chunks", "twice", "question-first"
+        ],
+        help="who reads: the model itself (the default: into its memory; as full where it has none), the "
+        "base model, which sees the last tokens alone, everything, a sliding window, retrieved passages, or "
+        "one chunk after the other (the surest answers), or the memory model, reading twice or with the "
+        "question first",
+    )  # fmt: skip
     evaluate.add_argument(
         "--window",
         type=int,
-        help="tokens that --baseline last-tokens and window see (default: one segment)",
+        help="tokens that --baseline last-tokens, window and chunks see (default: one segment)",
     )
     evaluate.add_argument(
         "--retrieval", type=int, metavar="K", help="recall K passages in front of the question"
@@ -54,6 +57,12 @@ def add_to(commands: Commands) -> None:
         "--prompt",
         help="answer (document, then question), instruction, chat, or a YAML file of prompts "
         "(default: answer for models of memlm, chat or instruction for others)",
+    )
+    evaluate.add_argument(
+        "--write-threshold",
+        type=float,
+        metavar="GATE",
+        help="write gates below it count as zero (default: as the model was saved)",
     )
     evaluate.add_argument("--out", type=Path, required=True, help="folder for the results")
     evaluate.add_argument(
@@ -76,6 +85,12 @@ def run(arguments: argparse.Namespace) -> None:
     retrieval = retrieval_asked(arguments)
     asked = sample_settings(arguments)
     model, tokenizer = load_model(arguments, memory=False)
+    if arguments.write_threshold is not None:
+        if not hasattr(model, "set_memory_options"):
+            raise ValueError(
+                f"--write-threshold is about write gates, and {arguments.model!r} has no memory; leave it out"
+            )
+        model.set_memory_options(write_threshold=arguments.write_threshold)
     report = evaluate(
         model,
         tokenizer,
@@ -90,6 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     print(report.to_markdown())
+    if written := report.writes_note():
+        print(written)
     print_written(report.files)
 
 

@@ -62,7 +62,10 @@ class SolvingModel(nn.Module):
         self.batches: list[tuple[int, int]] = []
 
     def read(
-        self, segments: Iterable[Segment], memory_state: Remembered | None = None
+        self,
+        segments: Iterable[Segment],
+        memory_state: Remembered | None = None,
+        writes: object = None,
     ) -> Remembered:
         assert not self.training and not torch.is_grad_enabled()
         rows = memory_state.rows if memory_state else None

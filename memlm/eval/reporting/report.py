@@ -27,7 +27,8 @@ class Cell:
     """Results of one task at one length.
 
     `correct` counts by the corrected BABILong metric, `exact` by exact match, `published` by the metric
-    as published. `seconds` is time in the model and its data, `data_seconds` the data's part.
+    as published. `seconds` is time in the model and its data, `data_seconds` the data's part. `writes` are
+    the segments in which a write gate opened; None without gates.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Cell:
     seconds: float
     data_seconds: float
     peak_memory_bytes: int
+    writes: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -53,6 +55,11 @@ class Cell:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def writes_per_million(self) -> float | None:
+        """Segments written per million tokens; None without gates."""
+        return None if self.writes is None else 1e6 * self.writes / max(self.tokens, 1)
 
     @property
     def data_wait_share(self) -> float:
@@ -128,6 +135,7 @@ class Report:
             "peak_memory_bytes": self._by_cell(lambda c: c.peak_memory_bytes),
             "data_wait_share": self._by_cell(lambda c: c.data_wait_share),
             "seconds": self._by_cell(lambda c: c.seconds),
+            "writes_per_million": self._by_cell(lambda c: c.writes_per_million),
             "seed": self.settings.get("seed"),
             "settings": self.settings,
             "versions": self.versions,
@@ -180,6 +188,17 @@ class Report:
                 parts.append(length + ("" if every else f" ({', '.join(cells[length])})"))
             notes.append(f"not run at {', '.join(parts)}: {reason}")
         return notes
+
+    def writes_note(self) -> str:
+        """How often memories were written, by length over all tasks, as a line; "" without gates."""
+        parts = []
+        for length in self.lengths:
+            found = [cell for cell in self.at(length) if cell.writes is not None]
+            tokens = sum(cell.tokens for cell in found)
+            if tokens:
+                rate = 1e6 * sum(cell.writes or 0 for cell in found) / tokens
+                parts.append(f"{length} {rate:,.0f}")
+        return f"segments written per million tokens: {', '.join(parts)}" if parts else ""
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write `summary.json`, whole or not at all; return the paths written.
@@ -303,7 +322,8 @@ def escape_cell(text: str) -> str:
 
 def _read_cell(saved: dict[str, Any]) -> Cell:
     # Keys of later versions are ignored: what is known of a cell stays readable.
-    cell = Cell(**{f.name: saved[f.name] for f in fields(Cell)})
+    known = {f.name: saved[f.name] for f in fields(Cell) if f.name != "writes"}
+    cell = Cell(**known, writes=saved.get("writes"))
     if not 0 <= cell.correct <= cell.samples or cell.samples < 1:
         raise ValueError(f"{cell.task} has {cell.correct} of {cell.samples} samples right")
     return cell

@@ -1,7 +1,9 @@
-"""Baselines: the same base model, without the memory that is being judged.
+"""Baselines: the same base model without the memory that is being judged, or the memory with an advantage.
 
 last-tokens: the end of the document alone; full: attention over all of it; window: a sliding window of
-attention (Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index.
+attention (Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index;
+chunks: every chunk by itself, and the surest answer. With its memory: twice, the document read again;
+question-first, the question known before.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from memlm.eval.running.readers import (
     RecalledReader,
     WholeReader,
 )
+from memlm.eval.running.unforgetting import ChunksReader, QuestionFirstReader, TwiceReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +47,7 @@ def make_reader(
     """Say how `model` reads: into its memory where it has one, else with all its attention.
 
     baseline: "model" (or None) for that; a name of `BASELINES`, to read with the base model in that way
-    instead. window: tokens that "last-tokens" and "window" see; None is a segment, or what the base's
+    instead. window: tokens that "last-tokens", "window" and "chunks" see; None is a segment, or what the base's
     positions allow up to 4,096. A reader may change the model until it is closed.
     """
     baseline = present_word(baseline)
@@ -53,18 +56,24 @@ def make_reader(
             f"baseline={baseline!r} is unknown; use one of {', '.join(BASELINES)}, or {MODEL!r} for the "
             "model itself"
         )
-    if window is not None and baseline not in ("last-tokens", "window"):
+    if window is not None and baseline not in WINDOWED:
         raise ValueError(
-            f"window={window} says what the baselines 'last-tokens' and 'window' see, but baseline is "
+            f"window={window} says what the baselines {', '.join(map(repr, WINDOWED))} see, but baseline is "
             f"{baseline!r}; leave it out"
         )
     if window is not None and window < 2:
         raise ValueError(f"window={window} must be at least 2 tokens")
-    if baseline != MODEL:
-        return BASELINES[baseline](base_of(model), tokenizer, window or default_window(model))
-    if is_memory_model(model):
-        return MemoryReader(model, tokenizer, own_segment, keep_in)  # type: ignore[arg-type]
-    return WholeReader(model, tokenizer)  # type: ignore[arg-type]
+    if baseline in WITH_MEMORY and not is_memory_model(model):
+        raise ValueError(
+            f"baseline={baseline!r} reads with a memory, and {type(model).__name__} has none; wrap it with "
+            "MemLMForCausalLM.from_base, or use 'full' or 'chunks'"
+        )
+    if is_memory_model(model) and baseline in (MODEL, *WITH_MEMORY):
+        reads = WITH_MEMORY.get(baseline, MemoryReader)
+        return reads(model, tokenizer, own_segment, keep_in)  # type: ignore[arg-type]
+    if baseline == MODEL:
+        return WholeReader(model, tokenizer)  # type: ignore[arg-type]
+    return BASE_ALONE[baseline](base_of(model), tokenizer, window or default_window(model))
 
 
 def present_word(baseline: str | None) -> str:
@@ -134,9 +143,17 @@ def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> Bat
     return RecalledReader(base, tokenizer)
 
 
-BASELINES: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], BatchReader]] = {
+# Those that read with the base model alone, and those that read with the memory.
+BASE_ALONE: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], BatchReader]] = {
     "last-tokens": _last,
     "full": _whole,
     "window": WindowReader,
     "retrieval": _recalled,
+    "chunks": ChunksReader,
 }
+WITH_MEMORY: dict[str, type[MemoryReader]] = {
+    "twice": TwiceReader,
+    "question-first": QuestionFirstReader,
+}
+BASELINES = (*BASE_ALONE, *WITH_MEMORY)
+WINDOWED = ("last-tokens", "window", "chunks")

@@ -166,13 +166,16 @@ class BatchRunner:
         batch = begin.batch
         task, length = batch.cell
         with PeakMemory(self.reader.device) as peak, torch.no_grad():
-            outputs = self.reader.answer(
+            outputs, writes = self.reader.answer(
                 begin.asked, pieces, self._answer_tokens(task), bar.update, kept
             )
         seconds, waited = clock.read()
         mark = find_task(task).mark
         rows = []
-        for index, asked, output in zip(batch.indices, begin.asked, outputs, strict=True):
+        counts = [{}] * len(outputs) if writes is None else [{"writes": count} for count in writes]
+        for index, asked, output, written in zip(
+            batch.indices, begin.asked, outputs, counts, strict=True
+        ):
             sample = asked.sample
             score = mark(output, sample.target, sample.question)
             rows.append(
@@ -192,6 +195,7 @@ class BatchRunner:
                     "peak_memory_bytes": peak.bytes,
                     "fact_offsets": list(sample.fact_offsets),
                     "supporting": list(sample.story.supporting),
+                    **written,
                     **_recalled_of(asked),
                 }
             )

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,14 +81,22 @@ class BatchPiece:
 
 @dataclass(frozen=True)
 class Kept:
-    """A batch half read: the state behind its first `done` pieces."""
+    """A batch half read: the state after its first `done` pieces, and what they wrote by then."""
 
     state: MemoryState
     done: int
+    writes: list[int] | None = None
+
+
+class Answers(NamedTuple):
+    """What was said, row by row, and in how many segments of each row a write gate opened; None: no gates."""
+
+    texts: list[str]
+    writes: list[int] | None = None
 
 
 @dataclass
-class _Tape:
+class Tape:
     """A sample's tokens, taken as many as wanted at a time."""
 
     pieces: Iterator[NDArray[np.int32]]
@@ -158,7 +166,7 @@ class BatchReader(ABC):
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
-    ) -> list[str]:
+    ) -> Answers:
         """Run the model over the pieces of one batch. TooLong when memory runs out meanwhile."""
 
     def _generate(
@@ -230,14 +238,20 @@ class MemoryReader(BatchReader):
             state, extra = MemoryState.load_with_extra(self._file)
             if extra["batch"] != _identity_of(batch):
                 return None
-            return Kept(state, int(extra["segments"]))
+            writes = json.loads(extra.get("writes", "null"))
+            return Kept(state, int(extra["segments"]), writes)
         except (ValueError, KeyError):
             # Only time is lost: the batch is read from its start.
             return None
 
+    def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
+        """What is read before the question, in pieces, and how many tokens it has."""
+        return asked.ids(), len(asked.before) + asked.sample.tokens
+
     def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
-        tapes = [_Tape(asked.ids()) for asked in batch]
-        read = np.array([len(asked.before) + asked.sample.tokens for asked in batch])
+        texts = [self.text(asked) for asked in batch]
+        tapes = [Tape(pieces) for pieces, _ in texts]
+        read = np.array([count for _, count in texts])
         whole = read if self.own_segment else read // self.segment * self.segment
         for number, start in enumerate(range(0, int(whole.max()), self.segment)):
             sizes = np.clip(whole - start, 0, self.segment)
@@ -266,10 +280,14 @@ class MemoryReader(BatchReader):
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
-    ) -> list[str]:
+    ) -> Answers:
         from memlm.scan import scan
+        from memlm.writes import WriteCount
 
-        state, done = (None, 0) if kept is None else (kept.state, kept.done)
+        state, done, before = (
+            (None, 0, None) if kept is None else (kept.state, kept.done, kept.writes)
+        )
+        writes = WriteCount(before)
         last: list[BatchPiece] = []
 
         def segments() -> Iterator[Segment]:
@@ -281,7 +299,7 @@ class MemoryReader(BatchReader):
                 on_read(piece.ids.size if piece.mask is None else int(piece.mask.sum()))
 
         def read(window: list[Segment], state: MemoryState) -> tuple[None, MemoryState]:
-            return None, self.model.read(window, state)
+            return None, self.model.read(window, state, writes)
 
         save_at = time.monotonic() + KEEP_SECONDS
         # Without a state the model makes the first itself.
@@ -289,13 +307,14 @@ class MemoryReader(BatchReader):
         for _, state in found:
             done += 1
             if self._file is not None and time.monotonic() > save_at:
-                state.save(self._file, {"batch": _identity_of(batch), "segments": str(done)})
+                extra = {"segments": str(done), "writes": json.dumps(writes.rows())}
+                state.save(self._file, {"batch": _identity_of(batch), **extra})
                 save_at = time.monotonic() + KEEP_SECONDS
         (prompts,) = last
         outputs = self._generate(self.model, prompts, max_new_tokens, memory_state=state)
         if self._file is not None:
             self._file.unlink(missing_ok=True)
-        return outputs
+        return Answers(outputs, writes.rows())
 
     def _segment(self, piece: BatchPiece) -> Segment:
         import torch
@@ -350,7 +369,7 @@ class LastReader(BaseReader):
             seen = min(asked.sample.tokens, max(0, self.window - around))
             row = np.empty(around + seen, dtype=np.int64)
             row[: len(asked.before)] = asked.before
-            tape = _Tape(asked.sample.ids())
+            tape = Tape(asked.sample.ids())
             tape.skip(asked.sample.tokens - seen)
             tape.take(row[len(asked.before) : len(asked.before) + seen])
             row[len(asked.before) + seen :] = asked.after
@@ -364,9 +383,9 @@ class LastReader(BaseReader):
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
-    ) -> list[str]:
+    ) -> Answers:
         (prompts,) = pieces
-        return self._generate(self.base, prompts, max_new_tokens)
+        return Answers(self._generate(self.base, prompts, max_new_tokens))
 
 
 class RecalledReader(LastReader):
@@ -403,7 +422,7 @@ class WholeReader(BaseReader):
         rows = []
         for asked in batch:
             row = np.empty(asked.tokens, dtype=np.int64)
-            _Tape(asked.ids()).take(row[: asked.tokens - len(asked.after)])
+            Tape(asked.ids()).take(row[: asked.tokens - len(asked.after)])
             row[asked.tokens - len(asked.after) :] = asked.after
             rows.append(row)
         yield self._prompts(rows)
@@ -415,7 +434,7 @@ class WholeReader(BaseReader):
         max_new_tokens: int,
         on_read: Callable[[int], object],
         kept: Kept | None = None,
-    ) -> list[str]:
+    ) -> Answers:
         import torch
 
         (prompts,) = pieces
@@ -435,7 +454,7 @@ class WholeReader(BaseReader):
                     f"memory ran out at {part.ids.shape[1]:,} tokens in {len(part.ids)} rows"
                 ) from error
             on_read(int(mask.sum()))
-        return outputs
+        return Answers(outputs)
 
     def _bytes_a_token(self) -> int:
         """Bytes of the keys and values of one token in all layers."""

@@ -252,4 +252,5 @@ def _cell(task: str, length: str, rows: Sequence[Row]) -> Cell:
         seconds=sums["seconds"],
         data_seconds=sums["data_seconds"],
         peak_memory_bytes=max(row["peak_memory_bytes"] for row in rows),
+        writes=sum(row["writes"] for row in rows) if all("writes" in row for row in rows) else None,
     )

@@ -319,3 +319,120 @@ def test_the_start_token_stands_before_another_models_document_and_not_before_ou
     )
     run(ours, starting, prose, samples=1, lengths=["0k"])
     assert int(seen[0]["input_ids"][0, 0]) != starting.eos_token_id
+
+
+def memory_model(tokenizer: Tokenizer, **memory: Any) -> MemLMForCausalLM:
+    torch.manual_seed(0)
+    config = {"name": "armt", "num_memory_tokens": 3, "d_mem": 8, "value_std": 0.3, **memory}
+    model = MemLMForCausalLM.from_base(small(tokenizer), memory=config, segment_length=32)
+    model.config.question_template = " {question}"
+    return model.eval()
+
+
+def remembered(model: MemLMForCausalLM, text: list[int]) -> Any:
+    """The state after whole segments, and what is left, by plain calls."""
+    whole = len(text) // 32 * 32
+    state = None
+    with torch.no_grad():
+        for start in range(0, whole, 32):
+            out = model(torch.tensor([text[start : start + 32]]), memory_state=state)
+            state = out.memory_state
+    return state, text[whole:]
+
+
+@pytest.mark.parametrize("baseline", ["twice", "question-first"])
+def test_the_memory_model_with_an_advantage(
+    baseline: str, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model = memory_model(tokenizer)
+    _, said = run(model, tokenizer, prose, tmp_path, baseline=baseline)
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
+    expected = []
+    for index in range(5):
+        sample = source.get("qa1", 300, index)
+        document = [int(token) for piece in sample.ids() for token in piece]
+        question = tokenizer(f" {sample.question}", add_special_tokens=False).input_ids
+        text = document + document if baseline == "twice" else question + document
+        state, rest = remembered(model, text)
+        ids = torch.tensor([rest + question])
+        out = model.generate(
+            ids, memory_state=state, max_new_tokens=NEW, do_sample=False, attention_mask=torch.ones_like(ids),
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+        )  # fmt: skip
+        new = out[0, ids.shape[1] :].tolist()
+        new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+        expected.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert said == expected
+    _, plain = run(model, tokenizer, prose, tmp_path / "plain")
+    assert plain != expected
+
+
+@pytest.mark.parametrize("window", [40, 1000])
+def test_the_surest_chunk_answers(
+    window: int, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model = small(tokenizer)
+    report, said = run(model, tokenizer, prose, tmp_path, baseline="chunks", window=window)
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
+    expected, chosen = [], []
+    for index in range(5):
+        sample = source.get("qa1", 300, index)
+        document = [int(token) for piece in sample.ids() for token in piece]
+        question = tokenizer(f" {sample.question}", add_special_tokens=False).input_ids
+        step = window - len(question)
+        prompts = [document[at : at + step] + question for at in range(0, len(document), step)]
+        with torch.no_grad():
+            logits = [model(torch.tensor([ids])).logits[0, -1].float() for ids in prompts]
+        entropies = [float(torch.distributions.Categorical(logits=row).entropy()) for row in logits]
+        chosen.append(entropies.index(min(entropies)))
+        expected.append(continued(model, tokenizer, prompts[chosen[-1]]))
+    assert said == expected
+    assert len(set(chosen)) > 1 or window == 1000
+    assert report.settings["window"] == window
+
+
+def test_reading_with_a_memory_needs_one(tokenizer: Tokenizer, prose: Haystack) -> None:
+    with pytest.raises(ValueError, match=r"baseline='twice' reads with a memory.*LlamaForCausalLM"):
+        run(small(tokenizer), tokenizer, prose, baseline="twice")
+
+
+def test_writes_are_counted_and_survive_a_kill(
+    tokenizer: Tokenizer, prose: Haystack, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model = memory_model(tokenizer, write_threshold=0.3)
+    report, _ = run(model, tokenizer, prose, tmp_path / "whole")
+    rows = [
+        json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()
+    ]
+    # Nine whole segments in 300 tokens, and with open gates each of them is written.
+    assert [row["writes"] for row in rows] == [9] * 5
+    assert report.cells[0].writes == 45
+    assert report.to_dict()["writes_per_million"] == {"qa1": {"300": 45e6 / 1500}}
+    assert "300 30,000" in report.writes_note()
+    assert Report.load(tmp_path / "whole").cells == report.cells
+
+    reads, read = 0, MemLMForCausalLM.read
+
+    def dying(self: Any, *args: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        if reads == 5:
+            raise KeyboardInterrupt
+        return read(self, *args)
+
+    monkeypatch.setattr(readers, "KEEP_SECONDS", -1.0)
+    monkeypatch.setattr(MemLMForCausalLM, "read", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokenizer, prose, tmp_path / "killed")
+    again, _ = run(model, tokenizer, prose, tmp_path / "killed")
+    assert again.cells[0].writes == 45
+    # With the gates shut nothing is written, and a folder of the other run is refused.
+    model.set_memory_options(write_threshold=2.0)
+    shut, _ = run(model, tokenizer, prose, tmp_path / "shut")
+    assert shut.cells[0].writes == 0
+    with pytest.raises(ValueError, match="model"):
+        run(model, tokenizer, prose, tmp_path / "whole", samples=6)
+    # Without gates there is nothing to count.
+    bare = MemLMForCausalLM.from_base(small(tokenizer), memory="rmt", segment_length=32).eval()
+    report, _ = run(bare, tokenizer, prose, tmp_path / "rmt")
+    assert report.cells[0].writes is None and report.writes_note() == ""
