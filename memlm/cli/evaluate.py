@@ -39,9 +39,9 @@ def add_to(commands: Commands) -> None:
             "model", "last-tokens", "full", "window", "retrieval", "chunks", "twice", "question-first"
         ],
         help="who reads: the model itself (the default: into its memory; as full where it has none), the "
-        "base model, which sees the last tokens alone, everything, a sliding window, retrieved passages, or "
-        "one chunk after the other (the surest answers), or the memory model, reading twice or with the "
-        "question first",
+        "base model, which sees the last tokens alone, everything, a sliding window, retrieved passages, "
+        "or one chunk after the other (the surest answers), or the memory model, reading twice or with "
+        "the question first",
     )  # fmt: skip
     evaluate.add_argument(
         "--window",
@@ -88,7 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.write_threshold is not None:
         if not hasattr(model, "set_memory_options"):
             raise ValueError(
-                f"--write-threshold is about write gates, and {arguments.model!r} has no memory; leave it out"
+                f"--write-threshold is about write gates, and {arguments.model!r} has no memory; leave "
+                "it out"
             )
         model.set_memory_options(write_threshold=arguments.write_threshold)
     report = evaluate(

@@ -47,8 +47,8 @@ def make_reader(
     """Say how `model` reads: into its memory where it has one, else with all its attention.
 
     baseline: "model" (or None) for that; a name of `BASELINES`, to read with the base model in that way
-    instead. window: tokens that "last-tokens", "window" and "chunks" see; None is a segment, or what the base's
-    positions allow up to 4,096. A reader may change the model until it is closed.
+    instead. window: tokens that "last-tokens", "window" and "chunks" see; None is a segment, or what the
+    base's positions allow up to 4,096. A reader may change the model until it is closed.
     """
     baseline = present_word(baseline)
     if baseline not in (MODEL, *BASELINES):
@@ -58,8 +58,8 @@ def make_reader(
         )
     if window is not None and baseline not in WINDOWED:
         raise ValueError(
-            f"window={window} says what the baselines {', '.join(map(repr, WINDOWED))} see, but baseline is "
-            f"{baseline!r}; leave it out"
+            f"window={window} says what the baselines {', '.join(map(repr, WINDOWED))} see, but baseline "
+            f"is {baseline!r}; leave it out"
         )
     if window is not None and window < 2:
         raise ValueError(f"window={window} must be at least 2 tokens")

@@ -89,7 +89,8 @@ class Kept:
 
 
 class Answers(NamedTuple):
-    """What was said, row by row, and in how many segments of each row a write gate opened; None: no gates."""
+    """What was said, row by row, and in how many segments of each row a write gate opened; None: no gates
+    were there."""
 
     texts: list[str]
     writes: list[int] | None = None

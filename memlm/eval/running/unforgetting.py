@@ -1,7 +1,7 @@
 """Baselines that forget nothing, and those that know the question before they read.
 
-They say how much of a memory's errors is forgetting: chunks that are read one by one cannot forget, a document
-read twice can be remembered with its end in mind, and who knows the question knows what to remember.
+They say how much of a memory's errors is forgetting: chunks that are read one by one cannot forget, a
+document read twice can be remembered with its end in mind, and who knows the question knows what to remember.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 class ChunksReader(BaseReader):
     """Baseline "chunks": every chunk is asked by itself, and the surest answers (OPRM).
 
-    The base model sees a chunk of the document and the question, one chunk after the other; the answer is that
-    of the chunk after which the distribution of the answer's first token has the least entropy (Ben-Kish et
-    al. 2025, *Overflow Prevention Enhances Long-Context Recurrent LLMs*). Facts in different chunks never meet,
-    and a fact that a border cuts is lost.
+    The base model sees a chunk of the document and the question, one chunk after the other; the answer is
+    that of the chunk after which the distribution of the answer's first token has the least entropy
+    (Ben-Kish et al. 2025, *Overflow Prevention Enhances Long-Context Recurrent LLMs*). Facts in different
+    chunks never meet, and a fact that a border cuts is lost.
 
     window: tokens it sees, prompt and question included.
     """
@@ -86,7 +86,7 @@ class ChunksReader(BaseReader):
         best = [np.zeros(0, dtype=np.int64)] * len(batch)
         for piece in pieces:
             assert piece.mask is not None
-            (there,) = piece.mask.any(axis=1).nonzero()
+            there = np.flatnonzero(piece.mask.any(axis=1))
             found = self._entropy(BatchPiece(piece.ids[there], piece.mask[there]))
             for row, entropy in zip(there.tolist(), found, strict=True):
                 if entropy < doubt[row]:
@@ -116,7 +116,8 @@ class ChunksReader(BaseReader):
 
 
 class TwiceReader(MemoryReader):
-    """Baseline "twice": the memory model reads the document twice (Arora et al. 2024, *Just read twice*)."""
+    """Baseline "twice": the memory model reads the document twice (Arora et al. 2024, *Just read
+    twice*)."""
 
     name: ClassVar[str] = "twice"
 

@@ -356,8 +356,8 @@ def test_the_memory_model_with_an_advantage(
         state, rest = remembered(model, text)
         ids = torch.tensor([rest + question])
         out = model.generate(
-            ids, memory_state=state, max_new_tokens=NEW, do_sample=False, attention_mask=torch.ones_like(ids),
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+            ids, memory_state=state, max_new_tokens=NEW, do_sample=False,
+            attention_mask=torch.ones_like(ids), eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
         )  # fmt: skip
         new = out[0, ids.shape[1] :].tolist()
         new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
