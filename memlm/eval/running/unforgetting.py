@@ -1,7 +1,7 @@
 """Baselines that forget nothing, and those that know the question before they read.
 
 They say how much of a memory's errors is forgetting: chunks that are read one by one cannot forget, a
-document read twice can be remembered with its end in mind, and who knows the question knows what to remember.
+document read twice can be remembered with its end in mind, and who knows the question knows what to keep.
 """
 
 from __future__ import annotations
