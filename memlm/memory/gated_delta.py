@@ -75,8 +75,10 @@ class GatedDeltaConfig(GatedConfig):
     width of the short convolutions, 0 for none. chunk_length: tokens computed at once, None for 64;
     only rounding depends on it. write_gate: "sigmoid", the papers', or "hard", which shuts off the
     decay as well; it and what goes with it: as in `GatedConfig`. initial_gate: the write gate's
-    logit at the start. output_std: scale of the output projection at the start; 0 leaves the stage
-    as it was.
+    logit at the start. conv_std: scale of the convolutions' taps at the start; 0 starts them as if they
+    were not there. From scratch a random start saves the time in which no query and no key look back,
+    so that neither has a reason to begin (0.3 did). output_std: scale of the output projection at the
+    start; 0 leaves the stage as it was.
     """
 
     rule: str = "gated-delta"
@@ -88,6 +90,7 @@ class GatedDeltaConfig(GatedConfig):
     conv_size: int = 4
     chunk_length: int | None = option(None)
     initial_gate: float = option(0.0)
+    conv_std: float = option(0.0)
     output_std: float = option(0.0)
 
     def resolved(self, dims: Dims) -> Self:
@@ -109,7 +112,7 @@ class GatedDeltaConfig(GatedConfig):
             "chunk_length": 64 if self.chunk_length is None else self.chunk_length,
         }
         least = {**dict.fromkeys(filled, 1), "householder_steps": 1, "conv_size": 0}
-        least |= {"output_std": 0}
+        least |= {"conv_std": 0, "output_std": 0}
         for name, lowest in least.items():
             value = filled.get(name, getattr(self, name))
             if value < lowest:
@@ -172,6 +175,9 @@ class GatedDelta(GatedMemory):
         nn.init.normal_(self.b_proj.weight, std=self.b_proj.in_features**-0.5)
         nn.init.constant_(self.b_proj.bias, config.initial_gate)
         for kernel in self.kernels:
+            if config.conv_std:
+                nn.init.normal_(kernel, std=config.conv_std)
+                continue
             nn.init.zeros_(kernel)
             if not was_loaded(kernel):
                 with torch.no_grad():

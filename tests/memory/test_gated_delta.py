@@ -218,3 +218,20 @@ def test_strong_decay_stays_finite_in_single_precision(rule: str) -> None:
 def test_what_cannot_be_is_refused(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         cell(**options)
+
+
+def test_convolutions_start_as_if_they_were_not_there_or_at_random() -> None:
+    plain, random = (
+        torch.cat([kernel.flatten(0, 1) for kernel in cell(conv_size=4, conv_std=std).kernels])
+        for std in (0.0, 0.3)
+    )
+    # `cell` adds noise of its own to what the mechanism starts with.
+    bare = cell(conv_size=4)
+    bare.reset_parameters(1.0)
+    plain, random = plain.detach(), random.detach()
+    for kernel in bare.kernels:
+        assert torch.equal(
+            kernel[:, 0].detach(), torch.eye(4, dtype=kernel.dtype)[-1].expand(len(kernel), 4)
+        )
+    assert float(plain[:, :-1].std()) < float(random[:, :-1].std())
+    assert abs(float(random[:, -1].mean())) < 0.3 < float(plain[:, -1].mean())
