@@ -81,7 +81,7 @@ def test_beam_search_carries_each_beams_own_memory(memory: str) -> None:
         return_dict_in_generate=True,
         output_scores=True,
         length_penalty=0.0,
-        **GREEDY,
+        **{**GREEDY, "max_new_tokens": 2 * SEGMENT + 3},
     )
     logits = model(out.sequences).logits.log_softmax(-1)
     picked = logits[:, :-1].gather(2, out.sequences[:, 1:, None])[:, ids.shape[1] - 1 :, 0]
