@@ -439,7 +439,7 @@ def break_at(monkeypatch: pytest.MonkeyPatch, model: Any, segment: int) -> list[
     """Let the model's reading break off behind so many segments; counts those it reads."""
     read, seen = model.read, [0]
 
-    def counting(segments: Any, state: Any = None) -> Any:
+    def counting(segments: Any, *given: Any) -> Any:
         def watched() -> Any:
             for one in segments:
                 if seen[0] == segment:
@@ -447,7 +447,7 @@ def break_at(monkeypatch: pytest.MonkeyPatch, model: Any, segment: int) -> list[
                 seen[0] += 1
                 yield one
 
-        return read(watched(), state)
+        return read(watched(), *given)
 
     monkeypatch.setattr(model, "read", counting)
     return seen
@@ -572,7 +572,7 @@ def test_little_is_made_ahead_of_the_model(
     class Slow(SolvingModel):
         read_tokens = 0
 
-        def read(self, segments: Any, memory_state: Any = None) -> Any:
+        def read(self, segments: Any, *given: Any) -> Any:
             def watched() -> Any:
                 for segment in segments:
                     time.sleep(0.01)
@@ -580,7 +580,7 @@ def test_little_is_made_ahead_of_the_model(
                     self.read_tokens += segment.ids.numel()
                     yield segment
 
-            return super().read(watched(), memory_state)
+            return super().read(watched(), *given)
 
     monkeypatch.setattr(readers.MemoryReader, "pieces", counting)
     run(Slow(tokenizer, 50), tokenizer, prose, lengths=["2k"], samples=2, batch_size=2)
