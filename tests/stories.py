@@ -32,6 +32,28 @@ def find_shared(name: str) -> Path | None:
     return root / name if (root / name).exists() else None
 
 
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Pictures are composed but not painted: that takes longer than the small runs they are of.
+
+    For files that write many of them (`pytestmark`). A test that asks for `painted` as well gets them
+    painted, and tests/eval/reporting paints every kind.
+    """
+    if "painted" in request.fixturenames:
+        return
+    from matplotlib.figure import Figure
+
+    def savefig(figure: Figure, path: str | Path, **options: object) -> None:
+        Path(path).write_bytes(b"\x89PNG unpainted")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+@pytest.fixture
+def painted() -> None:
+    """For a test of the pictures themselves in a file whose others leave them unpainted."""
+
+
 @pytest.fixture(scope="session")
 def original_stories() -> Path:
     folder = find_shared("babi")

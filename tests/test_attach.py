@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -23,6 +21,7 @@ from memlm.memory import (
     TransformerXLConfig,
 )
 from tests.cases import CASES, FAMILIES, SEGMENT, base_model, randomise, tokens
+from tests.fresh import run_fresh
 from tests.memory.test_laws import EXACT, same_state
 
 TOGETHER = {
@@ -41,8 +40,19 @@ TOGETHER = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("together", TOGETHER)
+# Learned positions and fused projections: by default for one memory of each site.
+@pytest.mark.parametrize(
+    ("together", "family"),
+    [
+        pytest.param(together, family, marks=() if by_default else pytest.mark.slow)
+        for together in TOGETHER
+        for family in ("llama", "gpt2")
+        for by_default in [
+            family == "llama"
+            or together in ("tokens and a branch", "associations and a linear past")
+        ]
+    ],
+)
 def test_memories_work_together(family: str, together: str) -> None:
     model = MemLMForCausalLM.from_base(
         base_model(family), memory=TOGETHER[together], segment_length=SEGMENT
@@ -256,28 +266,22 @@ def test_a_configuration_suffices_for_the_auto_classes(first: str) -> None:
         "assert type(model).__name__ == 'MemLMForCausalLM'\n"
         "assert AutoModelForCausalLM._model_mapping[type(config)] is type(model)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run_fresh(code)
 
 
 def test_any_module_may_be_imported_first() -> None:
     """transformers' Auto classes know the model whichever way the package was entered."""
-    # One process imports what takes seconds and knows nothing of memlm; its forks import the rest.
     code = (
-        "import importlib, os, sys, torch, transformers\n"
+        "import importlib, sys\n"
         "assert 'transformers.models.auto.configuration_auto' not in sys.modules\n"
-        "for module in sys.argv[1:]:\n"
-        "    if child := os.fork():\n"
-        "        assert os.waitpid(child, 0)[1] == 0, module\n"
-        "        continue\n"
-        "    importlib.import_module(module)\n"
-        "    from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "    config = AutoConfig.for_model('memlm')\n"
-        "    from memlm import MemLMForCausalLM\n"
-        "    assert AutoModelForCausalLM._model_mapping[type(config)] is MemLMForCausalLM\n"
-        "    sys.exit()\n"
+        "importlib.import_module(sys.argv[1])\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "config = AutoConfig.for_model('memlm')\n"
+        "from memlm import MemLMForCausalLM\n"
+        "assert AutoModelForCausalLM._model_mapping[type(config)] is MemLMForCausalLM\n"
     )
-    modules = ["memlm.backbone", "memlm.attach", "memlm.config"]
-    subprocess.run([sys.executable, "-c", code, *modules], check=True, timeout=600)
+    for module in ("memlm.backbone", "memlm.attach", "memlm.config"):
+        run_fresh(code, module)
 
 
 OPTIONS = {

@@ -18,6 +18,8 @@ from memlm.cli import main
 from tests.cases import FAMILIES
 from tests.tokenizers import TEXT, tokenizer
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -81,6 +83,7 @@ def noise(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("painted")
 def test_eval_writes_its_files_and_data_its_layout(folder, noise, tmp_path, capsys) -> None:
     common = [
         "--tasks",
@@ -263,6 +266,7 @@ def test_a_model_without_memory_is_evaluated_but_not_asked(
     assert "without memory" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("painted")
 def test_perplexity_prints_a_verdict(folder, noise, tmp_path, capsys) -> None:
     arguments = ["eval", "perplexity", str(folder), "--haystack", str(noise), "--length", "300"]
     arguments += ["--documents", "2", "--out", str(tmp_path / "loss")]

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from memlm.memory import available_memories
-from tests.cases import LAW_FAMILIES, SEGMENT, memory_model, tokens
+from tests.cases import SEGMENT, memory_model, tokens
+from tests.memory.test_laws import with_none
 
-NEW = 2 * SEGMENT + 3
-families = pytest.mark.parametrize("family", LAW_FAMILIES)
+# Past the end of two segments from some lengths, of one from all.
+NEW = SEGMENT + 4
 memories = pytest.mark.parametrize("memory", available_memories())
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -22,17 +23,28 @@ def by_rereading(model, ids: torch.Tensor, steps: int, state=None) -> torch.Tens
     return ids
 
 
-@families
-@memories
+@with_none
 @pytest.mark.parametrize("length", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT + 2])
-def test_greedy_equals_rereading_the_prefix(family: str, memory: str, length: int) -> None:
+@torch.no_grad()
+def test_greedy_equals_reading_the_whole(memory: str, family: str, length: int) -> None:
     model, ids = memory_model(family, memory), tokens(2, length)
+    out = model.generate(ids, **GREEDY)
+    # One reading says what every prefix would: no logit knows of a later token (tests/memory/test_laws.py).
+    said = model(out).logits.argmax(-1)
+    assert out.shape == (2, length + NEW)
+    assert torch.equal(out[:, :length], ids) and torch.equal(
+        out[:, length:], said[:, length - 1 : -1]
+    )
+
+
+@memories
+def test_greedy_equals_rereading_the_prefix(memory: str) -> None:
+    model, ids = memory_model("llama", memory), tokens(2, SEGMENT - 1)
     assert torch.equal(model.generate(ids, **GREEDY), by_rereading(model, ids, NEW))
 
 
-@families
-@memories
-def test_ragged_prompts_equal_prompts_alone(family: str, memory: str) -> None:
+@with_none
+def test_ragged_prompts_equal_prompts_alone(memory: str, family: str) -> None:
     model = memory_model(family, memory)
     rows = [tokens(1, n, seed=n)[0] for n in (2 * SEGMENT + 1, 1, SEGMENT, 5)]
     width = max(map(len, rows))
@@ -69,12 +81,11 @@ def test_beam_search_carries_each_beams_own_memory(memory: str) -> None:
         return_dict_in_generate=True,
         output_scores=True,
         length_penalty=0.0,
-        **GREEDY,
+        **{**GREEDY, "max_new_tokens": 2 * SEGMENT + 3},
     )
-    for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
-        logits = model(sequence[None]).logits.log_softmax(-1)
-        picked = logits[0, :-1].gather(1, sequence[1:, None])[:, 0]
-        assert abs(float(picked[ids.shape[1] - 1 :].sum()) - float(score)) < 1e-4
+    logits = model(out.sequences).logits.log_softmax(-1)
+    picked = logits[:, :-1].gather(2, out.sequences[:, 1:, None])[:, ids.shape[1] - 1 :, 0]
+    torch.testing.assert_close(picked.sum(1), out.sequences_scores.double(), rtol=0.0, atol=1e-4)
 
 
 def test_sampling_is_reproducible_and_expands_rows() -> None:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, LlamaConfig
 from memlm import MemLMConfig, MemLMForCausalLM, MemoryState
 from memlm.memory import ARMTConfig, RMTConfig, available_memories
 from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, tokens
+from tests.fresh import run_fresh
 
 
 def test_names_are_discovered_from_files() -> None:
@@ -265,13 +266,9 @@ def test_load_memory_refuses_another_memory_and_damage(tmp_path) -> None:
     ],
 )
 def test_auto_classes_know_the_model_after_import_memlm(tmp_path, order: str) -> None:
-    import subprocess
-    import sys
-
     memory_model("llama", "armt").save_pretrained(tmp_path)
     code = f"{order}\nprint(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "MemLMForCausalLM"
+    assert run_fresh(code).strip() == "MemLMForCausalLM"
 
 
 @pytest.mark.parametrize("how", ["missing", "unexpected", "shape", "kind"])

@@ -58,8 +58,16 @@ def same(a: DocumentStream, b: DocumentStream) -> bool:
     )
 
 
-@pytest.mark.parametrize("memory", available_memories())
-@pytest.mark.parametrize("kind", KINDS)
+# What a tokenizer makes of pieces has nothing to do with the memory that reads them: every kind by one.
+@pytest.mark.parametrize(
+    ("kind", "memory"),
+    [
+        pytest.param(kind, memory, marks=() if by_default else pytest.mark.slow)
+        for kind in KINDS
+        for memory in available_memories()
+        for by_default in [kind == KINDS[0] or memory == "armt"]
+    ],
+)
 def test_pieces_of_any_size_leave_the_state_of_one_write(small_blocks, memory, kind) -> None:
     whole = written(TEXT, memory, kind)
     characters = written(list(TEXT), memory, kind)
@@ -105,11 +113,11 @@ def test_the_state_is_that_of_the_model_over_the_tokens(small_blocks) -> None:
 def test_asking_and_scoring_change_nothing(small_blocks, memory) -> None:
     stream = written(TEXT, memory)
     before = stream.fork()
-    answer = stream.ask("Where is Mary?", max_new_tokens=20)
+    answer = stream.ask("Where is Mary?", max_new_tokens=8)
     assert isinstance(answer, str) and answer.sources == ()
     stream.score(" and so on")
     assert same(stream, before)
-    assert stream.ask("Where is Mary?", max_new_tokens=20) == answer
+    assert stream.ask("Where is Mary?", max_new_tokens=8) == answer
     stream.write(" More text follows here." * 5)
     before.write(" More text follows here." * 5)
     assert same(stream, before)

@@ -132,6 +132,9 @@ class Vectors:
             main.cp.min_points_per_centroid = 1
             if hasattr(main, "pq"):
                 main.pq.cp.min_points_per_centroid = 1
+                # It orders the codes for a filter by Hamming distance that nobody turns on here, and
+                # takes longer than all other training.
+                main.do_polysemous_training = False
             return main
         return faiss.IndexIDMap(main)
 

@@ -111,8 +111,16 @@ def test_without_memory_segments_are_independent(family: str) -> None:
     torch.testing.assert_close(model(ids).logits[:, -SEGMENT:], alone, **EXACT)
 
 
-@with_none
-@pytest.mark.parametrize("side", ["right", "left", "holes"])
+# Padding with holes is the general case: it stands for the others on the other architectures.
+@pytest.mark.parametrize(
+    ("memory", "family", "side"),
+    [
+        pytest.param(*case.values, side, marks=case.marks if plain else pytest.mark.slow)
+        for side in ("right", "left", "holes")
+        for case in with_none.args[1]
+        for plain in [side == "holes" or case.values[1] == LAW_FAMILIES[0]]
+    ],
+)
 @torch.no_grad()
 def test_rows_of_a_ragged_batch_equal_rows_alone(memory: str, family: str, side: str) -> None:
     model = memory_model(family, memory)
@@ -147,7 +155,7 @@ def test_rows_of_a_ragged_batch_equal_rows_alone(memory: str, family: str, side:
 
 @with_none
 def test_bptt_depth_cuts_exactly_there(memory: str, family: str) -> None:
-    model, ids = memory_model(family, memory), tokens(2, 4 * SEGMENT + 1)
+    model, ids = memory_model(family, memory), tokens(2, 3 * SEGMENT + 3)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
@@ -159,13 +167,8 @@ def test_bptt_depth_cuts_exactly_there(memory: str, family: str) -> None:
     shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
     count = int((shifted != -100).sum())
     full = gradients(model(ids, labels=ids).loss)
-    # Five segments, the last of them short: windows counted back from it, and from the start.
-    windows = {
-        (1, "end"): (1, 1, 1, 1, 1),
-        (2, "end"): (1, 2, 2),
-        (3, "end"): (2, 3),
-        (3, "start"): (3, 2),
-    }
+    # Four segments, the last of them short: windows counted back from it, and from the start.
+    windows = {(1, "end"): (1, 1, 1, 1), (3, "end"): (1, 3), (3, "start"): (3, 1)}
     for (depth, anchor), sizes in windows.items():
         cut = gradients(model(ids, labels=ids, bptt_depth=depth, bptt_anchor=anchor).loss)
         state, total, start = None, 0.0, 0
@@ -184,7 +187,7 @@ def test_bptt_depth_cuts_exactly_there(memory: str, family: str) -> None:
         if memory != "none":
             cost = max((a - b).abs().max() for a, b in zip(cut, full, strict=True))
             assert cost > 1e-9 if memory_class(memory).differentiable else cost < 1e-10
-    deep = gradients(model(ids, labels=ids, bptt_depth=5).loss)
+    deep = gradients(model(ids, labels=ids, bptt_depth=4).loss)
     for a, b in zip(deep, full, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -275,8 +278,8 @@ def test_purity(memory: str, family: str) -> None:
 
 
 @with_none
-# Forty segments fill the longest memory of the cases twice over.
-@pytest.mark.parametrize("segments", [40, pytest.param(400, marks=pytest.mark.slow)])
+# Twenty-six segments fill the longest memory of the cases twice over.
+@pytest.mark.parametrize("segments", [26, pytest.param(400, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_constant_size(memory: str, family: str, segments: int) -> None:
     model = memory_model(family, memory)
@@ -350,8 +353,10 @@ def test_bfloat16_stays_close(memory: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("memory", SILENT)
+# Writing that is not quite silent shows in the first segment; the long one is what the docs promise.
+@pytest.mark.parametrize("segments", [30, pytest.param(1000, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_silence_leaves_the_state_as_it_was(memory: str) -> None:
+def test_silence_leaves_the_state_as_it_was(memory: str, segments: int) -> None:
     config = replace(CASES[memory], **memory_class(memory).silent_with)
     model, ids = memory_model("llama", config), tokens(2, 3 * SEGMENT)
     silent = memory_model("llama", replace(config, write_threshold=float("inf")))
@@ -364,7 +369,7 @@ def test_silence_leaves_the_state_as_it_was(memory: str) -> None:
     ]
     assert lasting
     before = model(ids).memory_state
-    read = tokens(2, 2 * 1000, seed=4)
+    read = tokens(2, 2 * segments, seed=4)
     after = silent(read, memory_state=before, logits_to_keep=None).memory_state
     for name in lasting:
         assert torch.equal(after[name], before[name]), name
@@ -381,7 +386,7 @@ def test_silence_leaves_the_state_as_it_was(memory: str) -> None:
 @pytest.mark.parametrize(
     ("early_segments", "segments"),
     [
-        pytest.param(50, 390, id="short"),
+        pytest.param(20, 156, id="short"),
         pytest.param(400, 3125, id="long", marks=pytest.mark.slow),
     ],
 )

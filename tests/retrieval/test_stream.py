@@ -22,9 +22,10 @@ QUESTION = "Where does the brave baker keep the golden lamp?"
 @pytest.fixture(scope="module")
 def model() -> MemLMForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(**{**FAMILIES["llama"], "vocab_size": 400})
+    sizes = {"vocab_size": 400, "num_hidden_layers": 1, "max_position_embeddings": 128}
+    config = LlamaConfig(**{**FAMILIES["llama"], **sizes})
     made = MemLMForCausalLM.from_base(
-        config, memory=CASES["armt"], segment_length=48, dtype=torch.float64
+        config, memory=CASES["armt"], segment_length=80, dtype=torch.float64
     )
     randomise(made.memory)
     return made

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from memlm.tasks import babi, babilong
 from memlm.tasks.haystack import Haystack, TokenHaystack
 from memlm.tasks.haystack import cache as haystack_cache
 from memlm.tasks.haystack.cache import cache_folder, fingerprint, tokenized_haystack
+from tests.fresh import Fresh
 from tests.tokenizers import tokenizer as other_tokenizer
 
 
@@ -297,12 +296,9 @@ def test_two_processes_may_build_at_once(
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     given = [str(tmp_path / "tokenizer"), str(prose_folder), str(tmp_path / "cache")]
-    running = [
-        subprocess.Popen([sys.executable, "-c", BUILD, *given], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    told = {process.communicate(timeout=120)[0] for process in running}
-    assert all(process.returncode == 0 for process in running) and len(told) == 1
+    running = [Fresh(tmp_path, BUILD, *given) for _ in range(2)]
+    told = {process.result() for process in running}
+    assert len(told) == 1
     assert len(entries(tmp_path / "cache")) == 1 and not left_over(tmp_path / "cache")
 
 

@@ -16,7 +16,7 @@ from memlm.train.trainer import CURRICULUM_FILE
 from tests.cases import memory_model
 from tests.train.tiny import Endless, stream, trainer, weights
 
-STEPS, STOP = 20, 10
+STEPS, STOP = 14, 8
 
 
 class Kill(TrainerCallback):
@@ -27,7 +27,7 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def made(folder: Path, kind: str, callbacks: Any = None) -> MemLMTrainer:
+def made(folder: Path, kind: str, callbacks: Any = None, **given: Any) -> MemLMTrainer:
     values: dict[str, Any] = {
         "max_steps": STEPS,
         "optim": "adamw_torch",
@@ -51,12 +51,12 @@ def made(folder: Path, kind: str, callbacks: Any = None) -> MemLMTrainer:
     elif kind == "workers":
         values["dataloader_num_workers"] = 2
     torch.manual_seed(0)
-    model = memory_model("llama", "armt")
+    model = memory_model("llama", "armt", num_hidden_layers=1)
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.1
     data = stream(Endless(pieces), *stages, score_window=4)
-    return trainer(model, folder, data, callbacks, **values)
+    return trainer(model, folder, data, callbacks, **{**values, **given})
 
 
 @pytest.mark.parametrize("kind", ["documents", "carried", "passed", "window", "workers"])
@@ -84,9 +84,9 @@ def test_a_killed_run_resumes_to_the_unbroken_one(tmp_path: Path, kind: str) -> 
 def test_a_checkpoint_holds_the_usual_files_and_the_stream(tmp_path: Path) -> None:
     from memlm.modeling import MemLMForCausalLM
 
-    run = made(tmp_path, "carried")
+    run = made(tmp_path, "carried", max_steps=3, save_steps=3)
     run.train()
-    folder = tmp_path / f"checkpoint-{STEPS}"
+    folder = tmp_path / "checkpoint-3"
     names = {file.name for file in folder.iterdir()}
     assert {"config.json", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= names
     assert {CURRICULUM_FILE, "stream-0.json", "memory-0-0.safetensors"} <= names
@@ -104,10 +104,8 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_a_stream_is_refused(tmp_path: Path) -> None:
-    run = made(tmp_path, "documents")
+    run = made(tmp_path, "documents", max_steps=2, save_steps=1)
     run.train()
-    (tmp_path / f"checkpoint-{STEPS}" / "stream-0.json").unlink()
+    (tmp_path / "checkpoint-1" / "stream-0.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no stream-0\.json"):
-        made(tmp_path, "documents").train(
-            resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}")
-        )
+        made(tmp_path, "documents").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def values(folder: Path) -> dict[str, Any]:
                 "model_type": "llama",
                 "hidden_size": 32,
                 "intermediate_size": 48,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 1,
                 "num_attention_heads": 4,
                 "num_key_value_heads": 4,
                 "max_position_embeddings": 64,
@@ -74,6 +75,14 @@ def recipe(folder: Path, *overrides: str) -> Recipe:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_repetitions() -> Iterator[None]:
+    """Training the tokenizer takes longer than these runs when words are shown as often as in earnest."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("memlm.train.tokenizer.WEIGHT", 2000)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -239,7 +239,7 @@ def test_lines_of_several_runs_are_drawn(tmp_path: Path) -> None:
     "report",
     [
         Report([cell("passkey", "0k", 0, 1)]),
-        Report([cell(f"qa{t}", f"{2**x}k", t, 20) for t in range(1, 21) for x in range(10)]),
+        Report([cell(f"qa{t}", f"{2**x}k", t, 20) for t in range(1, 21) for x in range(0, 10, 3)]),
         SKIPPING,
         Report([], skipped={"qa1": {"4k": WHY}}),
         Report([]),
@@ -250,7 +250,7 @@ def test_lines_of_several_runs_are_drawn(tmp_path: Path) -> None:
 def test_pictures_of_any_size_are_drawn(report: Report, tmp_path: Path) -> None:
     draw: list[Callable[..., None]] = [plot_heat_map, plot_lines, plot_cost]
     for plot in draw:
-        plot({"$a_b$ _x": report, "_": REPORT, "模型": report}, tmp_path / "p.png")
+        plot({"$a_b$ _x": report, "模型": REPORT}, tmp_path / "p.png")
         assert (tmp_path / "p.png").read_bytes().startswith(PNG)
 
 

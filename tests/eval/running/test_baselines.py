@@ -28,6 +28,7 @@ from memlm.tasks.haystack import Haystack
 from tests.eval.lent import as_it_is
 
 Tokenizer = PreTrainedTokenizerFast
+pytestmark = pytest.mark.usefixtures("unpainted")
 NEW = 6
 
 
