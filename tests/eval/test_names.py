@@ -10,7 +10,7 @@ import pytest
 
 import memlm.eval
 
-FUNCTIONS = {"compare", "evaluate", "perplexity"}
+FUNCTIONS = {"compare", "evaluate", "perplexity", "remembrance"}
 CLASSES = {"Haystack", "Report"}
 MODULES = {"babi", "babilong", "haystack", "metrics"}
 
