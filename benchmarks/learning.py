@@ -51,6 +51,8 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "gated-delta-heads": {"decays": False, "initial_mix": 1.0},
     "infini": {"initial_gate": 1.0},
     "knn": {"capacity": 256, "layers": [0, 1]},
+    "lact": {"output_std": 0.1},
+    "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
     "rmt": {"num_memory_tokens": 8},
     "rmt-r": {"num_memory_tokens": 8},
     "titans-mac": {"chunk_length": 8, "output_std": 0.1},

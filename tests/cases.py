@@ -13,6 +13,8 @@ from memlm.memory import (
     GatedDeltaHeadsConfig,
     InfiniConfig,
     KNNConfig,
+    LaCTConfig,
+    MemoryCachingConfig,
     MemoryConfig,
     RMTConfig,
     RMTRConfig,
@@ -31,6 +33,10 @@ CASES: dict[str, MemoryConfig] = {
     "gated-delta-heads": GatedDeltaHeadsConfig(chunk_length=4),
     "infini": InfiniConfig(),
     "knn": KNNConfig(capacity=20, top_k=5, layers=(0, 1)),
+    "lact": LaCTConfig(num_heads=2, expansion=2),
+    "memory-caching": MemoryCachingConfig(
+        num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
+    ),
     "rmt": RMTConfig(num_memory_tokens=3),
     "rmt-r": RMTRConfig(num_memory_tokens=2, bank_size=2, archive_size=3, recall=1),
     "titans-mac": TitansMACConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3),

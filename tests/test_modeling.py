@@ -24,6 +24,8 @@ def test_names_are_discovered_from_files() -> None:
         *gated,
         "infini",
         "knn",
+        "lact",
+        "memory-caching",
         *rmt,
         *titans,
         "transformer-xl",

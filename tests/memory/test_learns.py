@@ -24,6 +24,8 @@ from memlm.memory import (
     GatedDeltaHeadsConfig,
     InfiniConfig,
     KNNConfig,
+    LaCTConfig,
+    MemoryCachingConfig,
     MemoryConfig,
     RMTConfig,
     TitansMACConfig,
@@ -46,6 +48,8 @@ RECIPES: dict[str, MemoryConfig] = {
     "infini": InfiniConfig(),
     # No gradient reaches stored keys; a single layer needs more steps than a check may take.
     "knn": KNNConfig(capacity=32, layers=(0, 1)),
+    "lact": LaCTConfig(output_std=0.1),
+    "memory-caching": MemoryCachingConfig(num_slots=4, output_std=0.1),
     "rmt": RMTConfig(num_memory_tokens=2),
     "titans-mac": TitansMACConfig(output_std=0.1),
     "titans-mag": TitansMAGConfig(output_std=0.1),
