@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,15 @@ class ARMTConfig(GatedConfig):
     shared_start: bool = option(False)
     gate_limit: float | None = None
     normaliser: str | None = None
+
+    @classmethod
+    def paper(cls) -> Self:
+        """BABILong's: 10 tokens, queries and keys of 64, DPFP-3 (segments of 512).
+
+        From the published code, which also has what the text leaves out: gamma's clipping and
+        stop-gradient, and the epsilons.
+        """
+        return cls(num_memory_tokens=10, d_mem=64, nu=3, correction=True, normaliser="all")
 
     def __post_init__(self) -> None:
         super().__post_init__()

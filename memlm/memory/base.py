@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, overload
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,16 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The settings of the mechanism's paper, as far as they are known.
+
+        What the paper leaves open, and what it trains a base model with, stays at the default; what would
+        change a pretrained base before training does too, wherever the mechanism can leave it alone. This
+        one, of mechanisms without a paper of their own, is the defaults.
+        """
+        return cls()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

@@ -13,7 +13,7 @@ values; so the old ones need no second projection.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,14 @@ class CompressiveConfig(MemoryConfig):
     compression_rate: int = 4
     compression: str = "conv"
     reconstruction_weight: float = option(1.0)
+
+    @classmethod
+    def paper(cls) -> Self:
+        """PG-19's: 512 tokens, 512 slots of 2 tokens each (segments of 512), by convolution.
+
+        Other data had other sizes. The loss's weight is not known.
+        """
+        return cls(memory_length=512, compressed_length=512, compression_rate=2, compression="conv")
 
 
 class CompressiveState(NamedTuple):

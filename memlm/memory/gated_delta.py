@@ -93,6 +93,15 @@ class GatedDeltaConfig(GatedConfig):
     conv_std: float = option(0.0)
     output_std: float = option(0.0)
 
+    @classmethod
+    def paper(cls) -> Self:
+        """Gated DeltaNet's at 1.3B: 6 heads, keys of 256, values of 512, convolutions of 4.
+
+        The heads are the published code's. output_std stays at 0, where the paper's projection starts
+        random.
+        """
+        return cls(rule="gated-delta", num_heads=6, head_dim=256, value_dim=512, conv_size=4)
+
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
         if self.rule not in RULES:

@@ -12,7 +12,7 @@ the attention of a document's first segment.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -43,6 +43,11 @@ class InfiniConfig(MemoryConfig):
 
     update: str = "delta"
     initial_gate: float = option(0.0)
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The delta update, the better one there, and the default; where the gate starts is not known."""
+        return cls(update="delta")
 
 
 class InfiniState(NamedTuple):

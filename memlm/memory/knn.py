@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,15 @@ class KNNConfig(MemoryConfig):
     combine: str = "gate"
     min_similarity: float | None = option(None)
     initial_gate: float = option(0.0)
+
+    @classmethod
+    def paper(cls) -> Self:
+        """Memorizing Transformers: 32 of 8192 tokens, by cosine, in one layer, mixed by a gate.
+
+        These are the defaults. Where the gate starts is not known. Extended Mind has top_k=10,
+        combine="joint", min_similarity=0.25.
+        """
+        return cls(capacity=8192, top_k=32, similarity="cosine", combine="gate")
 
 
 class KNNState(NamedTuple):

@@ -8,7 +8,7 @@ left out: under the causal mask no token sees it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,11 @@ class RMTConfig(MemoryConfig):
     """num_memory_tokens: vectors carried from segment to segment; None picks 16, or half a segment."""
 
     num_memory_tokens: int | None = None
+
+    @classmethod
+    def paper(cls) -> Self:
+        """16 tokens, as in the authors' long runs on BABILong (segments of 512; Kuratov et al. 2024)."""
+        return cls(num_memory_tokens=16)
 
 
 class RMTState(NamedTuple):

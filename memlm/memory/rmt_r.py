@@ -12,7 +12,7 @@ it an optional archive, out of which the best few are picked.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,14 @@ class RMTRConfig(MemoryConfig):
     bank_size: int = 32
     archive_size: int = 0
     recall: int = option(4)
+
+    @classmethod
+    def paper(cls) -> Self:
+        """16 tokens, and as many recalled from 32 segments, those of its training.
+
+        Its code keeps every state. That starts O and the MLP random; here they are zero.
+        """
+        return cls(num_memory_tokens=16, bank_size=32, archive_size=0)
 
 
 class RMTRState(NamedTuple):

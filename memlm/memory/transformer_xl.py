@@ -11,7 +11,7 @@ Gradients reach as many segments back as `bptt_depth` says; the paper's stop-gra
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,11 @@ class TransformerXLConfig(MemoryConfig):
     """
 
     memory_length: int | None = None
+
+    @classmethod
+    def paper(cls) -> Self:
+        """WikiText-103's, base size, in training: 150 tokens, as long as its segments."""
+        return cls(memory_length=150)
 
 
 class TransformerXLState(NamedTuple):

@@ -70,6 +70,15 @@ class TitansConfig(GatedConfig):
     max_surprise: float | None = 4.0
     output_std: float = option(0.0)
 
+    @classmethod
+    def paper(cls) -> Self:
+        """Convolutions of 4, and no limit to a token's gradient: nothing then bounds a step.
+
+        Not known, and so at the defaults: heads, depth and width of the memory, how many persistent
+        tokens, where the gates start.
+        """
+        return cls(conv_size=4, max_surprise=None)
+
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
         self.check_gates(("none", "sigmoid", "hard"))
