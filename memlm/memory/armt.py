@@ -5,7 +5,8 @@ queries recall from the layer's associative matrix, and afterwards stores what t
 by a delta rule over DPFP features. All memory tokens of a segment are written against the matrix the
 segment was read with.
 
-Clipping, the stop-gradient on gamma and the epsilons are the published code's, not the paper's text.
+Clipping, the stop-gradient on gamma and the epsilons are the published code's, not the paper's text; so are
+heads, unit features, the missing denominator and a gate per channel, from its later versions.
 `initial_gate` and `value_std` choose the initialisation; their defaults are the paper's.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -27,11 +29,17 @@ from memlm.memory.base import (
     option,
     was_loaded,
 )
+from memlm.memory.parts.associative import (
+    averaged,
+    features_of,
+    outer_products,
+    summed,
+    uncounted,
+)
 from memlm.memory.parts.checks import memory_tokens_for
-from memlm.memory.parts.feature_maps import dpfp
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
 
-EPSILON = 1e-5
+NORMALISERS = ("all", "written", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +48,36 @@ class ARMTConfig(GatedConfig):
 
     num_memory_tokens: tokens that write, each segment; None picks 16, or half a segment.
     d_mem: size of queries and keys before the feature map. nu: DPFP order; features are 2 nu d_mem.
+    num_heads: memories a layer has, each with its share of d_mem and of the hidden size, and a gate of its
+    own. unit_features: queries and keys have length 1 after the feature map. vector_gate: a gate for each
+    channel of the values instead of one for each head.
     correction: keep the normaliser from counting a key twice (gamma); False sets gamma to 1.
     initial_gate: bias of the write gate beta = sigmoid(w m + b) at the start. value_std: scale of the
     value projection at the start; 0 leaves the base model's logits as they were. token_std: scale of the
-    memory tokens at the start; None takes the embeddings'. shared_start: W_k starts as a copy of W_q, so
-    that what is the same is found by the same features before anything is learnt.
+    memory tokens at the start; None takes the embeddings'. query_scale, key_scale: scale of W_q and W_k at
+    the start, in units of 1 / sqrt(hidden size). shared_start: W_k starts as a copy of W_q, so that what is
+    the same is found by the same features before anything is learnt.
     gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
     gate for good; None leaves it free, as the paper does. write_gate, write_threshold, train_threshold,
     gate_noise, write_cost: as in `GatedConfig` (not in the paper, which has a sigmoid); a segment that is
     not full pays by its length. normaliser: "all" counts the keys of every segment, as the paper's code
-    does, "written" each key as far as its gate is open; only then is a segment whose gates are zero exact
-    silence. None picks "written" for hard gates.
+    does, "written" each key as far as its gate is open, and "none" does without a denominator: then
+    nothing but the delta rule bounds what is stored, best with unit_features. With "all" alone a segment
+    whose gates are zero is no exact silence. None picks "written" for hard gates, else "all".
     """
 
     num_memory_tokens: int | None = None
     d_mem: int = 64
     nu: int = 3
+    num_heads: int = 1
+    unit_features: bool = False
+    vector_gate: bool = False
     correction: bool = True
     initial_gate: float = option(0.0)
     value_std: float = option(0.0)
     token_std: float | None = option(None)
+    query_scale: float = option(1.0)
+    key_scale: float = option(1.0)
     shared_start: bool = option(False)
     gate_limit: float | None = None
     normaliser: str | None = None
@@ -69,9 +87,17 @@ class ARMTConfig(GatedConfig):
         """BABILong's: 10 tokens, queries and keys of 64, DPFP-3 (segments of 512).
 
         From the published code, which also has what the text leaves out: gamma's clipping and
-        stop-gradient, and the epsilons.
+        stop-gradient, the epsilons, and the scale of W_q and W_k, that of torch's linear layers.
         """
-        return cls(num_memory_tokens=10, d_mem=64, nu=3, correction=True, normaliser="all")
+        return cls(
+            num_memory_tokens=10,
+            d_mem=64,
+            nu=3,
+            correction=True,
+            normaliser="all",
+            query_scale=3**-0.5,
+            key_scale=3**-0.5,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,14 +107,15 @@ class ARMTConfig(GatedConfig):
 
 
 class ARMTState(NamedTuple):
-    """What a layer remembers, float32 or wider; P = 2 nu d_mem features.
+    """What a layer remembers, float32 or wider; P = 2 nu d_mem features, H heads.
 
-    associations (B, P, D), normaliser (B, P); of the last segment, written (B,): the mean gate times its
-    length in full segments, and opened (B,): the largest gate.
+    associations (B, P / H, D), normaliser (B, P), or () without (both: `memlm.memory.parts.associative`);
+    of the last segment, written (B,): the mean gate times its length in full segments, and opened (B,):
+    the largest gate.
     """
 
     associations: Tensor
-    normaliser: Tensor
+    normaliser: Tensor | tuple[()]
     written: Tensor
     opened: Tensor | tuple[()] = ()
 
@@ -100,30 +127,61 @@ class ARMT(GatedMemory):
     Config: ClassVar[type[MemoryConfig]] = ARMTConfig
     neutral: ClassVar[bool] = True
     silent_with: ClassVar[Mapping[str, Any]] = {"normaliser": "written"}
+    config: ARMTConfig
 
     def __init__(self, config: ARMTConfig, dims: Dims) -> None:
         super().__init__(config, dims)
         assert config.num_memory_tokens is not None
         self.num_memory_tokens = config.num_memory_tokens
-        self.nu = config.nu
+        self.heads = config.num_heads
+        self.features = partial(
+            features_of, heads=config.num_heads, nu=config.nu, unit=config.unit_features
+        )
+        self.num_features = 2 * config.nu * config.d_mem
         self.correction = config.correction
         self.initial_gate, self.value_std = config.initial_gate, config.value_std
         self.gate_limit = config.gate_limit
         self.counts_all = config.normaliser == "all"
+        self.divides = config.normaliser != "none"
+        self.recall = averaged if self.divides else summed
         self.shared_start = config.shared_start
         self.query = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.key = nn.Linear(dims.hidden_size, config.d_mem, bias=False)
         self.value = nn.Linear(dims.hidden_size, dims.hidden_size, bias=False)
-        self.gate = nn.Linear(dims.hidden_size, 1)
+        gates = dims.hidden_size if config.vector_gate else config.num_heads
+        self.gate = nn.Linear(dims.hidden_size, gates)
 
     @classmethod
     def resolve(cls, config: ARMTConfig, dims: Dims) -> ARMTConfig:
-        for name in ("d_mem", "nu"):
+        for name in ("d_mem", "nu", "num_heads"):
             if getattr(config, name) < 1:
                 raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        for size, width in (("d_mem", config.d_mem), ("hidden_size", dims.hidden_size)):
+            if width % config.num_heads:
+                raise ValueError(
+                    f"num_heads={config.num_heads} does not divide {size}={width}; use a divisor of it"
+                )
+        for name in ("query_scale", "key_scale"):
+            if getattr(config, name) <= 0:
+                raise ValueError(f"{name}={getattr(config, name)} must be above 0")
+        if config.shared_start and config.key_scale != config.query_scale:
+            raise ValueError(
+                f"key_scale={config.key_scale} has no meaning with shared_start=True, which copies W_q; "
+                "give query_scale the same value, or leave shared_start out"
+            )
         config.check_gates()
-        if config.normaliser not in ("all", "written"):
-            raise ValueError(f"normaliser={config.normaliser!r} is unknown; use 'all' or 'written'")
+        if config.normaliser not in NORMALISERS:
+            raise ValueError(
+                f"normaliser={config.normaliser!r} is unknown; use {' or '.join(map(repr, NORMALISERS))}"
+            )
+        if config.normaliser == "none" and not config.unit_features:
+            raise ValueError(
+                "normaliser='none' lets what long keys store grow without end; give unit_features=True"
+            )
+        if config.normaliser == "none" and not config.correction:
+            raise ValueError(
+                "correction=False has no meaning with normaliser='none', which counts no keys; leave it out"
+            )
         if config.gate_limit is not None and config.gate_limit <= 0:
             raise ValueError(f"gate_limit={config.gate_limit} must be above 0, or None")
         return replace(config, num_memory_tokens=memory_tokens_for(config.num_memory_tokens, dims))
@@ -137,12 +195,13 @@ class ARMT(GatedMemory):
         return embedding_std if config.token_std is None else config.token_std
 
     def reset_parameters(self, embedding_std: float) -> None:
-        for projection in (self.query, self.key):
-            nn.init.normal_(projection.weight, std=self.dims.hidden_size**-0.5)
+        unit = self.dims.hidden_size**-0.5
+        nn.init.normal_(self.query.weight, std=self.config.query_scale * unit)
+        nn.init.normal_(self.key.weight, std=self.config.key_scale * unit)
         if self.shared_start and not was_loaded(self.key.weight):
             with torch.no_grad():
                 self.key.weight.copy_(self.query.weight)
-        nn.init.normal_(self.gate.weight, std=self.dims.hidden_size**-0.5)
+        nn.init.normal_(self.gate.weight, std=unit)
         nn.init.constant_(self.gate.bias, self.initial_gate)
         if self.value_std == 0:
             nn.init.zeros_(self.value.weight)
@@ -152,10 +211,11 @@ class ARMT(GatedMemory):
     def init_state(self, batch_size: int) -> ARMTState:
         weight = self.value.weight
         dtype = accumulator_dtype(weight.dtype)
-        features = 2 * self.nu * self.key.out_features
+        size = self.num_features // self.heads, self.dims.hidden_size
+        none = weight.new_zeros(batch_size, self.num_features, dtype=dtype)
         return ARMTState(
-            weight.new_zeros(batch_size, features, self.dims.hidden_size, dtype=dtype),
-            weight.new_zeros(batch_size, features, dtype=dtype),
+            weight.new_zeros(batch_size, *size, dtype=dtype),
+            none if self.divides else (),
             weight.new_zeros(batch_size, dtype=dtype),
             weight.new_zeros(batch_size, dtype=dtype),
         )
@@ -172,8 +232,8 @@ class ARMT(GatedMemory):
 
     def read(self, x: Tensor, state: ARMTState) -> Tensor:
         """What the queries of `x` (B, T, D) recall: A^T phi(q) / (z . phi(q) + eps), (B, T, D)."""
-        phi = dpfp(self.query(x), self.nu)
-        return recall(phi, state).to(x.dtype)
+        phi = self.features(self.query(x))
+        return self.recall(phi, state.associations, state.normaliser).to(x.dtype)
 
     def write(self, memory: Tensor, state: ARMTState, share: Tensor | float = 1.0) -> ARMTState:
         """Store what memory tokens (B, M, D) hold; every token against the state that was read.
@@ -183,19 +243,16 @@ class ARMT(GatedMemory):
         wide = state.associations.dtype
         with torch.autocast(memory.device.type, enabled=False):
             tokens = memory.to(self.key.weight.dtype)
-            phi = dpfp(self.key(tokens), self.nu).to(wide)  # (B, M, P)
+            phi = self.features(self.key(tokens)).to(wide)  # (B, M, H, P / H)
             value = self.value(tokens).to(wide)  # (B, M, D)
-            beta = self._beta(tokens, wide)  # (B, M, 1)
-            counted = torch.einsum("bmp,bp->bm", phi, state.normaliser) + EPSILON
-            stored = torch.einsum("bmp,bpd->bmd", phi, state.associations) / counted.unsqueeze(-1)
-            associations = state.associations + phi.mT @ (beta * (value - stored))
-            gamma = self._gamma(phi, counted, state.normaliser).unsqueeze(-1)
-            if not self.counts_all:
-                gamma = gamma * beta
+            beta = self._beta(tokens, wide)  # (B, M, H), or (B, M, D) by channel
+            missing = value - self.recall(phi, state.associations, state.normaliser)
+            gates = beta.unflatten(2, (self.heads, -1))  # (B, M, H, 1 or D / H)
+            gated = (gates * missing.unflatten(2, (self.heads, -1))).flatten(2)
             written = share * beta.mean(dim=(1, 2))
             return ARMTState(
-                associations,
-                state.normaliser + (gamma * phi).sum(dim=1),
+                state.associations + outer_products(phi, gated),
+                self._count(phi, gates, state.normaliser),
                 written.to(wide),
                 beta.detach().amax(dim=(1, 2)),
             )
@@ -206,23 +263,14 @@ class ARMT(GatedMemory):
             logit = self.gate_limit * torch.tanh(logit / self.gate_limit)
         return self.gates_at(logit)
 
-    def _gamma(self, phi: Tensor, counted: Tensor, normaliser: Tensor) -> Tensor:
-        """How much of each key the normaliser does not count yet, (B, M); carries no gradient."""
-        if not self.correction:
-            return torch.ones_like(counted)
-        with torch.no_grad():
-            missing = 1 - counted / (phi.square().sum(dim=-1) + EPSILON)
-            # An empty normaliser counts nothing, so that a first segment is written whole.
-            empty = (normaliser == 0).all(dim=-1, keepdim=True)
-            return torch.where(empty, 1.0, missing.clamp(0, 1))
-
-
-def recall(phi: Tensor, state: ARMTState) -> Tensor:
-    """Normalised read-out of features (B, T, P), computed in the features' dtype.
-
-    The quotient alone is wide: in bfloat16 a sum over P features would lose the epsilon.
-    """
-    with torch.autocast(phi.device.type, enabled=False):
-        wide = phi.to(state.normaliser.dtype)
-        counted = torch.einsum("btp,bp->bt", wide, state.normaliser).unsqueeze(-1)
-        return (phi @ state.associations.to(phi.dtype)) / (counted + EPSILON)
+    def _count(
+        self, phi: Tensor, gates: Tensor, normaliser: Tensor | tuple[()]
+    ) -> Tensor | tuple[()]:
+        """The normaliser with the keys (B, M, H, p) counted, each as far as it was not yet (gamma)."""
+        if isinstance(normaliser, tuple):
+            return normaliser
+        gamma = uncounted(phi, normaliser) if self.correction else torch.ones_like(phi[..., 0])
+        if not self.counts_all:
+            # A key counts if any channel is written under it.
+            gamma = gamma * gates.amax(dim=-1)
+        return normaliser + (gamma.unsqueeze(-1) * phi).sum(dim=1).flatten(1)

@@ -22,29 +22,64 @@ def naive_phi(x: torch.Tensor) -> torch.Tensor:
     return torch.tensor(products, dtype=torch.float64)
 
 
+def naive_features(cell: ARMT, x: torch.Tensor) -> list[torch.Tensor]:
+    """One token's features, a vector per head."""
+    found = [naive_phi(part) for part in x.chunk(cell.config.num_heads)]
+    return (
+        [phi / phi.square().sum().sqrt() for phi in found] if cell.config.unit_features else found
+    )
+
+
+def naive_recall(cell: ARMT, phi: list[torch.Tensor], a: torch.Tensor, z: object) -> torch.Tensor:
+    """What one token's features recall, from one row's memory: head by head, then side by side."""
+    heads = cell.config.num_heads
+    parts = [matrix.T @ f for matrix, f in zip(a.chunk(heads, dim=1), phi, strict=True)]
+    if cell.config.normaliser != "none":
+        counts = [keys @ f + EPS for keys, f in zip(z.chunk(heads), phi, strict=True)]
+        parts = [part / count for part, count in zip(parts, counts, strict=True)]
+    return torch.cat(parts)
+
+
 def naive_read(cell: ARMT, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     out = x.clone()
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
-            phi = naive_phi(cell.query.weight @ x[b, t])
-            out[b, t] += a[b].T @ phi / (z[b] @ phi + EPS)
+            out[b, t] += naive_recall(
+                cell, naive_features(cell, cell.query.weight @ x[b, t]), a[b], z[b] if len(z) else z
+            )
     return out
 
 
 def naive_write(
     cell: ARMT, memory: torch.Tensor, a: torch.Tensor, z: torch.Tensor, first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    new_a, new_z = a.clone(), z.clone()
+    config, heads = cell.config, cell.config.num_heads
+    new_a, new_z = a.clone(), z.clone() if len(z) else z
     for b in range(memory.shape[0]):
         for i in range(memory.shape[1]):
             m = memory[b, i]
-            k, v = naive_phi(cell.key.weight @ m), cell.value.weight @ m
-            beta = torch.sigmoid(cell.gate.weight[0] @ m + cell.gate.bias[0])
-            beta = beta if beta >= cell.config.write_threshold else torch.zeros_like(beta)
-            old = torch.zeros_like(v) if first else a[b].T @ k / (z[b] @ k + EPS)
-            gamma = 1.0 if first else (1 - (z[b] @ k + EPS) / (k @ k + EPS)).clamp(0, 1)
-            new_a[b] += beta * torch.outer(k, v - old)
-            new_z[b] += gamma * k * (beta if cell.config.normaliser == "written" else 1.0)
+            phi, v = naive_features(cell, cell.key.weight @ m), cell.value.weight @ m
+            gates = torch.sigmoid(cell.gate.weight @ m + cell.gate.bias)
+            gates = torch.where(gates >= config.write_threshold, gates, 0.0)
+            old = (
+                torch.zeros_like(v)
+                if first
+                else naive_recall(cell, phi, a[b], z[b] if len(z) else z)
+            )
+            for h, (k, d, beta) in enumerate(
+                zip(phi, (v - old).chunk(heads), gates.chunk(heads), strict=True)
+            ):
+                columns = slice(h * len(d), (h + 1) * len(d))
+                new_a[b, :, columns] += torch.outer(k, beta * d)
+                if config.normaliser == "none":
+                    continue
+                counts = slice(h * len(k), (h + 1) * len(k))
+                gamma = 1.0
+                if config.correction and z[b, counts].any():
+                    gamma = (1 - (z[b, counts] @ k + EPS) / (k @ k + EPS)).clamp(0, 1)
+                new_z[b, counts] += (
+                    gamma * k * (beta.max() if config.normaliser == "written" else 1)
+                )
     return new_a, new_z
 
 
@@ -67,11 +102,26 @@ def cell_of(**options: object) -> ARMT:
 
 @torch.no_grad()
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
-@pytest.mark.parametrize("normaliser", ["all", "written"])
-def test_equals_the_equations_over_several_segments(normaliser: str, threshold: float) -> None:
-    cell = cell_of(normaliser=normaliser, write_threshold=threshold).eval()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_heads": 2},
+        {"unit_features": True},
+        {"vector_gate": True},
+        {"num_heads": 2, "unit_features": True, "vector_gate": True},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize("normaliser", ["all", "written", "none"])
+def test_equals_the_equations_over_several_segments(
+    normaliser: str, options: dict, threshold: float
+) -> None:
+    if normaliser == "none":
+        options = {**options, "unit_features": True}
+    cell = cell_of(normaliser=normaliser, write_threshold=threshold, **options).eval()
     state = cell.init_state(B)
-    a, z = state.associations.clone(), state.normaliser.clone()
+    a, z = state.associations.clone(), state.normaliser
     for step in range(5):
         x = torch.randn(B, 7 + M, D, dtype=torch.float64)
         seen = {}
@@ -85,8 +135,9 @@ def test_equals_the_equations_over_several_segments(normaliser: str, threshold: 
         torch.testing.assert_close(seen["h"], expected, rtol=1e-10, atol=1e-10)
         a, z = naive_write(cell, inner(expected)[:, -M:], a, z, first=step == 0)
         torch.testing.assert_close(state.associations, a, rtol=1e-9, atol=1e-9)
+        assert isinstance(state.normaliser, tuple) == (normaliser == "none")
         torch.testing.assert_close(state.normaliser, z, rtol=1e-9, atol=1e-9)
-    assert a.abs().max() > 1e-3 and z.abs().max() > 1e-3
+    assert a.abs().max() > 1e-3 and (normaliser == "none" or z.abs().max() > 1e-3)
 
 
 def test_gamma_carries_no_gradient() -> None:
@@ -180,6 +231,30 @@ def test_keys_may_start_as_the_queries_copy() -> None:
             assert cell.key.weight is not cell.query.weight
 
 
+def test_queries_and_keys_start_at_their_scale() -> None:
+    dims = Dims(400, 400, 1, 2, 2, 200, 8)
+    config = ARMTConfig(num_memory_tokens=M, d_mem=100, query_scale=3.0, key_scale=0.5)
+    cell = ARMT(config, dims)
+    torch.manual_seed(0)
+    cell.reset_parameters(1.0)
+    assert cell.query.weight.std().item() == pytest.approx(3.0 / 20, rel=0.02)
+    assert cell.key.weight.std().item() == pytest.approx(0.5 / 20, rel=0.02)
+
+
+@torch.no_grad()
+def test_a_key_written_whole_is_replaced_without_a_denominator_too() -> None:
+    """The plain delta rule: what a unit key recalls is then its last value."""
+    cell = cell_of(normaliser="none", unit_features=True, num_heads=2, initial_gate=0.0)
+    cell.gate.bias.fill_(50.0)
+    state = cell.init_state(1)
+    for seed in range(3):
+        memory = torch.randn(1, 1, D, dtype=torch.float64)
+        memory = memory + seed
+        state = cell.write(memory, state)
+    found = cell.recall(cell.features(cell.key(memory)), state.associations, ())
+    torch.testing.assert_close(found, cell.value(memory), rtol=1e-9, atol=1e-9)
+
+
 def test_the_gate_limit_bounds_the_gate() -> None:
     free, bound = cell_of(), cell_of(gate_limit=2.0)
     memory = 100 * torch.randn(B, M, D, dtype=torch.float64)
@@ -230,6 +305,13 @@ def test_bad_options_are_refused() -> None:
     for bad, message in (
         ({"write_cost": -1.0}, "write_cost=-1.0"),
         ({"gate_limit": 0.0}, "gate_limit"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"num_heads": 3}, "num_heads=3 does not divide d_mem=64"),
+        ({"num_heads": 64}, "num_heads=64 does not divide hidden_size=32"),
+        ({"key_scale": 0.0}, "key_scale=0.0"),
+        ({"key_scale": 0.5, "shared_start": True}, "shared_start=True"),
+        ({"normaliser": "none"}, "unit_features=True"),
+        ({"normaliser": "none", "unit_features": True, "correction": False}, "correction=False"),
     ):
         with pytest.raises(ValueError, match=message):
             MemLMForCausalLM.from_base(base_model("llama"), ARMTConfig(**bad), segment_length=8)

@@ -1,0 +1,67 @@
+"""Associations of keys with values, as sums of outer products, head by head.
+
+P features of all heads H together, p = P / H of each; D values of all heads, d = D / H. associations
+(B, p, D): those of head h are the columns from h d on; normaliser (B, P): the keys that were counted, one
+head after the other, or () where nothing is divided by it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm.memory.parts.feature_maps import dpfp
+
+EPSILON = 1e-5
+
+Normaliser = Tensor | tuple[()]
+
+
+def features_of(x: Tensor, heads: int, nu: int, unit: bool) -> Tensor:
+    """DPFP features of each head: (B, T, H n) -> (B, T, H, 2 nu n); unit: of length 1, or zero."""
+    phi = dpfp(x.unflatten(-1, (heads, -1)), nu)
+    return F.normalize(phi, dim=-1) if unit else phi
+
+
+def associated(phi: Tensor, associations: Tensor) -> Tensor:
+    """The sum of values that features (B, T, H, p) point to, in their dtype: (B, T, H, d)."""
+    by_head = associations.to(phi.dtype).unflatten(2, (phi.shape[2], -1))
+    return torch.einsum("bthp,bphd->bthd", phi, by_head)
+
+
+def counted(phi: Tensor, normaliser: Tensor) -> Tensor:
+    """How often features (B, T, H, p) are counted, in the normaliser's dtype: (B, T, H)."""
+    by_head = normaliser.unflatten(1, (phi.shape[2], -1))
+    return torch.einsum("bthp,bhp->bth", phi.to(normaliser.dtype), by_head)
+
+
+def summed(phi: Tensor, associations: Tensor, normaliser: Normaliser) -> Tensor:
+    """What features (B, T, H, p) recall without a denominator, (B, T, D)."""
+    return associated(phi, associations).flatten(2)
+
+
+def averaged(phi: Tensor, associations: Tensor, normaliser: Normaliser) -> Tensor:
+    """What they recall divided by how often they are counted, (B, T, D).
+
+    The quotient alone is wide: in bfloat16 a sum over P features would lose the epsilon.
+    """
+    assert isinstance(normaliser, Tensor)
+    with torch.autocast(phi.device.type, enabled=False):
+        share = counted(phi, normaliser).unsqueeze(-1) + EPSILON
+        return (associated(phi, associations) / share).flatten(2)
+
+
+def outer_products(phi: Tensor, values: Tensor) -> Tensor:
+    """The sum over tokens of features (B, M, H, p) times values (B, M, D), as associations."""
+    by_head = values.unflatten(2, (phi.shape[2], -1))
+    return torch.einsum("bmhp,bmhd->bphd", phi, by_head).flatten(2)
+
+
+def uncounted(phi: Tensor, normaliser: Tensor) -> Tensor:
+    """How much of each key (B, M, H, p) the normaliser does not count yet, (B, M, H); no gradient."""
+    with torch.no_grad():
+        missing = 1 - (counted(phi, normaliser) + EPSILON) / (phi.square().sum(dim=-1) + EPSILON)
+        # An empty normaliser counts nothing, so that a first segment is written whole.
+        empty = (normaliser.unflatten(1, (phi.shape[2], -1)) == 0).all(dim=-1).unsqueeze(1)
+        return torch.where(empty, 1.0, missing.clamp(0, 1))

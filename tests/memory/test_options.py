@@ -1,0 +1,65 @@
+"""The laws, on Llama, of mechanisms with options that their cases leave off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from memlm.memory import ARMTConfig, MemoryConfig, name_of
+from tests.cases import CASES
+from tests.memory import test_laws as laws
+
+OPTIONS: dict[str, MemoryConfig] = {
+    "armt-heads": ARMTConfig(
+        num_memory_tokens=3, d_mem=8, num_heads=2, unit_features=True, vector_gate=True
+    ),
+    "armt-undivided": ARMTConfig(
+        num_memory_tokens=2, d_mem=8, unit_features=True, normaliser="none", query_scale=2.0
+    ),
+}
+LAWS: dict[str, Callable[..., None]] = {
+    "carry": laws.test_carry,
+    "causality": laws.test_causality,
+    "reach": laws.test_the_first_segment_reaches_the_last,
+    "rows": partial(laws.test_rows_of_a_ragged_batch_equal_rows_alone, side="holes"),
+    "depth": laws.test_bptt_depth_cuts_exactly_there,
+    "recomputing": laws.test_recomputing_segments_changes_no_gradient,
+    "gradients": laws.test_every_memory_parameter_gets_a_gradient,
+    "purity": laws.test_purity,
+    "size": partial(laws.test_constant_size, segments=40),
+    "neutral": laws.test_neutral_at_the_start,
+    "numbers": laws.test_bfloat16_stays_close,
+}
+# The default run takes those that a wrong option breaks soonest.
+ALWAYS = ("carry", "causality", "rows", "gradients", "purity", "neutral")
+options = pytest.mark.parametrize("option", OPTIONS)
+
+
+@pytest.fixture
+def memory(option: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The mechanism's name, which stands for the config with the option while the test runs."""
+    name = name_of(OPTIONS[option])
+    monkeypatch.setitem(CASES, name, OPTIONS[option])
+    return name
+
+
+@options
+@pytest.mark.parametrize(
+    "law",
+    [pytest.param(law, marks=() if law in ALWAYS else pytest.mark.slow) for law in LAWS],
+)
+def test_laws(law: str, memory: str) -> None:
+    LAWS[law](memory=memory, family="llama")
+
+
+@options
+def test_round_trips(memory: str, tmp_path) -> None:
+    laws.test_round_trips(memory, "llama", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [one for one in OPTIONS if name_of(OPTIONS[one]) in laws.SILENT])
+def test_silence(memory: str) -> None:
+    laws.test_silence_leaves_the_state_as_it_was(memory)
