@@ -5,7 +5,8 @@ before the segment, behind the persistent tokens, and attention runs over all of
 sees the answers to its own and to earlier tokens of its segment, at those tokens' places, so that nothing
 leaks back. What attention returns is written to the memory, which is read once more: o = y + gate * M(y).
 
-The paper multiplies y by the gated answer without saying how; here the gated answer is added.
+The paper multiplies y by the gated answer without saying how; here the gated answer is added, or with
+combine="multiply" becomes a sigmoid gate on y.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory.base import Dims, Inner, MemoryConfig, Site
-from memlm.memory.parts.titans import Titans, TitansConfig, TitansState
+from memlm.memory.parts.titans import COMBINATIONS, Titans, TitansBranchConfig, TitansState
 
 
 @dataclass(frozen=True, kw_only=True)
-class TitansMACConfig(TitansConfig):
-    """Options of Titans MAC: those of `TitansConfig`, with 4 persistent tokens."""
+class TitansMACConfig(TitansBranchConfig):
+    """Options of Titans MAC: those of `TitansBranchConfig`, with 4 persistent tokens."""
 
     num_persistent_tokens: int = 4
 
@@ -38,6 +39,7 @@ class TitansMAC(Titans):
 
     def __init__(self, config: TitansMACConfig, dims: Dims) -> None:
         super().__init__(config, dims)
+        self.combine = COMBINATIONS[config.combine]
         self.context = nn.Linear(self.memory.out.in_features, dims.hidden_size, bias=False)
 
     @classmethod
@@ -68,4 +70,4 @@ class TitansMAC(Titans):
         answer, new = self.remember(y, state, mask)
         if new.tails:
             new = new._replace(tails=(*new.tails[:3], tail))
-        return y + answer, (new if write else state)
+        return self.combine(y, answer), (new if write else state)

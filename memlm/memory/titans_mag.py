@@ -2,7 +2,8 @@
 
 Both branches read the layer's input. Attention has the persistent tokens in front of it and stays within
 the segment (with `transformer-xl` attached as well it becomes the paper's sliding window); the memory reads
-and writes every token. o = attention(x) + gate * M(x): the paper leaves its gating open.
+and writes every token. o = attention(x) + gate * M(x), or attention(x) * 2 sigmoid(gate * M(x)) with
+combine="multiply": the paper multiplies, and leaves the nonlinearity open.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from memlm.memory.base import Inner, MemoryConfig, Site
-from memlm.memory.parts.titans import Titans, TitansConfig, TitansState
+from memlm.memory.base import Dims, Inner, MemoryConfig, Site
+from memlm.memory.parts.titans import COMBINATIONS, Titans, TitansBranchConfig, TitansState
 
 
 @dataclass(frozen=True, kw_only=True)
-class TitansMAGConfig(TitansConfig):
-    """Options of Titans MAG: those of `TitansConfig`."""
+class TitansMAGConfig(TitansBranchConfig):
+    """Options of Titans MAG: those of `TitansBranchConfig`."""
 
 
 class TitansMAG(Titans):
@@ -28,6 +29,10 @@ class TitansMAG(Titans):
     Config: ClassVar[type[MemoryConfig]] = TitansMAGConfig
     # Without persistent tokens, which take a share of the attention, and at output_std=0: the defaults.
     neutral: ClassVar[bool] = True
+
+    def __init__(self, config: TitansMAGConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.combine = COMBINATIONS[config.combine]
 
     def forward(
         self,
@@ -41,4 +46,4 @@ class TitansMAG(Titans):
         longer, real, count = self.with_persistent(x, mask)
         y = inner(longer, mask=real)[:, count:]
         answer, new = self.remember(x, state, mask)
-        return y + answer, (new if write else state)
+        return self.combine(y, answer), (new if write else state)

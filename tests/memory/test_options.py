@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from memlm.memory import ARMTConfig, MemoryConfig, name_of
+from memlm.memory import ARMTConfig, MemoryConfig, TitansMACConfig, TitansMAGConfig, name_of
 from tests.cases import CASES
 from tests.memory import test_laws as laws
 
@@ -17,6 +17,12 @@ OPTIONS: dict[str, MemoryConfig] = {
     ),
     "armt-undivided": ARMTConfig(
         num_memory_tokens=2, d_mem=8, unit_features=True, normaliser="none", query_scale=2.0
+    ),
+    "titans-mac": TitansMACConfig(
+        chunk_length=4, conv_size=4, coupled_rate=False, max_rate=0.3, combine="multiply"
+    ),
+    "titans-mag": TitansMAGConfig(
+        num_heads=2, chunk_length=3, coupled_rate=False, max_rate=0.3, combine="multiply"
     ),
 }
 LAWS: dict[str, Callable[..., None]] = {

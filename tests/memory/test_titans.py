@@ -86,7 +86,8 @@ class Block:
             heads = []
             for h in range(self.own.heads):
                 eta, alpha = torch.sigmoid(gates[1, h]), torch.sigmoid(gates[2, h])
-                theta = config.max_rate / 2 * torch.sigmoid(gates[0, h]) * (1 - eta)
+                theta = config.max_rate / 2 * torch.sigmoid(gates[0, h])
+                theta = theta * (1 - eta) if config.coupled_rate else theta
                 at = [w.requires_grad_() for w in start[h]]
                 loss = (answer(at, k[h]) - v[h]).square().sum()
                 surprise = torch.autograd.grad(loss, at)
@@ -123,6 +124,11 @@ def single(query: torch.Tensor, context: list[torch.Tensor]) -> torch.Tensor:
     return (keys @ query).softmax(0) @ (keys * 0.7)
 
 
+def met(memory: Titans, y: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    """What attention returns, and what the memory says to it."""
+    return y + told if memory.config.combine == "add" else y * 2 / (1 + (-told).exp())
+
+
 def reference(kind: str, memory: Titans, block: Block, x: torch.Tensor) -> torch.Tensor:
     """One segment of one row, x (n, D)."""
     leading = [] if memory.persistent is None else list(memory.persistent)
@@ -131,10 +137,10 @@ def reference(kind: str, memory: Titans, block: Block, x: torch.Tensor) -> torch
         y = torch.stack(
             [single(x[t], [*leading, *told[: t + 1], *x[: t + 1]]) for t in range(len(x))]
         )
-        return y + block.segment(y)
+        return met(memory, y, block.segment(y))
     if kind == "mag":
         y = torch.stack([single(x[t], [*leading, *x[: t + 1]]) for t in range(len(x))])
-        return y + block.segment(x)
+        return met(memory, y, block.segment(x))
     z = x + block.segment(x)
     return torch.stack([single(z[t], [*leading, *z[: t + 1]]) for t in range(len(z))])
 
@@ -148,10 +154,14 @@ def reference(kind: str, memory: Titans, block: Block, x: torch.Tensor) -> torch
         {"chunk_length": 3, "depth": 2, "expansion": 3, "max_surprise": 0.5},
         {"chunk_length": 7, "depth": 3, "num_heads": 3, "num_persistent_tokens": 2, "conv_size": 4},
         {"chunk_length": 4, "num_heads": 1, "head_dim": 5, "num_persistent_tokens": 1},
+        {"chunk_length": 1, "coupled_rate": False, "max_rate": 0.2, "max_surprise": None},
+        {"chunk_length": 3, "coupled_rate": False, "combine": "multiply", "conv_size": 4},
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_equals_the_recurrence_token_by_token(kind: str, options: dict, padded: bool) -> None:
+    if kind == "mal":
+        options = {name: value for name, value in options.items() if name != "combine"}
     memory = cell(kind, **options)
     generator = torch.Generator().manual_seed(0)
     blocks, state = [Block(memory) for _ in range(ROWS)], memory.init_state(ROWS)
@@ -211,6 +221,16 @@ def test_the_memory_remembers_what_it_was_told(kind: str) -> None:
         _, state = block(x, state, None)
     assert all(later < earlier for earlier, later in pairwise(found))
     assert found[-1] < 0.75 * found[0]
+
+
+def test_combinations_there_are_not_are_refused() -> None:
+    for config in (TitansMACConfig, TitansMAGConfig):
+        with pytest.raises(
+            ValueError, match="combine='divide' is unknown; use 'add' or 'multiply'"
+        ):
+            MemLMForCausalLM.from_base(
+                base_model("llama"), memory=config(combine="divide"), segment_length=SEGMENT
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ Legend: H heads of the memory, d their size, C tokens per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -43,9 +43,10 @@ class TitansConfig(GatedConfig):
     tokens in front of each segment. conv_size: width of the short causal convolutions behind the query,
     key and value projections; 0 for none, 4 as in the paper.
     max_rate: largest learning rate, as the share of a token's error that its gradient step takes back in
-    the end, momentum included; initial_rate, initial_momentum, initial_forgetting: where the three gates
-    start. max_surprise: largest gradient norm of one token, in units of sqrt(head_dim), so that no rate can
-    make the memory diverge; None for no limit. output_std: scale of the output projection at the start; 0
+    the end, momentum included; with coupled_rate=False in that step alone, the rate being a gate of its
+    own, as in the paper. initial_rate, initial_momentum, initial_forgetting: where the three gates start.
+    max_surprise: largest gradient norm of one token, in units of sqrt(head_dim), so that no rate can make
+    the memory diverge; None for no limit. output_std: scale of the output projection at the start; 0
     leaves the stage as it was.
     write_gate: "none", the paper's, or "sigmoid" or "hard": how far each head moves, over a whole segment,
     from what it was to what the segment would make of it, momentum and forgetting included. The segment's
@@ -64,6 +65,7 @@ class TitansConfig(GatedConfig):
     num_persistent_tokens: int = 0
     conv_size: int = 0
     max_rate: float = 1.0
+    coupled_rate: bool = True
     initial_rate: float = option(0.05)
     initial_momentum: float = option(0.9)
     initial_forgetting: float = option(0.01)
@@ -72,12 +74,13 @@ class TitansConfig(GatedConfig):
 
     @classmethod
     def paper(cls) -> Self:
-        """Convolutions of 4, and no limit to a token's gradient: nothing then bounds a step.
+        """Convolutions of 4, three gates of their own, no limit to a token's gradient.
 
-        Not known, and so at the defaults: heads, depth and width of the memory, how many persistent
-        tokens, where the gates start.
+        Nothing then bounds a step; if training diverges, give max_surprise. Not known, and so at the
+        defaults: heads, depth and width of the memory, how many persistent tokens, how long a chunk, the
+        largest rate, where the gates start.
         """
-        return cls(conv_size=4, max_surprise=None)
+        return cls(conv_size=4, coupled_rate=False, max_surprise=None)
 
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
@@ -120,6 +123,16 @@ class TitansConfig(GatedConfig):
         return replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
 
 
+def coupled_step(rate: Tensor, momentum: Tensor) -> Tensor:
+    """sigmoid(rate) (1 - eta): with momentum, whose steps sum to 1 / (1 - eta), that comes to the rate."""
+    return torch.sigmoid(rate) * torch.sigmoid(-momentum)
+
+
+def own_step(rate: Tensor, momentum: Tensor) -> Tensor:
+    """sigmoid(rate), whatever the momentum."""
+    return torch.sigmoid(rate)
+
+
 class TitansState(NamedTuple):
     """weights and momentum of the memory, one (B, H, n_in, n_out) per layer, float32 or wider.
 
@@ -134,6 +147,41 @@ class TitansState(NamedTuple):
     opened: Tensor | tuple[()] = ()
 
 
+def gated(y: Tensor, answer: Tensor) -> Tensor:
+    """y * 2 sigmoid(answer): an answer of zero leaves y as it was."""
+    return y * (2 * torch.sigmoid(answer))
+
+
+COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "multiply": gated}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TitansBranchConfig(TitansConfig):
+    """Options of a Titans memory that answers beside an attention.
+
+    combine: how its answer meets what attention returns, "add", or "multiply", where it is a gate from 0 to
+    2 for each channel, 1 where the memory says nothing.
+    """
+
+    combine: str = option("add")
+
+    @classmethod
+    def paper(cls) -> Self:
+        """As `TitansConfig.paper`, and multiplied: o = y (x) M(.), through a sigmoid.
+
+        The paper norms both and names a nonlinearity; which, it leaves open.
+        """
+        return replace(super().paper(), combine="multiply")
+
+    def resolved(self, dims: Dims) -> Self:
+        """As `TitansConfig.resolved`."""
+        if self.combine not in COMBINATIONS:
+            raise ValueError(
+                f"combine={self.combine!r} is unknown; use {' or '.join(map(repr, COMBINATIONS))}"
+            )
+        return super().resolved(dims)
+
+
 class TitansMemory(nn.Module):
     """The neural memory as a block: (B, T, D) and a state to (B, T, D) and the next state."""
 
@@ -143,6 +191,7 @@ class TitansMemory(nn.Module):
         self.config = config
         self.heads, self.size, self.chunk = config.num_heads, config.head_dim, config.chunk_length
         hidden, inner = dims.hidden_size, config.num_heads * config.head_dim
+        self.step = coupled_step if config.coupled_rate else own_step
         self.norm = nn.Parameter(torch.empty(hidden))
         self.query = nn.Linear(hidden, inner, bias=False)
         self.key = nn.Linear(hidden, inner, bias=False)
@@ -236,8 +285,8 @@ class TitansMemory(nn.Module):
             rate, momentum, forgetting = rearrange(
                 gates.to(wide), "B T (gate H) -> gate B H T", gate=3
             )
-            # The gradient is twice the error, and the steps of momentum sum to 1 / (1 - momentum).
-            step = self.config.max_rate / 2 * torch.sigmoid(rate) * torch.sigmoid(-momentum)
+            # The gradient is twice the error.
+            step = self.config.max_rate / 2 * self.step(rate, momentum)
             limit = self.config.max_surprise
             y, weights, carried = read_write(
                 F.normalize(q, dim=-1),
