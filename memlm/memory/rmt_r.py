@@ -2,7 +2,7 @@
 
 Each segment's memory M' joins a bank of past states. Before the next segment the memory asks the bank by
 one head of cross-attention, an MLP follows, and what comes out, R, is read beside the memory: the decoder
-sees [M; R; x; M], and its last hidden states at the trailing copy are the next memory.
+sees [M; R; x; M], or [R; x; M], and its last hidden states at the trailing copy are the next memory.
 
 Norms, skips, the MLP, and the vectors read while nothing is past follow the authors' published code
 (language_modeling_mem_retrieve.py). It keeps every state; here the bank has `bank_size` places, and behind
@@ -18,13 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site, option, was_loaded
+from memlm.memory.base import (
+    Dims,
+    Inner,
+    Memory,
+    MemoryConfig,
+    Site,
+    live_option,
+    option,
+    was_loaded,
+)
 from memlm.memory.parts.cache import held
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.memory_tokens import around, check_decoder_memory
 
 EPSILON = 1e-5  # of the norms
 WIDENING = 4  # of the MLP
+# What the attention's logits are multiplied with; the code's top-1 is a softmax that is all but hard.
+SHARPNESS = {"softmax": 1.0, "top-1": 1e5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +46,35 @@ class RMTRConfig(MemoryConfig):
     segment. bank_size: past states that are attended, the last ones; gradients flow into them. The
     default is the number of segments the paper trains with. archive_size: older states kept behind the
     bank, without gradient; 0 forgets them. recall: how many of these are attended together with the bank.
+    attention: "softmax" over the past vectors, or "top-1", the best one alone for each of the memory's.
+    read_memory: whether tokens see the memory itself beside what it recalls. biases: of the attention's
+    projections. dropout: in training, of the softmax, and of what attention and MLP give.
     """
 
     num_memory_tokens: int | None = None
     bank_size: int = 32
     archive_size: int = 0
     recall: int = option(4)
+    attention: str = option("softmax")
+    read_memory: bool = option(True)
+    biases: bool = option(False)
+    dropout: float = live_option(0.0)
 
     @classmethod
     def paper(cls) -> Self:
-        """16 tokens, and as many recalled from 32 segments, those of its training.
+        """16 tokens, and as many recalled from 32 segments, those of its training; biases and dropout.
 
-        Its code keeps every state. That starts O and the MLP random; here they are zero.
+        The last two are the published code's. It keeps every state, and starts O and the MLP random; here
+        they are zero.
         """
-        return cls(num_memory_tokens=16, bank_size=32, archive_size=0)
+        return cls(
+            num_memory_tokens=16,
+            bank_size=32,
+            archive_size=0,
+            attention="softmax",
+            biases=True,
+            dropout=0.1,
+        )
 
 
 class RMTRState(NamedTuple):
@@ -71,6 +97,7 @@ class RMTR(Memory):
     site: ClassVar[Site] = "model"
     Config: ClassVar[type[MemoryConfig]] = RMTRConfig
     accumulates: ClassVar[bool] = False
+    config: RMTRConfig
 
     def __init__(self, config: RMTRConfig, dims: Dims) -> None:
         super().__init__(config, dims)
@@ -78,6 +105,9 @@ class RMTR(Memory):
         self.num_memory_tokens = config.num_memory_tokens
         self.bank_size, self.archive_size = config.bank_size, config.archive_size
         self.picked = config.recall
+        self.scale = SHARPNESS[config.attention] * dims.hidden_size**-0.5
+        # The code drops no weight of the hard attention.
+        self.drops_weights = config.attention == "softmax"
         size = dims.hidden_size
         self.initial_memory = nn.Parameter(torch.empty(config.num_memory_tokens, size))
         self.initial_recall = nn.Parameter(torch.empty(config.num_memory_tokens, size))
@@ -85,7 +115,7 @@ class RMTR(Memory):
             nn.LayerNorm(size, eps=EPSILON) for _ in range(3)
         )
         self.query, self.key, self.value, self.output = (
-            nn.Linear(size, size, bias=False) for _ in range(4)
+            nn.Linear(size, size, bias=config.biases) for _ in range(4)
         )
         self.mlp_in = nn.Linear(size, WIDENING * size)
         self.mlp_out = nn.Linear(WIDENING * size, size)
@@ -108,11 +138,17 @@ class RMTR(Memory):
                 f"recall={config.recall} states are more than archive_size={config.archive_size} holds; "
                 "use a smaller recall or a larger archive_size"
             )
+        if config.attention not in SHARPNESS:
+            raise ValueError(
+                f"attention={config.attention!r} is unknown; use {' or '.join(map(repr, SHARPNESS))}"
+            )
+        if not 0 <= config.dropout < 1:
+            raise ValueError(f"dropout={config.dropout} must be from 0 to below 1")
         return replace(config, num_memory_tokens=memory_tokens_for(config.num_memory_tokens, dims))
 
     @classmethod
     def num_extra_positions(cls, config: Any) -> int:
-        return 3 * config.num_memory_tokens
+        return (3 if config.read_memory else 2) * config.num_memory_tokens
 
     def reset_parameters(self, embedding_std: float) -> None:
         nn.init.normal_(self.initial_memory, std=embedding_std)
@@ -124,6 +160,9 @@ class RMTR(Memory):
             nn.init.zeros_(norm.bias)
         for linear in (self.query, self.key, self.value, self.mlp_in):
             nn.init.normal_(linear.weight, std=self.dims.hidden_size**-0.5)
+        for linear in (self.query, self.key, self.value, self.output):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         # So that at the start it is RMT, which reads its memory twice.
         for zero in (self.output.weight, self.mlp_in.bias, self.mlp_out.weight, self.mlp_out.bias):
             nn.init.zeros_(zero)
@@ -141,7 +180,8 @@ class RMTR(Memory):
         self, x: Tensor, state: RMTRState, inner: Inner, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, RMTRState]:
         memory = state.memory.to(x.dtype)
-        before = torch.cat([memory, self.read(state).to(x.dtype)], dim=1)
+        recalled = self.read(state).to(x.dtype)
+        before = torch.cat([memory, recalled], dim=1) if self.config.read_memory else recalled
         y, new = around(before, x, memory if write else None, inner, mask)
         return y, self.write(new, state) if write else state
 
@@ -157,11 +197,17 @@ class RMTR(Memory):
             self.key(normed),
             self.value(normed),
             attn_mask=seen.unsqueeze(1),
+            dropout_p=self.config.dropout if self.training and self.drops_weights else 0.0,
+            scale=self.scale,
         )
-        recalled = memory + self.output(found)
-        recalled = recalled + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(recalled))))
+        recalled = memory + self._dropped(self.output(found))
+        hidden = F.gelu(self.mlp_in(self.mlp_norm(recalled)))
+        recalled = recalled + self._dropped(self.mlp_out(hidden))
         first = (state.length == 0)[:, None, None]
         return torch.where(first, self.initial_recall.to(recalled.dtype), recalled)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
 
     def write(self, memory: Tensor, state: RMTRState) -> RMTRState:
         """`memory` (B, M, D) joins the bank; the bank's oldest moves to the archive, whose oldest goes."""

@@ -7,7 +7,14 @@ from functools import partial
 
 import pytest
 
-from memlm.memory import ARMTConfig, MemoryConfig, TitansMACConfig, TitansMAGConfig, name_of
+from memlm.memory import (
+    ARMTConfig,
+    MemoryConfig,
+    RMTRConfig,
+    TitansMACConfig,
+    TitansMAGConfig,
+    name_of,
+)
 from tests.cases import CASES
 from tests.memory import test_laws as laws
 
@@ -23,6 +30,9 @@ OPTIONS: dict[str, MemoryConfig] = {
     ),
     "titans-mag": TitansMAGConfig(
         num_heads=2, chunk_length=3, coupled_rate=False, max_rate=0.3, combine="multiply"
+    ),
+    "rmt-r": RMTRConfig(
+        num_memory_tokens=2, bank_size=2, archive_size=2, recall=1, biases=True, read_memory=False
     ),
 }
 LAWS: dict[str, Callable[..., None]] = {

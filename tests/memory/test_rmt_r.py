@@ -20,6 +20,11 @@ CONFIGS = {
     "bank": RMTRConfig(num_memory_tokens=M, bank_size=2),
     "archive": RMTRConfig(num_memory_tokens=M, bank_size=1, archive_size=2, recall=1),
 }
+PUBLISHED = {
+    "biases": RMTRConfig(num_memory_tokens=M, bank_size=2, archive_size=1, recall=1, biases=True),
+    "top-1": RMTRConfig(num_memory_tokens=M, attention="top-1", biases=True),
+    "recalled": RMTRConfig(num_memory_tokens=M, bank_size=2, read_memory=False),
+}
 
 
 def build(family: str, config: RMTRConfig) -> MemLMForCausalLM:
@@ -57,6 +62,10 @@ def norm(x: torch.Tensor, layer: torch.nn.LayerNorm) -> torch.Tensor:
     return x / (x.square().mean() + 1e-5).sqrt() * layer.weight + layer.bias
 
 
+def apply(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear.weight @ x + (0 if linear.bias is None else linear.bias)
+
+
 def chosen(own: RMTR, memory: torch.Tensor, past: list[torch.Tensor]) -> list[torch.Tensor]:
     """The states in reach: the bank's, and of the archive's those with the largest mean logit."""
     bank, older = past[-own.bank_size :], past[: -own.bank_size]
@@ -64,8 +73,8 @@ def chosen(own: RMTR, memory: torch.Tensor, past: list[torch.Tensor]) -> list[to
 
     @torch.no_grad()
     def mean_logit(state: torch.Tensor) -> float:
-        queries = [own.query.weight @ norm(m, own.query_norm) for m in memory]
-        keys = [own.key.weight @ norm(m, own.past_norm) for m in state]
+        queries = [apply(own.query, norm(m, own.query_norm)) for m in memory]
+        keys = [apply(own.key, norm(m, own.past_norm)) for m in state]
         return float(sum(q @ k for q in queries for k in keys)) / len(memory) ** 2
 
     best = sorted(archive, key=mean_logit, reverse=True)[: own.picked]
@@ -81,11 +90,13 @@ def recalled(own: RMTR, memory: torch.Tensor, past: list[torch.Tensor]) -> torch
     normed = [norm(vector, own.past_norm) for state in states for vector in state]
     out = []
     for m in memory:
-        q = own.query.weight @ norm(m, own.query_norm)
-        logits = torch.stack([q @ (own.key.weight @ n) for n in normed]) / len(q) ** 0.5
+        q = apply(own.query, norm(m, own.query_norm))
+        logits = torch.stack([q @ apply(own.key, n) for n in normed]) / len(q) ** 0.5
         weights = logits.exp() / logits.exp().sum()
-        found = sum(w * (own.value.weight @ n) for w, n in zip(weights, normed, strict=True))
-        r = m + own.output.weight @ found
+        if own.config.attention == "top-1":
+            weights = torch.eye(len(logits), dtype=logits.dtype)[logits.argmax()]
+        found = sum(w * apply(own.value, n) for w, n in zip(weights, normed, strict=True))
+        r = m + apply(own.output, found)
         hidden = F.gelu(own.mlp_in.weight @ norm(r, own.mlp_norm) + own.mlp_in.bias)
         out.append(r + own.mlp_out.weight @ hidden + own.mlp_out.bias)
     return torch.stack(out)
@@ -101,9 +112,11 @@ def by_hand(
         if s and s % depth == 0:
             memory, past = memory.detach(), [state.detach() for state in past]
         embedded = base.get_input_embeddings()(segment)
-        x = torch.cat([memory, recalled(own, memory, past), embedded, memory])
+        read = [memory] if own.config.read_memory else []
+        before = torch.cat([*read, recalled(own, memory, past)])
+        x = torch.cat([before, embedded, memory])
         plain = base(inputs_embeds=x[None], use_cache=False, output_hidden_states=True)
-        logits.append(plain.logits[0, 2 * m : -m])
+        logits.append(plain.logits[0, len(before) : -m])
         memory = plain.hidden_states[-1][0, -m:]
         past.append(memory)
     return torch.cat(logits), past
@@ -122,6 +135,37 @@ def test_equals_recall_of_past_memory_states(family: str, config: str) -> None:
         kept = torch.stack(past[-CONFIGS[config].bank_size :])
         bank = out.memory_state["rmt-r.bank"][row]
         torch.testing.assert_close(bank[-len(kept) :], kept, **CLOSE)
+
+
+@pytest.mark.parametrize("config", PUBLISHED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_the_published_code_s_options_equal_the_recurrence(family: str, config: str) -> None:
+    model, ids = build(family, PUBLISHED[config]), tokens(2, 4 * SEGMENT + 2)
+    out = model(ids)
+    for row in range(2):
+        logits, past = by_hand(model.base, cell_of(model), ids[row])
+        torch.testing.assert_close(out.logits[row], logits, **CLOSE)
+        torch.testing.assert_close(out.memory_state["rmt-r.memory"][row], past[-1], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["softmax", "top-1"])
+def test_dropout_falls_on_weights_and_on_what_is_added(attention: str) -> None:
+    """The published code's three places, in their order; the hard attention keeps its weights."""
+    own = cell(bank_size=3, dropout=0.4, attention=attention)
+    state = filled(own, random(2, 3, M, D))
+    memory, past = state.memory, own.past_norm(state.bank.flatten(1, 2))
+    scores = own.query(own.query_norm(memory)) @ own.key(past).mT / D**0.5
+    hard = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
+    torch.manual_seed(3)
+    weights = F.dropout(scores.softmax(-1), 0.4) if attention == "softmax" else hard
+    expected = memory + F.dropout(own.output(weights @ own.value(past)), 0.4)
+    hidden = F.gelu(own.mlp_in(own.mlp_norm(expected)))
+    expected = expected + F.dropout(own.mlp_out(hidden), 0.4)
+    torch.manual_seed(3)
+    torch.testing.assert_close(own.train().read(state), expected, **CLOSE)
+    assert torch.equal(own.eval().read(state), own.read(state))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -264,6 +308,8 @@ def test_without_a_past_the_learned_vectors_are_read() -> None:
         ({"bank_size": 0}, "bank_size=0"),
         ({"archive_size": -1}, "archive_size=-1"),
         ({"recall": 0}, "recall=0"),
+        ({"attention": "top-2"}, "attention='top-2' is unknown; use 'softmax' or 'top-1'"),
+        ({"dropout": 1.0}, "dropout=1.0"),
         ({"archive_size": 2, "recall": 3}, "recall=3 .* archive_size=2"),
     ],
 )
