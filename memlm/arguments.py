@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from memlm.segment import IGNORE, Packing, documents_in, shift_labels
+from memlm.segment import IGNORE, Alignment, Packing, documents_in, shift_labels
 
 # What every model of transformers takes and this one cannot give, and what to use instead.
 REFUSED = {
@@ -26,7 +26,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The documents of a call, a row each, their tokens from the left.
+    """The documents of a call, a row each, their tokens from the left (or their segments from the right).
 
     ids (D, L) long. mask (D, L) bool, True on real tokens; None when all are. targets (D, L) long: labels
     that were shifted over each whole document; None without labels. packing: where each token stood in the
@@ -46,13 +46,18 @@ def packed(
     shifted_labels: Tensor | None = None,
     *,
     continued: bool = False,
+    alignment: Alignment = "left",
+    segment_length: int,
     **borders: Any,
 ) -> Batch:
     """Check what a call was given, and pack it to the left. ValueError on what does not fit.
 
-    continued: whether a memory_state is given as well, with a row for each row here. borders: what tells
-    the documents in a row apart (`documents_in`).
+    alignment "right" leaves padding behind a document's first segment of `segment_length` tokens, so that
+    all others are full. continued: whether a memory_state is given as well, with a row for each row here.
+    borders: what tells the documents in a row apart (`documents_in`).
     """
+    if alignment not in get_args(Alignment):
+        raise ValueError(f"segment_alignment={alignment!r} is unknown; use 'left' or 'right'")
     ids, mask, targets = _check(input_ids, attention_mask, labels, shifted_labels)
     documents = documents_in(ids, mask, **borders)
     if documents is not None and continued:
@@ -60,13 +65,20 @@ def packed(
             "memory_state goes on with one document per row, but position_ids, seq_idx or "
             "cu_seq_lens_q put several into a row; give one or the other"
         )
+    right = alignment == "right"
     packing = None
-    if mask is not None or documents is not None:
+    if mask is not None or documents is not None or (right and ids.shape[1] % segment_length):
         packing = Packing.of(torch.ones_like(ids) if mask is None else mask, documents)
         ids, mask = packing.pack(ids, 0), packing.mask
         targets = None if targets is None else packing.pack(targets, IGNORE)
     if targets is not None and shifted_labels is None:
         targets = shift_labels(targets)
+    if right and packing is not None:
+        aligned = packing.to_the_right(segment_length)
+        ids = aligned.pack(packing.unpack(ids, 0), 0)
+        if targets is not None:
+            targets = aligned.pack(packing.unpack(targets, IGNORE), IGNORE)
+        packing, mask = aligned, aligned.mask
     return Batch(ids, mask, targets, packing)
 
 

@@ -25,7 +25,7 @@ from memlm.output import LogitsNotMade, MemLMOutput
 from memlm.saving import load_memory, save_memory
 from memlm.scan import Anchor, first_window, scan
 from memlm.schedule import sequential
-from memlm.segment import IGNORE, Segment, cut
+from memlm.segment import IGNORE, Alignment, Segment, cut
 from memlm.state import MemoryState
 from memlm.windowed import windows
 from memlm.writes import WriteCount
@@ -276,6 +276,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         max_length_q: Tensor | int | None = None,
         max_length_k: Tensor | int | None = None,
         head: Callable[[Tensor], Tensor] | None = None,
+        segment_alignment: Alignment = "left",
         **kwargs: Any,
     ) -> MemLMOutput | tuple[Any, ...]:
         """Read input_ids (B, N) after what `memory_state` remembers; the last segment ends with the call.
@@ -284,6 +285,8 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         the document. `windows` reads, and trains on, a document of any length in bounded memory.
 
         attention_mask (B, N): 0 marks padding, anywhere; it neither reads, writes nor moves a position.
+        segment_alignment: where segments are cut that do not divide a document: from the "left", its last
+        one being short, or from the "right", its first one being short (each row by its own length).
         labels (B, N): as transformers has them, shifted here (or `shift_labels`, shifted already).
         bptt_depth: segments a gradient reaches back; None is all of the call. bptt_anchor: where windows
         of that many segments are counted from, back from the "end" of the call (of its longest row), or
@@ -317,6 +320,8 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             labels,
             shift_labels,
             continued=memory_state is not None,
+            alignment=segment_alignment,
+            segment_length=self.config.segment_length,
             position_ids=position_ids,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,

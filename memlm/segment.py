@@ -2,18 +2,22 @@
 
 Labels are shifted once, over the whole row, before anything is cut: otherwise the last token of every
 segment would lose its target. Rows are packed to the left first, so that padding, wherever it stood,
-never moves a segment boundary.
+never moves a segment boundary. The short segment is a row's last, or its first where that is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
+# Which segments of a document are full: those from its "left" end, the last one being short, or from its
+# "right" end, the first one being short.
+Alignment = Literal["left", "right"]
 # The arguments by which flattening collators tell the documents in a row apart (`documents_in`).
 BORDERS = (
     "position_ids",
@@ -102,6 +106,22 @@ class Packing:
     def pack(self, values: Tensor, fill: int) -> Tensor:
         """(B, N) -> (D, length), a document per row, `fill` behind its end."""
         return values.flatten()[self.source].masked_fill(~self.mask, fill)
+
+    def to_the_right(self, segment_length: int) -> Packing:
+        """Each document with its short segment first: padding behind that makes a full one of it."""
+        lengths = self.mask.sum(dim=1, keepdim=True)
+        short = lengths % segment_length
+        gap = (segment_length - short) % segment_length
+        total = -(-self.length // segment_length) * segment_length
+        at = torch.arange(total, device=self.mask.device)
+        mask = (at < short) | ((at >= short + gap) & (at < lengths + gap))
+        origin = torch.where(at < short, at, at - gap).clamp(0, self.length - 1)
+        return replace(self, source=self.source.gather(1, origin).masked_fill(~mask, 0), mask=mask)
+
+    def unpack(self, values: Tensor, fill: int) -> Tensor:
+        """(D, length) -> (B, N), the reverse of `pack`."""
+        places = self.places()
+        return values.flatten()[places.clamp(min=0)].masked_fill(places < 0, fill)
 
     def places(self) -> Tensor:
         """(B, N): the place, counted through all packed rows, that each token went to; -1 on padding."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memlm.arguments import Batch, packed
 from memlm.output import MemLMOutput
 from memlm.scan import Anchor, first_window, scan
-from memlm.segment import BORDERS, IGNORE, Segment, cut
+from memlm.segment import BORDERS, IGNORE, Alignment, Segment, cut
 from memlm.state import MemoryState
 
 
@@ -37,15 +37,16 @@ def windows(
     bptt_depth: int = 2,
     bptt_anchor: Anchor = "end",
     num_items_in_batch: Tensor | int | None = None,
+    segment_alignment: Alignment = "left",
     **kwargs: Any,
 ) -> Iterator[MemLMOutput]:
     """Read documents window by window: one call of `model`, and one `MemLMOutput`, per window.
 
     model: a `MemLMForCausalLM`, or a module around one (DDP, FSDP, peft, torch.compile), which is what is
-    called. input_ids, attention_mask and labels (B, N), memory_state and bptt_anchor as its `forward` takes
-    them; so are `kwargs`, which go to every call, and position_ids, seq_idx or cu_seq_lens_q, where a row
-    holds several documents. bptt_depth: segments per window. A memory learns what to write from later
-    segments of the same window, so with 1 it does not.
+    called. input_ids, attention_mask and labels (B, N), memory_state, bptt_anchor and segment_alignment as
+    its `forward` takes them; so are `kwargs`, which go to every call, and position_ids, seq_idx or
+    cu_seq_lens_q, where a row holds several documents. bptt_depth: segments per window. A memory learns
+    what to write from later segments of the same window, so with 1 it does not.
 
     Call backward on each window's loss before the next window is asked for:
 
@@ -65,7 +66,15 @@ def windows(
         raise TypeError(f"windows() got unexpected arguments {sorted(unknown)}; give labels alone")
     inner = _model_within(model)
     borders = {name: kwargs.pop(name, None) for name in BORDERS}
-    batch = packed(input_ids, attention_mask, labels, continued=memory_state is not None, **borders)
+    batch = packed(
+        input_ids,
+        attention_mask,
+        labels,
+        continued=memory_state is not None,
+        alignment=segment_alignment,
+        segment_length=inner.segment_length,
+        **borders,
+    )
     segments = list(cut(batch.ids, batch.mask, batch.targets, inner.segment_length))
     first = first_window(len(segments), bptt_depth, bptt_anchor)
     shares = _Shares(batch, segments, num_items_in_batch)
@@ -77,6 +86,7 @@ def windows(
             attention_mask=whole.mask,
             shift_labels=whole.labels,
             memory_state=state,
+            segment_alignment=segment_alignment,
             **kwargs,
         )
         return shares.weigh(out, whole, window, inner.training), out.memory_state
