@@ -97,10 +97,17 @@ class GatedDeltaConfig(GatedConfig):
     def paper(cls) -> Self:
         """Gated DeltaNet's at 1.3B: 6 heads, keys of 256, values of 512, convolutions of 4.
 
-        The heads are the published code's. output_std stays at 0, where the paper's projection starts
-        random.
+        The heads are the published code's, as are the convolutions' taps: there uniform to 1/2 either way.
+        output_std stays at 0, where the paper's projection starts random.
         """
-        return cls(rule="gated-delta", num_heads=6, head_dim=256, value_dim=512, conv_size=4)
+        return cls(
+            rule="gated-delta",
+            num_heads=6,
+            head_dim=256,
+            value_dim=512,
+            conv_size=4,
+            conv_std=12**-0.5,
+        )
 
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
