@@ -26,7 +26,7 @@ OPTIONS: dict[str, MemoryConfig] = {
         num_memory_tokens=2, d_mem=8, unit_features=True, normaliser="none", query_scale=2.0
     ),
     "titans-mac": TitansMACConfig(
-        chunk_length=4, conv_size=4, coupled_rate=False, max_rate=0.3, combine="multiply"
+        chunk_length=4, conv_size=3, coupled_rate=False, max_rate=0.3, combine="multiply"
     ),
     "titans-mag": TitansMAGConfig(
         num_heads=2, chunk_length=3, coupled_rate=False, max_rate=0.3, combine="multiply"
@@ -75,7 +75,6 @@ def test_round_trips(memory: str, tmp_path) -> None:
     laws.test_round_trips(memory, "llama", tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("option", [one for one in OPTIONS if name_of(OPTIONS[one]) in laws.SILENT])
 def test_silence(memory: str) -> None:
-    laws.test_silence_leaves_the_state_as_it_was(memory)
+    laws.test_silence_leaves_the_state_as_it_was(memory, segments=30)
