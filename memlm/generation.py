@@ -22,6 +22,7 @@ _NOT_IN_GENERATION = (
     "num_items_in_batch",
     "bptt_depth",
     "bptt_anchor",
+    "segment_alignment",
     "write",
     "logits_to_keep",
     "return_dict",

@@ -97,6 +97,9 @@ def test_a_row_without_padding_is_aligned_too() -> None:
     )
     with pytest.raises(ValueError, match="segment_alignment='center' is unknown"):
         model(ids, segment_alignment="center")
+    # Where it would not be heeded it is refused.
+    with pytest.raises(ValueError, match="no use for segment_alignment"):
+        model.generate(ids, max_new_tokens=1, segment_alignment="right")
 
 
 def test_a_window_shorter_than_segment_and_memory_is_refused() -> None:
