@@ -17,11 +17,12 @@ from typing import Any
 
 from memlm.text import check_text_file, read_text
 
-RECIPES = {"armt": "tiny-armt-qa1", "none": "tiny-none-qa1"}
+MEMORY, NONE = "gated-delta", "none"
+RECIPES = {MEMORY: "tiny-delta-qa1", NONE: "tiny-none-qa1"}
 # Samples by length: fewer where each costs more. Without memory all lengths are alike.
 SAMPLES = {
-    "armt": {"1k": 100, "4k": 100, "16k": 100, "64k": 60, "128k": 40, "1M": 20},
-    "none": {"1k": 100, "4k": 100, "16k": 100, "64k": 40, "128k": 20, "1M": 4},
+    MEMORY: {"1k": 100, "4k": 100, "16k": 100, "64k": 40, "128k": 20, "1M": 10},
+    NONE: {"1k": 100, "4k": 100, "16k": 100, "64k": 40, "128k": 20, "1M": 4},
 }
 QUICK = {"1k": 8, "4k": 8}
 QUICK_STEPS = "training.max_steps=60"
@@ -50,24 +51,24 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     print(
-        f"memlm demo, seed {seed}: train two small models, with memory (armt) and without (none), on\n"
+        f"memlm demo, seed {seed}: train two small models, with memory ({MEMORY}) and without, on\n"
         "bAbI qa1 inside English text, then ask both where somebody is, at up to a million tokens.\n"
         f"Everything is written to {out}/; interrupt and run again to go on.\n",
         flush=True,
     )
     # The model without memory runs beside the other, so that two cores are used by one thread each.
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        beside = pool.submit(_work, "none", str(out), seed, quick, False)
-        work = {"armt": _work("armt", str(out), seed, quick, True)}
+        beside = pool.submit(_work, NONE, str(out), seed, quick, False)
+        work = {MEMORY: _work(MEMORY, str(out), seed, quick, True)}
         print("waiting for the model without memory ...", flush=True)
-        work["none"] = _result(beside)
+        work[NONE] = _result(beside)
     table = _table(work)
     print("\n" + table)
     picture = _plot(out)
     before = time.process_time()
     stream_report = _stream(out, seed, STREAM_TOKENS if not quick else 2**14, file, question)
     print(stream_report)
-    work["armt"]["cpu_seconds"] += time.process_time() - before
+    work[MEMORY]["cpu_seconds"] += time.process_time() - before
     cpu = sum(w["cpu_seconds"] for w in work.values())
     line = (
         f"{time.perf_counter() - began:.0f} s of wall time now, {cpu / 60:.1f} CPU-minutes in all; "
@@ -76,7 +77,7 @@ def demo(
     print(line)
     report = out / "report.md"
     report.write_text(f"{table}\n{stream_report}\n{line}\n", encoding="utf-8")
-    return [report, picture, out / "armt", out / "none"]
+    return [report, picture, out / MEMORY, out / NONE]
 
 
 def _work(name: str, out: str, seed: int, quick: bool, progress: bool) -> dict[str, Any]:
@@ -147,12 +148,12 @@ def _cells(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(work: dict[str, dict[str, Any]]) -> str:
-    armt, none = _cells(work["armt"]), _cells(work["none"])
+    memory, none = _cells(work[MEMORY]), _cells(work[NONE])
     lines = [
-        "| length | armt | samples | none | samples | tokens/s (armt) | peak memory (armt) |",
+        f"| length | {MEMORY} | samples | {NONE} | samples | tokens/s | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    for length, cell in armt.items():
+    for length, cell in memory.items():
         other = none[length]
         lines.append(
             f"| {length} | {cell.accuracy:.0%} | {cell.samples} | {other.accuracy:.0%} | "
@@ -161,8 +162,9 @@ def _table(work: dict[str, dict[str, Any]]) -> str:
         )
     lines.append(
         f"\nGuessing among {PLACES} places is right in {1 / PLACES:.0%} of cases. Training took "
-        f"{work['armt']['train_cpu_seconds']:.0f} (armt) and "
-        f"{work['none']['train_cpu_seconds']:.0f} (none) CPU seconds."
+        f"{work[MEMORY]['train_cpu_seconds']:.0f} ({MEMORY}) and "
+        f"{work[NONE]['train_cpu_seconds']:.0f} ({NONE}) CPU seconds. Speed and memory are those of "
+        f"{MEMORY}."
     )
     return "\n".join(lines)
 
@@ -197,7 +199,7 @@ def _stream(
     from memlm.tasks.babilong import compose
     from memlm.tasks.haystack import Haystack
 
-    model, tokenizer = load(out / "armt")
+    model, tokenizer = load(out / MEMORY)
     story = next(babi.generate("qa1", seed + 1))
     noise = Haystack.open("builtin", "eval").tokenized(tokenizer)
     sample = compose(story, noise, tokens, tokenizer, np.random.default_rng(seed + 1))
