@@ -247,8 +247,11 @@ def base_model(family: str, seed: int = 0, **over: object) -> PreTrainedModel:
     config = CONFIG_MAPPING[family](**{**(FAMILIES | RECURRENT)[family], **over})
     model = AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                # A state that is forgotten within a segment proves nothing.
+                parameter.sub_(4)
+            elif parameter.ndim > 1:
                 parameter.mul_(5)
     return model
 
