@@ -253,6 +253,10 @@ def base_model(family: str, seed: int = 0, **over: object) -> PreTrainedModel:
                 parameter.sub_(4)
             elif parameter.ndim > 1:
                 parameter.mul_(5)
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if family in RECURRENT and rotary is not None:
+        # Angles are computed in float32, with positions in it, where `float64_stays` as well.
+        rotary.to(torch.float32)
     return model
 
 
