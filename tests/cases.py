@@ -127,7 +127,7 @@ FAMILIES: dict[str, dict] = {
 # Bases with a recurrent state of their own, their other layers with softmax attention.
 RECURRENT: dict[str, dict] = {
     "mamba2": {
-        **{k: v for k, v in _COMMON.items() if "token_id" in k or "size" in k and k[0] != "i"},
+        **{k: v for k, v in _COMMON.items() if "token_id" in k or ("size" in k and k[0] != "i")},
         "num_hidden_layers": 2,
         "num_heads": 4,
         "head_dim": 16,

@@ -71,7 +71,7 @@ architectures for one mechanism per site.
 - **neutral**: freshly attached, the first segment's logits are the base model's.
 - **round trips**: state, model and memory are saved and loaded, and go on as if they had not been.
 - **numbers**: bfloat16 and autocast stay close.
-- **bounded**: 100,000 tokens in float32 stay finite and no larger than in the first 12,800 (on Llama, or Mamba-2).
+- **bounded**: 100,000 tokens in float32 stay finite and no larger than in the first 12,800 (Llama, Mamba2).
 - **silence**: where every write gate is zero, 1,000 segments leave the state as it was, to the bit (Llama).
 
 Besides these each mechanism has an oracle of its own, named on its [page](methods.md), and a check that it

@@ -439,9 +439,9 @@ class Backbone:
         x = torch.linspace(-1, 1, 5 * self.config.hidden_size, device=works_on(module)).sin()
         if not goes_on_exactly(module, x.reshape(1, 5, -1).to(self.dtype), dims):
             raise ValueError(
-                f"base: the recurrence of layer {layer} ({type(module).__name__}) does not compute in parts "
-                "what it computes in one, so its state cannot be carried; use a memory with a state of its "
-                "own, such as 'armt'"
+                f"base: the recurrence of layer {layer} ({type(module).__name__}) does not compute in "
+                "parts what it computes in one, so its state cannot be carried; use a memory with a "
+                "state of its own, such as 'armt'"
             )
 
     def close(self) -> None:

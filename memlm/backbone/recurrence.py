@@ -112,8 +112,8 @@ def obstacle(layers: Sequence[nn.Module]) -> str | None:
 class Carried:
     """What one layer carries, in the place of transformers' cache.
 
-    Families ask for it in several ways, and transformers 5.17 in others than 5.23: all of them get the same.
-    Nothing is written into what was carried, so gradients pass.
+    Families ask for it in several ways, and transformers 5.17 in others than 5.23. All get the same, and
+    nothing is written into what was carried, so gradients pass.
     """
 
     # Even a short input then passes `update_conv_state`, instead of a kernel that writes in place.
@@ -163,7 +163,7 @@ class Carried:
 
 
 class Shut(NamedTuple):
-    """While a recurrence runs on padding: which tokens (B, T) are real, and below what no gate of theirs is.
+    """While a recurrence runs on padding: which tokens (B, T) are real, and the least their gates may be.
 
     floor (n,): None where gates have no lower limit.
     """
@@ -231,8 +231,9 @@ class RecurrenceStage(MemoryStage):
         call = super(MemoryStage, self).forward
         arguments = bind(type(self)._memlm_original, args, kwargs)
         x = arguments.pop("hidden_states")
+        stage: Callable[..., Any] = partial(go_on, self, call, **arguments)
         with entered(memory_run):
-            return memory_run.chain(site, layer, partial(go_on, self, call, **arguments), x)
+            return memory_run.chain(site, layer, stage, x)
 
 
 class LimitedStage(RecurrenceStage):

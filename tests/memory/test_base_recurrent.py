@@ -109,7 +109,9 @@ def test_padding_changes_no_state(family: str) -> None:
 def test_gradients_are_those_of_the_unsplit_document(family: str) -> None:
     base, ids = base_model(family), tokens(2, 3 * SEGMENT)
     parameters = list(base.parameters())
-    plain = torch.autograd.grad(base(ids, labels=ids, use_cache=False).loss, parameters, allow_unused=True)
+    plain = torch.autograd.grad(
+        base(ids, labels=ids, use_cache=False).loss, parameters, allow_unused=True
+    )
     model = carrying(base)
     found = torch.autograd.grad(model(ids, labels=ids).loss, parameters, allow_unused=True)
     for a, b in zip(found, plain, strict=True):
@@ -175,15 +177,19 @@ def test_what_cannot_be_carried_is_refused_by_name(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_base_without_a_recurrent_state_is_refused(family: str) -> None:
-    with pytest.raises(ValueError, match="no layer of it has a recurrent state.*'armt'"):
+    with pytest.raises(ValueError, match=r"no layer of it has a recurrent state.*'armt'"):
         MemLMForCausalLM.from_base(base_model(family), memory="base-recurrent")
 
 
 def test_what_does_not_fit_is_refused() -> None:
     def attach(*memories: object, family: str = "mamba2") -> None:
-        MemLMForCausalLM.from_base(base_model(family), memory=list(memories), segment_length=SEGMENT)
+        MemLMForCausalLM.from_base(
+            base_model(family), memory=list(memories), segment_length=SEGMENT
+        )
 
-    with pytest.raises(ValueError, match=r"layers \[1\] of the base model have no .*use layers among \(0,\)"):
+    with pytest.raises(
+        ValueError, match=r"layers \[1\] of the base model have no .*use layers among \(0,\)"
+    ):
         attach(BaseRecurrentConfig(layers=(1,)), family="qwen3_next")
     with pytest.raises(ValueError, match="each carry the same state; attach one"):
         attach("base-recurrent", "base-recurrent")
@@ -207,7 +213,9 @@ def test_a_recurrence_that_drops_its_state_is_found_out(monkeypatch: pytest.Monk
 @torch.no_grad()
 def test_the_base_is_handed_back_as_it_was(family: str) -> None:
     base, ids = base_model(family), tokens(1, SEGMENT)
-    described = [(name, type(module), sorted(vars(module))) for name, module in base.named_modules()]
+    described = [
+        (name, type(module), sorted(vars(module))) for name, module in base.named_modules()
+    ]
     plain = base(ids, use_cache=False).logits
     model = MemLMForCausalLM.from_base(base, memory="base-recurrent", segment_length=SEGMENT)
     model(ids)

@@ -65,7 +65,9 @@ def base_for(memory: object, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 def model(memory: object, dtype: torch.dtype = torch.float32) -> MemLMForCausalLM:
     """A memory model with nothing at zero."""
-    made = MemLMForCausalLM.from_base(base_for(memory, dtype), memory=memory, segment_length=SEGMENT)
+    made = MemLMForCausalLM.from_base(
+        base_for(memory, dtype), memory=memory, segment_length=SEGMENT
+    )
     randomise(made.memory, std=0.2)
     return made.eval()
 
