@@ -100,8 +100,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
         recurrent = [layer for site, layer in self.memory.cells() if site == "recurrence"]
         self._open_heads()
-        if recurrent:
-            self.backbone.open_recurrences()
+        self.backbone.open_recurrences(recurrent)
         if given and self.backbone.device.type != "meta":
             # A model still without weights was tried out when it was made.
             for layer in heads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -411,12 +411,11 @@ class Backbone:
         for config in self._opened:
             config._attn_implementation = name
 
-    def open_recurrences(self) -> None:
-        """Make layers that have a recurrence of their own go on from the states of memories around it."""
-        for index, layer in enumerate(self.layers):
-            module = find_recurrence(layer)
-            if module is None:
-                continue
+    def open_recurrences(self, layers: Iterable[int]) -> None:
+        """Make the recurrences of `layers` go on from the states of memories around them."""
+        for index in layers:
+            module = find_recurrence(self.layers[index])
+            assert module is not None
             for gate, described in gates_of(module):
                 if become(gate, GateStage):
                     self._staged.append(gate)
