@@ -38,6 +38,7 @@ from memlm.memory import (
     MemoryConfig,
     available_memories,
     config_to_dict,
+    memory_class,
     resolve_memories,
 )
 from memlm.segment import IGNORE
@@ -432,7 +433,9 @@ def main(
     ),
 ) -> None:
     torch.set_num_threads(1)
-    chosen = names(memories, available_memories(), "memories")
+    # The base of this benchmark has no recurrent state of its own.
+    known = (n for n in available_memories() if n == "none" or memory_class(n).site != "recurrence")
+    chosen = names(memories, tuple(known), "memories")
     asked = names(tasks, tuple(TASKS), "tasks")
     recipe = Recipe()
     for task in () if only_table else asked:

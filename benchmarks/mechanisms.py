@@ -36,7 +36,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from memlm import MemLMForCausalLM, __version__
-from memlm.memory import available_memories
+from memlm.memory import available_memories, memory_class
+
+# Those that can stand on the benchmark's base, which has no recurrent state of its own.
+MEMORIES = tuple(
+    name
+    for name in available_memories()
+    if name == "none" or memory_class(name).site != "recurrence"
+)
 
 TASKS = ("forward", "forward+backward")
 
@@ -164,7 +171,7 @@ def main(
     ),
 ) -> None:
     shape = Shape(hidden, layers, segment, segments, batch, vocab, device, dtype, threads)
-    names = memory or list(available_memories())
+    names = memory or list(MEMORIES)
     peaks = {
         (name, task): in_fresh_process(peak, name, task, shape) for name in names for task in TASKS
     }

@@ -22,7 +22,14 @@ from mechanisms import seconds
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM, __version__
-from memlm.memory import available_memories
+from memlm.memory import available_memories, memory_class
+
+# Those that can stand on the benchmark's base, which has no recurrent state of its own.
+MEMORIES = tuple(
+    name
+    for name in available_memories()
+    if name == "none" or memory_class(name).site != "recurrence"
+)
 
 
 def main(
@@ -74,7 +81,7 @@ def main(
 
     models = {
         name: MemLMForCausalLM.from_base(base, memory=name, segment_length=segment).to(device)
-        for name in available_memories()
+        for name in MEMORIES
     }
     rows = []
     for task, plain, memory in (

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, cast
 
 import torch
@@ -96,6 +96,7 @@ class MemoryStack(nn.Module):
     ) -> None:
         super().__init__()
         dims = backbone.dims(segment_length)
+        check_recurrence(configs, backbone)
         resolved = [resolve(config, dims) for config in configs]
         check_layers(resolved, backbone, dims)
         check_attention(resolved, backbone, dims)
@@ -400,6 +401,19 @@ def check_layers(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims
             )
 
 
+def check_recurrence(configs: Sequence[MemoryConfig], backbone: Backbone) -> None:
+    """Refuse to carry a recurrent state that the base model does not have, or cannot be given."""
+    found = [name_of(config) for config in configs if class_of(config).site == "recurrence"]
+    reason = backbone.recurrence_obstacle() if found else None
+    if reason is not None:
+        raise ValueError(
+            f"memory={found[0]!r} carries the base model's own recurrent state, but {reason}, or a memory "
+            "with a state of its own such as 'armt'"
+        )
+    if len(found) > 1:
+        raise ValueError(f"memory={found} would each carry the same state; attach one of them")
+
+
 def check_attention(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims) -> None:
     """Refuse a memory that inserts positions into an attention that cannot be given them."""
     for config in configs:
@@ -420,14 +434,13 @@ def check_attention(configs: Sequence[MemoryConfig], backbone: Backbone, dims: D
 
 def check_composition(configs: Sequence[MemoryConfig], dims: Dims) -> None:
     """Refuse a memory that would take positions another one inserts for tokens of the document."""
-    order = ("layer", "attention", "heads")
-    inside = sorted(
-        (config for config in configs if class_of(config).site in order),
-        key=lambda config: order.index(class_of(config).site),
-    )
-    for layer in range(dims.num_layers):
-        here = [config for config in inside if layer in layers_of(config, dims.num_layers)]
-        for outer, inner in pairwise(here):
+    # A recurrence may stand beside an attention in a layer, never inside it.
+    orders = ("layer", "attention", "heads"), ("layer", "recurrence")
+    for order, layer in product(orders, range(dims.num_layers)):
+        inside = [config for config in configs if class_of(config).site in order]
+        inside = [config for config in inside if layer in layers_of(config, dims.num_layers)]
+        inside.sort(key=lambda config: order.index(class_of(config).site))
+        for outer, inner in pairwise(inside):
             count = class_of(outer).num_inserted(outer, dims)
             if count:
                 raise ValueError(

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from memlm.arguments import REFUSED, packed, refuse
 from memlm.attach import AttachedMemory, MemoryStack, check_attention
-from memlm.backbone import Backbone
+from memlm.backbone import Backbone, new_base
 from memlm.config import FORMAT_VERSION, MemLMConfig
 from memlm.generation import MemoryGenerationMixin
 from memlm.logits import Collector, Nothing, Sum, collector, summed_cross_entropy
@@ -86,11 +86,8 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         super().__init__(config)
         given = base is not None
         if base is None:
-            base = AutoModelForCausalLM.from_config(
-                config.text_config,
-                attn_implementation=config._attn_implementation,
-                dtype=config.dtype or torch.get_default_dtype(),
-            )
+            dtype = config.dtype or torch.get_default_dtype()
+            base = new_base(config.text_config, config._attn_implementation, dtype)
         self.base = base
         self.backbone = Backbone(base)
         configs = resolve_memories(config.memory)
@@ -101,11 +98,15 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = [MEMORY_NAMES]
         config.memory = list(self.memory.configs)
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
+        recurrent = [layer for site, layer in self.memory.cells() if site == "recurrence"]
         self._open_heads()
+        self.backbone.open_recurrences(recurrent)
         if given and self.backbone.device.type != "meta":
             # A model still without weights was tried out when it was made.
             for layer in heads:
                 self.backbone.rotates(layer)
+            for layer in recurrent[:1]:
+                self.backbone.try_recurrence(layer)
         self.gradient_checkpointing = False
         with self.backbone.weights_kept() if given else nullcontext():
             self.post_init()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from memlm.memory import (
     ARMTConfig,
+    BaseRecurrentConfig,
     CompressiveConfig,
     GatedDeltaConfig,
     GatedDeltaHeadsConfig,
@@ -22,12 +27,16 @@ from memlm.memory import (
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    memory_class,
+    name_of,
+    resolve_memories,
 )
 from memlm.modeling import MemLMForCausalLM
 
 # One line per mechanism; a test compares these names with the files and with docs/methods.md.
 CASES: dict[str, MemoryConfig] = {
     "armt": ARMTConfig(num_memory_tokens=3, d_mem=8),
+    "base-recurrent": BaseRecurrentConfig(),
     "compressive": CompressiveConfig(memory_length=4, compressed_length=11, compression_rate=2),
     "gated-delta": GatedDeltaConfig(chunk_length=4, conv_size=3, num_heads=2),
     "gated-delta-heads": GatedDeltaHeadsConfig(chunk_length=4),
@@ -59,6 +68,23 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+}
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "head_dim": 8,
+}
+# How a hybrid's layers begin; those of RECURRENT all have a recurrence of their own.
+_MIXED = ["linear_attention", "full_attention"]
 FAMILIES: dict[str, dict] = {
     "llama": _COMMON,
     "gpt2": {
@@ -98,18 +124,139 @@ FAMILIES: dict[str, dict] = {
     },
     "smollm3": _COMMON,
 }
+# Bases with a recurrent state of their own, their other layers with softmax attention.
+RECURRENT: dict[str, dict] = {
+    "mamba2": {
+        **{k: v for k, v in _COMMON.items() if "token_id" in k or ("size" in k and k[0] != "i")},
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "head_dim": 16,
+        "state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+        "residual_in_fp32": False,
+    },
+    "falcon_h1": {**_COMMON, **_MAMBA, "mamba_d_ssm": 64, "head_dim": 8},
+    "qwen3_next": {
+        **_COMMON,
+        **_DELTA,
+        "layer_types": _MIXED,
+        "num_experts": 0,
+        "mlp_only_layers": [0, 1],
+    },
+    "bamba": {**_COMMON, **_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        **_COMMON,
+        **_MAMBA,
+        "layer_types": _MIXED,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+    },
+    "kimi_linear": {
+        **_COMMON,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "linear_num_heads": 4,
+        "linear_head_dim": 8,
+        "layer_types": _MIXED,
+        "mlp_layer_types": ["dense", "dense"],
+    },
+    "nemotron_h": {
+        **_COMMON,
+        "layer_types": _MIXED,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+        "head_dim": 8,
+    },
+    "olmo_hybrid": {**_COMMON, **_DELTA, "layer_types": _MIXED},
+    "qwen3_5_text": {**_COMMON, **_DELTA, "layer_types": _MIXED},
+    "zamba2": {
+        **_COMMON,
+        "num_hidden_layers": 3,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 2,
+        "chunk_size": 4,
+        "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1],
+    },
+}
 LAW_FAMILIES = ("llama", "gpt2", "qwen3")
+RECURRENT_FAMILIES = ("mamba2", "falcon_h1", "qwen3_next")
+
+
+def needs_recurrence(memory: object) -> bool:
+    """Whether a memory stands at a recurrence of the base model's own."""
+    known = CASES.get(memory, memory) if isinstance(memory, str) else memory
+    return any(
+        memory_class(name_of(config)).site == "recurrence" for config in resolve_memories(known)
+    )
+
+
+def families_of(memory: object) -> tuple[str, ...]:
+    """The architectures on which a memory is held to the laws."""
+    return RECURRENT_FAMILIES if needs_recurrence(memory) else LAW_FAMILIES
+
+
+def standing(memory: object, family: str) -> str:
+    """`family`, or the one in its place where the memory cannot stand on it."""
+    if not needs_recurrence(memory) or family in RECURRENT:
+        return family
+    at = LAW_FAMILIES.index(family) if family in LAW_FAMILIES else 0
+    return RECURRENT_FAMILIES[at]
+
+
+@contextmanager
+def float64_stays() -> Iterator[None]:
+    """What families compute in float32 whatever the model's dtype, in float64 where that comes in.
+
+    Else nothing of a recurrence could be compared more closely than float32 has it.
+    """
+    narrow, convert = torch.Tensor.float, torch.Tensor.to
+
+    def to_float(self, *args, **kwargs):
+        return self if self.dtype == torch.float64 else narrow(self, *args, **kwargs)
+
+    def to(self, *args, **kwargs):
+        # `Module.to` and `MemoryState.to` name a device as well, and mean the dtype.
+        if self.dtype == torch.float64 and "device" not in kwargs:
+            if args and args[0] is torch.float32:
+                args = (torch.float64, *args[1:])
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return convert(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", to_float)
+        patch.setattr(torch.Tensor, "to", to)
+        yield
 
 
 def base_model(family: str, seed: int = 0, **over: object) -> PreTrainedModel:
     """A random tiny model of `family` in float64, weights large enough to matter."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**FAMILIES[family], **over})
+    config = CONFIG_MAPPING[family](**{**(FAMILIES | RECURRENT)[family], **over})
     model = AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                # A state that is forgotten within a segment proves nothing.
+                parameter.sub_(4)
+            elif parameter.ndim > 1:
                 parameter.mul_(5)
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if family in RECURRENT and rotary is not None:
+        # Angles are computed in float32, with positions in it, where `float64_stays` as well.
+        rotary.to(torch.float32)
     return model
 
 
@@ -128,7 +275,7 @@ def memory_model(
     """A memory model with nothing at zero, float64, in evaluation mode."""
     config = CASES.get(memory, memory) if isinstance(memory, str) else memory
     model = MemLMForCausalLM.from_base(
-        base_model(family, **over), memory=config, segment_length=segment_length
+        base_model(standing(memory, family), **over), memory=config, segment_length=segment_length
     )
     randomise(model.memory)
     return model.eval()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -24,3 +26,16 @@ transformers.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _float64_in_recurrences(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The float64 tests of a memory at a recurrence of the base's own are tests in float64."""
+    # Not at the head of this file: what is imported there has to come after the environment is set.
+    from tests.cases import CASES, float64_stays, needs_recurrence
+
+    memory = getattr(getattr(request.node, "callspec", None), "params", {}).get("memory")
+    # Tests of single mechanisms call a length by this name.
+    named = isinstance(memory, str) and memory in CASES
+    with float64_stays() if named and needs_recurrence(memory) else nullcontext():
+        yield

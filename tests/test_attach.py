@@ -20,7 +20,7 @@ from memlm.memory import (
     TitansMALConfig,
     TransformerXLConfig,
 )
-from tests.cases import CASES, FAMILIES, SEGMENT, base_model, randomise, tokens
+from tests.cases import CASES, FAMILIES, SEGMENT, base_model, randomise, standing, tokens
 from tests.fresh import run_fresh
 from tests.memory.test_laws import EXACT, same_state
 
@@ -213,7 +213,8 @@ def test_a_window_that_would_hide_the_context_is_refused() -> None:
 @pytest.mark.parametrize("memory", CASES)
 def test_a_state_that_is_not_finite_names_layer_and_segment(memory: str, monkeypatch) -> None:
     config = CASES[memory]
-    model = MemLMForCausalLM.from_base(base_model("llama"), memory=config, segment_length=SEGMENT)
+    base = base_model(standing(memory, "llama"))
+    model = MemLMForCausalLM.from_base(base, memory=config, segment_length=SEGMENT)
     cells = [cell for found in model.memory.cells().values() for cell in found]
     last, calls = cells[-1], []
     forward = type(last.memory).forward

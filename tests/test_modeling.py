@@ -20,6 +20,7 @@ def test_names_are_discovered_from_files() -> None:
     names = (
         "none",
         "armt",
+        "base-recurrent",
         "compressive",
         *gated,
         "infini",

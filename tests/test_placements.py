@@ -162,7 +162,7 @@ def gradients(model: MemLMForCausalLM, ids: torch.Tensor) -> dict[str, torch.Ten
 
 
 def wrap_layers(base: nn.Module, **how: object) -> None:
-    layers = base.model.layers
+    layers = base.get_decoder().layers
     for i, layer in enumerate(layers):
         layers[i] = checkpoint_wrapper(layer, **how)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.memory import memory_class
 from tests.cases import CASES, SEGMENT, memory_model, randomise, tokens
-from tests.written.make import base
+from tests.written.make import base_for
 
 WRITTEN = Path(__file__).parent / "written" / "0.1"
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -28,7 +28,7 @@ SETTINGS += [
 def half_model(memory: object, dtype: torch.dtype = torch.bfloat16, **kwargs: object):
     """A memory with nothing at zero on a base in half precision."""
     model = MemLMForCausalLM.from_base(
-        base(dtype), memory=CASES.get(memory, memory), segment_length=SEGMENT, **kwargs
+        base_for(memory, dtype), memory=CASES.get(memory, memory), segment_length=SEGMENT, **kwargs
     )
     with torch.no_grad():
         # Weights of ordinary size: this is about rounding, not about a chaotic network.
@@ -75,7 +75,7 @@ def test_gradients_and_states_are_those_of_a_wide_model(
 ) -> None:
     model, ids = half_model(memory, dtype).train(), tokens(2, 5 * SEGMENT)
     wide = MemLMForCausalLM.from_base(
-        base(torch.float64), memory=CASES[memory], segment_length=SEGMENT
+        base_for(memory, torch.float64), memory=CASES[memory], segment_length=SEGMENT
     ).train()
     wide.load_state_dict(model.state_dict())
     exact = wide(ids, labels=ids, logits_to_keep=0)
@@ -101,10 +101,11 @@ def test_gradients_and_states_are_those_of_a_wide_model(
 
 @torch.no_grad()
 def test_a_memory_that_says_nothing_leaves_the_base_to_the_bit() -> None:
-    plain_base, ids = base(torch.bfloat16), tokens(2, SEGMENT)
-    plain = plain_base(ids).logits
+    ids = tokens(2, SEGMENT)
     for memory in CASES:
         if memory_class(memory).neutral:
+            plain_base = base_for(memory, torch.bfloat16)
+            plain = plain_base(ids).logits
             model = MemLMForCausalLM.from_base(
                 plain_base, memory=CASES[memory], segment_length=SEGMENT
             )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memlm import MemLMForCausalLM
-from tests.cases import CASES, SEGMENT, base_model, randomise, tokens
+from tests.cases import CASES, SEGMENT, base_model, randomise, standing, tokens
 
 
 class Int8Linear(nn.Linear):
@@ -58,7 +58,7 @@ def with_memory(base: nn.Module, memory: str) -> MemLMForCausalLM:
 )
 @torch.no_grad()
 def test_a_quantised_base_gives_what_its_numbers_give(family: str, memory: str) -> None:
-    ids = tokens(2, 3 * SEGMENT + 2)
+    family, ids = standing(memory, family), tokens(2, 3 * SEGMENT + 2)
     found = with_memory(quantised(family), memory)(ids).logits
     plain = exchange(quantised(family), Int8Linear.plain)
     expected = with_memory(plain, memory)(ids).logits

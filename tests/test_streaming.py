@@ -17,7 +17,7 @@ from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, Retriever
 from memlm.tokens import AHEAD
 from tests import test_tokens
-from tests.cases import CASES, FAMILIES, randomise
+from tests.cases import CASES, FAMILIES, memory_model, needs_recurrence, randomise
 from tests.tokenizers import TEXT, tokenizer
 
 KINDS = ("byte-bpe", "metaspace", "words")
@@ -26,6 +26,8 @@ SEGMENT = 12
 
 def model_for(memory: str = "armt", vocab_size: int = 400) -> MemLMForCausalLM:
     torch.manual_seed(0)
+    if needs_recurrence(memory):
+        return memory_model("llama", memory, SEGMENT, vocab_size=vocab_size)
     config = LlamaConfig(**{**FAMILIES["llama"], "vocab_size": vocab_size})
     model = MemLMForCausalLM.from_base(
         config, memory=CASES.get(memory, memory), segment_length=SEGMENT, dtype=torch.float64

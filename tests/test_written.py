@@ -49,7 +49,7 @@ def test_a_model_and_its_state_give_the_logits_they_gave(folder: Path) -> None:
 def test_a_memory_alone_fits_on_a_base_of_its_own(folder: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     model = MemLMForCausalLM.from_base(
-        make.base(whole.base.dtype),
+        make.base_for(whole.config.memory, whole.base.dtype),
         memory=whole.config.memory,
         segment_length=SEGMENT,
         memory_dtype=whole.config.memory_dtype,

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def new_base(config: Any, attention: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A base model of `config` with random weights, and the attention implementation `attention`."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if attention == "sdpa" and known is not None and not known._supports_sdpa:
+        # transformers takes it for what was asked where nothing was; models without softmax refuse it.
+        attention = None
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
 def find_layers(base: PreTrainedModel) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -22,6 +22,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm.backbone.finding import find_attention, find_layers, layer_list, unwrapped, works_on
 from memlm.backbone.heads import OPENED, not_later, open_attention, places_of, turns_by_position
+from memlm.backbone.recurrence import (
+    SUPPORTED,
+    GateStage,
+    LimitedStage,
+    RecurrenceStage,
+    find_recurrence,
+    gates_of,
+    goes_on_exactly,
+    least_step,
+    obstacle,
+    recurrence_dims,
+)
 from memlm.backbone.run import RUN, Cells, Run, entered
 from memlm.backbone.stages import (
     HIDDEN,
@@ -68,22 +80,26 @@ class Backbone:
         self._opened: list[Any] = []
         for index, layer in enumerate(self.layers):
             stages: list[tuple[Site, nn.Module]] = [("layer", layer)]
-            stages += [("attention", module) for module in find_attention(layer)]
+            own = find_recurrence(layer)
+            stages += [("attention", one) for one in find_attention(layer) if one is not own]
             for site, module in stages:
                 if become(module, MemoryStage):
                     self._staged.append(module)
                 stage = cast(MemoryStage, module)
                 stage._memlm_site, stage._memlm_layer = site, index
-        # Where each stage stands: (parent, name under it, stage).
-        self._places = [
-            (parent, name, unwrapped(child))
-            for parent in (layer_list(base), *self.layers)
-            for name, child in parent.named_children()
-            if isinstance(unwrapped(child), MemoryStage)
-        ]
+        self._places = self._stage_places()
         original = type(self.decoder)._memlm_original
         self._rotates: dict[int, bool] = {}
         self._takes_positions = "position_ids" in signature_of(original).parameters
+
+    def _stage_places(self) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Where each stage stands: (parent, name under it, stage)."""
+        return [
+            (parent, name, unwrapped(child))
+            for parent in (layer_list(self.base), *self.layers)
+            for name, child in parent.named_children()
+            if isinstance(unwrapped(child), MemoryStage)
+        ]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -119,9 +135,14 @@ class Backbone:
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             segment_length=segment_length,
-            rotary=hasattr(self.decoder, "rotary_emb"),
+            rotary=self._has_rotary,
             max_positions=self.max_positions,
+            recurrence=recurrence_dims(self.layers),
         )
+
+    @property
+    def _has_rotary(self) -> bool:
+        return getattr(self.decoder, "rotary_emb", None) is not None
 
     @property
     def max_positions(self) -> int | None:
@@ -357,7 +378,7 @@ class Backbone:
             x = torch.linspace(-1, 1, 3 * self.config.hidden_size, device=device).sin()
             # In the dtype the module is given, not the one its weights are stored in.
             x = x.reshape(1, 3, -1).to(self.dtype)
-            rotary = partial(self.rotary, layer, x) if hasattr(self.decoder, "rotary_emb") else None
+            rotary = partial(self.rotary, layer, x) if self._has_rotary else None
             module = find_attention(self.layers[layer])[0]
             self._rotates[layer] = turns_by_position(layer, module, x, rotary, self.dims(1))
         return self._rotates[layer]
@@ -389,6 +410,38 @@ class Backbone:
         self._opened = [*configs, self.config]
         for config in self._opened:
             config._attn_implementation = name
+
+    def open_recurrences(self, layers: Iterable[int]) -> None:
+        """Make the recurrences of `layers` go on from the states of memories around them."""
+        for index in layers:
+            module = find_recurrence(self.layers[index])
+            assert module is not None
+            for gate, described in gates_of(module):
+                if become(gate, GateStage):
+                    self._staged.append(gate)
+                cast(GateStage, gate)._memlm_gate = described
+            if become(module, LimitedStage if least_step(module) else RecurrenceStage):
+                self._staged.append(module)
+            stage = cast(RecurrenceStage, module)
+            stage._memlm_site, stage._memlm_layer = "recurrence", index
+        self._places = self._stage_places()
+
+    def recurrence_obstacle(self) -> str | None:
+        """Why this base's own recurrent state cannot be carried, and what to use; None: it can."""
+        found = obstacle(self.layers)
+        return found and f"{found} ({type(self.base).__name__}); use a base such as {SUPPORTED}"
+
+    def try_recurrence(self, layer: int) -> None:
+        """ValueError when the recurrence of `layer` in parts is not what it is in one. Needs weights."""
+        module, dims = find_recurrence(self.layers[layer]), recurrence_dims(self.layers)
+        assert module is not None and dims is not None
+        x = torch.linspace(-1, 1, 5 * self.config.hidden_size, device=works_on(module)).sin()
+        if not goes_on_exactly(module, x.reshape(1, 5, -1).to(self.dtype), dims):
+            raise ValueError(
+                f"base: the recurrence of layer {layer} ({type(module).__name__}) does not compute in "
+                "parts what it computes in one, so its state cannot be carried; use a memory with a "
+                "state of its own, such as 'armt'"
+            )
 
     def close(self) -> None:
         """Give the base model its own classes and attention back; what it was given since stays."""

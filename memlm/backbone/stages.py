@@ -35,7 +35,7 @@ class GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
             raise AttributeError(name)
 
 
-class _Stage(nn.Module):
+class Stage(nn.Module):
     """A module that was found, with a subclass of its own class."""
 
     _memlm_original: ClassVar[type[nn.Module]]
@@ -49,7 +49,7 @@ class _Stage(nn.Module):
         return (_made_again, cls.__bases__, *made[2:])
 
 
-class DecoderStage(_Stage):
+class DecoderStage(Stage):
     """The decoder; returns what is given untouched when only the head or the loss is asked for."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ class DecoderStage(_Stage):
         return super().forward(*args, **kwargs)
 
 
-class MemoryStage(_Stage):
+class MemoryStage(Stage):
     """A decoder layer or its attention module, with the memories of the run around it."""
 
     _memlm_site: Site
@@ -93,7 +93,7 @@ class MemoryStage(_Stage):
         if (site, layer) not in memory_run.cells and not around_heads:
             with entered(memory_run):
                 return call(*args, **kwargs)
-        arguments = _bind(type(self)._memlm_original, args, kwargs)
+        arguments = bind(type(self)._memlm_original, args, kwargs)
         hidden = arguments.pop("hidden_states")
         rest: tuple[Any, ...] | None = None
 
@@ -140,7 +140,7 @@ def signature_of(cls: type[nn.Module]) -> inspect.Signature:
     return _SIGNATURES[cls]
 
 
-def _bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a stage's forward by name; the hidden states come first in all of them."""
     signature = signature_of(cls)
     bound = signature.bind_partial(None, *args, **kwargs).arguments
@@ -200,7 +200,7 @@ def restore(module: nn.Module) -> None:
     for name in ("_old_forward", "forward"):
         if getattr(own.get(name), "__func__", None) is staged:
             own[name] = type(module).forward.__get__(module)
-    for name in ("_memlm_site", "_memlm_layer"):
+    for name in ("_memlm_site", "_memlm_layer", "_memlm_gate"):
         own.pop(name, None)
 
 

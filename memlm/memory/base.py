@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast, ove
 import torch
 from torch import Tensor, nn
 
-Site = Literal["model", "layer", "attention", "heads"]
+Site = Literal["model", "layer", "attention", "heads", "recurrence"]
 
 
 class QKV(NamedTuple):
@@ -82,6 +82,28 @@ class InnerHeads(Protocol):
     def __call__(self, x: QKV, mask: Tensor | None = None, *, parts: Literal[True]) -> Attended: ...
 
 
+class InnerRecurrence(Protocol):
+    """The recurrence of a layer that has one of its own, at "recurrence": it goes on from where it was.
+
+    x (B, T, D). convolution (B, C, K - 1): the inputs of its short convolution before `x`. recurrent
+    (B, ...): its state (`RecurrenceDims` has both shapes). real (B, T) bool: which tokens are, real ones
+    first; None: all. The others change nothing. Returns the output (B, T, D), and what the convolution and
+    the recurrence hold after the last real token; what was given stays as it was.
+    """
+
+    def __call__(
+        self, x: Tensor, convolution: Tensor, recurrent: Tensor, real: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class RecurrenceDims(NamedTuple):
+    """Layers with a recurrence of their own, and the shapes of what one row of it holds in each."""
+
+    layers: tuple[int, ...]
+    convolution: tuple[int, ...]
+    recurrent: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Dims:
     """Sizes of the base model and the segment, as every mechanism needs them."""
@@ -97,6 +119,8 @@ class Dims:
     rotary: bool = True
     # The longest sequence the base was built for, None when it names no limit.
     max_positions: int | None = None
+    # None where no layer has a recurrence whose state can be handed on.
+    recurrence: RecurrenceDims | None = None
 
     @property
     def spare_positions(self) -> int | None:
@@ -234,8 +258,8 @@ class Memory(nn.Module, ABC):
     ) -> tuple[Tensor, Any]:
         """Run the stage on `x` with what is remembered, and remember.
 
-        x (B, T, D) and an `Inner`, or QKV and an `InnerHeads` at "heads". mask (B, T) bool, True on real
-        tokens; None when all are.
+        x (B, T, D) and an `Inner`, or QKV and an `InnerHeads` at "heads", or x and an `InnerRecurrence` at
+        "recurrence". mask (B, T) bool, True on real tokens; None when all are.
         Returns what `inner(x)` would, and the new state; with write=False, `state` itself.
         """
 

@@ -15,7 +15,16 @@ import torch
 from memlm import MemoryState
 from memlm.memory import available_memories, memory_class
 from memlm.modeling import MemLMForCausalLM
-from tests.cases import CASES, LAW_FAMILIES, SEGMENT, base_model, memory_model, randomise, tokens
+from tests.cases import (
+    CASES,
+    LAW_FAMILIES,
+    SEGMENT,
+    base_model,
+    families_of,
+    memory_model,
+    randomise,
+    tokens,
+)
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 MEMORIES = [name for name in available_memories() if name != "none"]
@@ -44,8 +53,8 @@ def grid(names: Sequence[str], everywhere: Sequence[str] = PER_SITE) -> pytest.M
         [
             pytest.param(memory, family, marks=() if by_default else pytest.mark.slow)
             for memory in names
-            for family in LAW_FAMILIES
-            for by_default in [family == LAW_FAMILIES[0] or memory in everywhere]
+            for family in families_of(memory)
+            for by_default in [family == families_of(memory)[0] or memory in everywhere]
         ],
     )
 

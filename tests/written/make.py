@@ -19,7 +19,16 @@ from memlm import DocumentStream, MemLMForCausalLM, __version__
 from memlm.files import write_json
 from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.train.tokenizer import train_tokenizer
-from tests.cases import CASES, SEGMENT, VOCAB, randomise, tokens
+from tests.cases import (
+    CASES,
+    SEGMENT,
+    VOCAB,
+    base_model,
+    needs_recurrence,
+    randomise,
+    standing,
+    tokens,
+)
 
 TEXT = "Mary went to the kitchen. John moved to the garden. Sandra took the milk there. " * 6
 QUESTION = "Where is Mary?"
@@ -47,9 +56,18 @@ def base(dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB) -> PreTrai
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+def base_for(memory: object, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """`base`, or where a memory cannot stand on it one that it can stand on."""
+    if not needs_recurrence(memory):
+        return base(dtype)
+    return base_model(standing(memory, "llama")).to(dtype)
+
+
 def model(memory: object, dtype: torch.dtype = torch.float32) -> MemLMForCausalLM:
     """A memory model with nothing at zero."""
-    made = MemLMForCausalLM.from_base(base(dtype), memory=memory, segment_length=SEGMENT)
+    made = MemLMForCausalLM.from_base(
+        base_for(memory, dtype), memory=memory, segment_length=SEGMENT
+    )
     randomise(made.memory, std=0.2)
     return made.eval()
 
