@@ -26,7 +26,7 @@ SAMPLES = {
 QUICK = {"1k": 8, "4k": 8}
 QUICK_STEPS = "training.max_steps=60"
 STREAM_TOKENS = 2**20
-# Where somebody may be in qa1.
+# The places where somebody may be in qa1.
 PLACES = 6
 
 
