@@ -225,7 +225,7 @@ class MemoryStack(nn.Module):
         return self.at_home(state)
 
     def _completed(self, state: MemoryState) -> MemoryState:
-        """`state`, with the transient leaves that an older version did not write as they are at the start."""
+        """`state`, with transient leaves that an older version did not write as they are at the start."""
         missing = {
             name
             for label, memory in self._labelled()
