@@ -112,7 +112,7 @@ def sign_flips(sums: Iterable[int]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the order given: those below 0.05 hold jointly at the 5% level."""
+    """Return Holm's adjusted p-values, in the order given: those below 0.05 hold jointly at that level."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted = [1.0] * len(p_values)
     largest = 0.0

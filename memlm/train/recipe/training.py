@@ -1,6 +1,6 @@
 """The training section: fields of MemLMTrainingArguments, read from sources and not imported.
 
-Importing them would take transformers and torch, seconds in which a mistyped key should be reported.
+Importing them would load transformers and torch, which takes seconds; a mistyped key is reported at once.
 """
 
 from __future__ import annotations
