@@ -349,10 +349,10 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         segments = list(cut(batch.ids, batch.mask, rest, self.config.segment_length))
         depth = len(segments) if bptt_depth is None else bptt_depth
         first = first_window(len(segments), depth, bptt_anchor)
-        for (loss, cost), behind in scan(run_window, segments, state, depth, first):
+        for (loss, cost), after in scan(run_window, segments, state, depth, first):
             total.add(loss)
             extra.add(cost)
-            state = behind
+            state = after
         kept = keep.result()
         logits = None if kept is None else (head or self.backbone.logits)(kept)
         if aimed is not None and logits is not None:

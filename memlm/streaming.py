@@ -100,7 +100,7 @@ class DocumentStream:
         self._committed = 0
         # Tokens after the last committed segment. Between two calls there is at most one segment of them,
         # and at least one token once something was read: the last token predicts the next one.
-        self._open: list[int] = []
+        self._open_ids: list[int] = []
         self._writes = WriteCount()
         # Text not tokenised yet, and the text before it, which decides how it is tokenised; None at
         # the document's start.
@@ -141,7 +141,7 @@ class DocumentStream:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         with self._lock:
             sources = [] if self.retriever is None else self.retriever.recall(question.strip())
-            tail = self._open + self._encode(self._text)
+            tail = self._open_ids + self._encode(self._text)
             state, empty = self._state, not self._committed and not tail
         if empty and not sources:
             raise ValueError("the stream is empty, nothing was written; write a document first")
@@ -179,7 +179,7 @@ class DocumentStream:
             state, whole, at = self._state, self._text + text, len(self._text)
             ids = self._encode(whole)
             known = tokens_begun(self._encode, whole, at) if at else len(self._leading())
-            before = self._open + ids[:known]
+            before = self._open_ids + ids[:known]
         after = ids[known:]
         counted = len(after) - (0 if before else 1)
         if counted < 1:
@@ -193,7 +193,7 @@ class DocumentStream:
     def tokens_seen(self) -> int:
         """Tokens written so far, including the special tokens a document begins with."""
         with self._lock:
-            return self._committed + len(self._open) + len(self._encode(self._text))
+            return self._committed + len(self._open_ids) + len(self._encode(self._text))
 
     @property
     def writes(self) -> int | None:
@@ -213,7 +213,7 @@ class DocumentStream:
             other = copy.copy(self)
             other._make_locks()
             other._state = self._state.fork()
-            other._open = list(self._open)
+            other._open_ids = list(self._open_ids)
             other._writes = self._writes.copy()
             other.retriever = None if self.retriever is None else self.retriever.fork()
         return other
@@ -226,7 +226,7 @@ class DocumentStream:
         with self._lock:
             saved = {
                 "committed": self._committed,
-                "open": self._open,
+                "open": self._open_ids,
                 "writes": self._writes.rows(),
                 "text": self._text,
                 "context": self._context,
@@ -284,7 +284,7 @@ class DocumentStream:
         split = saved.get("split_special_tokens", False)
         stream = cls(model, tokenizer, retriever, split_special_tokens=split)
         stream._state = model._admit(state, 1)
-        stream._committed, stream._open = saved["committed"], saved["open"]
+        stream._committed, stream._open_ids = saved["committed"], saved["open"]
         stream._text, stream._context = saved["text"], saved["context"]
         stream._writes = WriteCount(saved.get("writes"))
         return stream
@@ -306,13 +306,13 @@ class DocumentStream:
 
     def _read(self, ids: list[int]) -> None:
         """Add tokens to the open segment, and commit every segment that another token follows."""
-        ids, state, writes = self._open + ids, self._state, self._writes.copy()
+        ids, state, writes = self._open_ids + ids, self._state, self._writes.copy()
         length = self.model.segment_length
         full = max(0, (len(ids) - 1) // length * length)
         if full:
             segments = cut(self._tensor(ids[:full]), None, None, length)
             state = self.model.read(segments, state, writes)
-        self._state, self._open, self._writes = state, ids[full:], writes
+        self._state, self._open_ids, self._writes = state, ids[full:], writes
         self._committed += full
 
     def _ends(self) -> list[int]:

@@ -144,7 +144,7 @@ class Run:
 
 
 class Left:
-    """The states the memories left behind in one segment, by name."""
+    """The states the memories leave in one segment, by name."""
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}

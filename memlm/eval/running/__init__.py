@@ -1,1 +1,1 @@
-"""Asking a model: the runner, its readers and what they read, prompts and meters."""
+"""Asking a model: the runner, its readers and what they read, prompts, and meters."""
