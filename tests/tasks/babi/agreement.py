@@ -145,16 +145,16 @@ ours per task:
   not parse: {unparsed}.
 - **ours**: the share of our questions that the solver answers as the generator does, from all facts
   and from the supporting ones alone. **words**: whether both vocabularies are the same.
-- **facts**, **questions**, **answers**, **support**: total variation between our distributions and
+- **facts**, **questions**, **answers**, **support**: total variation between our distribution and
   theirs, of the words of facts, the words of questions, the answers, and the number of supporting
   facts; the limit is {shares}.
 - **length**, **distance**: Kolmogorov-Smirnov distance between the distributions of the number of
   facts in a story, and of how many facts before the question the supporting ones stand; the limit is {gaps}.
 
 In one original story of qa5 Bill gives Jeff two things, and two of its questions still want the first
-as the answer; elsewhere in the file the later gift is right, and our solver follows that. The originals'
-thousand questions are a random draw themselves: the answers of qa2 are as far from a uniform
-distribution as from ours, and with other seeds ours differ from them by 0.045 in the median.
+as the answer. Elsewhere in the file the later gift is right, and so it is here. The originals' thousand
+questions are a random draw themselves: the answers of qa2 are as far from a uniform distribution as
+from ours, and with other seeds ours differ from them by 0.045 in the median.
 
 This page is written by `python -m tests.tasks.babi.agreement FOLDER`. The test suite checks the same
 where the files are at hand (`MEMLM_SHARED_DATA`).
