@@ -294,7 +294,7 @@ class MemoryStack(nn.Module):
         for name, value in options.items():
             if name not in known:
                 raise ValueError(
-                    f"{name}={value!r} is no option that may change on this model; "
+                    f"{name}={value!r} is not an option that may change on this model; "
                     + (f"use one of {', '.join(known)}" if known else "its memories have none")
                 )
         new = {}

@@ -83,7 +83,7 @@ class MemLMConfig(PreTrainedConfig):
             )
         if self.segment_length < 1:
             raise ValueError(
-                f"segment_length={self.segment_length} is no segment; give at least 1 token"
+                f"segment_length={self.segment_length} is too short; give at least 1 token"
             )
         if self.question_segment not in ("open", "own"):
             raise ValueError(

@@ -80,7 +80,7 @@ def demo(
 
 
 def _work(name: str, out: str, seed: int, quick: bool, progress: bool) -> dict[str, Any]:
-    """Train one model and evaluate it at all lengths, in a process of its own."""
+    """Train one model and evaluate it at all lengths, in a separate process."""
     import torch
     import transformers
 

@@ -99,5 +99,5 @@ def _check(prompt: Tensor | None, arguments: Mapping[str, Any]) -> None:
     if documents_in(prompt, real, **{name: arguments.get(name) for name in BORDERS}) is not None:
         raise ValueError(
             "generate() continues one document per row, but position_ids, seq_idx or cu_seq_lens_q put "
-            "several into a row; give each a row of its own"
+            "several into a row; give each its own row"
         )

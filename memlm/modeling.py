@@ -156,7 +156,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             raise ValueError("base already has memories; wrap its `.base` instead")
         if not isinstance(base, PreTrainedModel):
             raise TypeError(
-                f"base={type(base).__name__} is no transformers model; give a PreTrainedModel, a "
+                f"base={type(base).__name__} is not a transformers model; give a PreTrainedModel, a "
                 "PretrainedConfig, or a hub id or path"
             )
         config = MemLMConfig(
@@ -204,7 +204,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
     def base_model(self) -> Any:
         """The model without its head: called like the model, it returns `last_hidden_state` (B, N, D).
 
-        Trainers that compute losses of their own (trl) call it. Its attributes are those of `base`.
+        Trainers that compute their own losses (trl) call it. Its attributes are those of `base`.
         """
         return _Body(self)
 

@@ -184,7 +184,7 @@ def become(module: nn.Module, stage: type[nn.Module]) -> bool:
     name = next((name for name in ("_old_forward", "forward") if name in own), None)
     if name is not None and getattr(own[name], "__func__", None) is not cls.forward:
         raise ValueError(
-            f"base: a {cls.__name__} has a forward of its own, {own[name]!r}, which would pass the "
+            f"base: a {cls.__name__} has its own forward, {own[name]!r}, which would pass the "
             "memories by; take it off before, or make it the forward of a subclass"
         )
     module.__class__ = _subclass(stage, cls)

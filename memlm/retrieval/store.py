@@ -94,7 +94,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise damaged(path, error) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{str(path)!r} is no manifest of a {FORMAT}; give a directory ChunkIndex.save wrote"
+            f"{str(path)!r} is not a manifest of a {FORMAT}; give a directory ChunkIndex.save wrote"
         )
     version = manifest.get("version")
     if isinstance(version, int) and version > VERSION:
@@ -123,7 +123,7 @@ def check_target(directory: Path) -> dict[str, Any] | None:
             # Files that an interrupted first save left are ours.
             if not _LEFTOVER.fullmatch(entry):
                 raise ValueError(
-                    f"{str(directory)!r} holds {entry!r} and is no index; it is not overwritten: "
+                    f"{str(directory)!r} holds {entry!r} and is not an index, so it is not overwritten; "
                     "give a new or empty directory"
                 )
     return manifest

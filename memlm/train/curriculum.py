@@ -82,10 +82,10 @@ class Stage:
         for name in ("steps", "min_steps", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and value < (1 if name == "steps" else 0):
-                raise ValueError(f"{name}={value} is no number of steps; give a positive number")
+                raise ValueError(f"{name}={value} is not a number of steps; give a positive number")
         if self.advance_at is not None and not 0 < self.advance_at <= 1:
             raise ValueError(
-                f"advance_at={self.advance_at} is no share of answers; give a number above 0, at "
+                f"advance_at={self.advance_at} is not a share of answers; give a number above 0, at "
                 "most 1"
             )
         if self.final_learning_rate is not None and self.steps is None:

@@ -144,7 +144,7 @@ def check_same_model(section: ModelSection, model: MemLMForCausalLM) -> None:
     ):
         raise ValueError(
             f"model.memory={section.memory!r}, but the model of init_from={section.init_from!r} has "
-            f"{[entry['name'] for entry in own]} with settings of its own; leave it out"
+            f"{[entry['name'] for entry in own]} with their own settings; leave it out"
         )
 
 
@@ -171,7 +171,7 @@ def base_config(recipe: Recipe, vocabulary: dict[str, Any]) -> Any:
     for key in values:
         if key not in known:
             raise ValueError(
-                f"model.config.{key} is no field of {cls.__name__}; {did_you_mean(key, list(known))}"
+                f"model.config.{key} is not a field of {cls.__name__}; {did_you_mean(key, list(known))}"
             )
     return cls(**{**vocabulary, **values})
 

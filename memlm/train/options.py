@@ -140,4 +140,4 @@ class BabilongOptions:
             )
         for name, low in (("end_probability", 0.0), ("no_gap", -1.0)):
             if not low < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is no probability; use up to 1")
+                raise ValueError(f"{name}={getattr(self, name)} is not a probability; use up to 1")

@@ -223,7 +223,7 @@ def _pieces_of_batch(feed: Feed[Any]) -> Iterator[BatchPiece]:
 
 @dataclass(frozen=True)
 class Recall:
-    """Recalls passages of a sample's document, each document in an index of its own."""
+    """Recalls passages of a sample's document, each document in a separate index."""
 
     config: RetrievalConfig
     embedder: Embedder

@@ -38,7 +38,7 @@ def bind(hint: Any, values: Any, where: str) -> Any:
     if kind == "unexpected_keyword_argument":
         known = list(get_type_hints(inner))
         raise ValueError(
-            f"{name} is no key of a recipe; {did_you_mean(str(error['loc'][-1]), known)}"
+            f"{name} is not a key of a recipe; {did_you_mean(str(error['loc'][-1]), known)}"
         )
     if kind == "missing":
         raise ValueError(f"{name} is missing; give a {type_name(inner)}")

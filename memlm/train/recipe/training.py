@@ -29,7 +29,7 @@ def check_training(values: dict[str, Any]) -> None:
             )
         if key not in known:
             raise ValueError(
-                f"training.{key} is no field of MemLMTrainingArguments; {did_you_mean(key, list(known))}"
+                f"training.{key} is not a field of MemLMTrainingArguments; {did_you_mean(key, list(known))}"
             )
         kinds = [part.strip() for part in known[key].split("|")]
         if all(kind in SIMPLE_TYPES for kind in kinds):

@@ -166,7 +166,7 @@ def pack_batch(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
     if documents is not None and "question_at" in batch:
         raise ValueError(
             "question_at counts rows of one document, but position_ids, seq_idx or cu_seq_lens_q put "
-            "several into a row; give each a row of its own"
+            "several into a row; give each its own row"
         )
     if real is not None or documents is not None:
         packing = Packing.of(torch.ones_like(ids) if real is None else real, documents)

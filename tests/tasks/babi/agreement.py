@@ -149,7 +149,8 @@ ours per task:
   theirs, of the words of facts, the words of questions, the answers, and the number of supporting
   facts; the limit is {shares}.
 - **length**, **distance**: Kolmogorov-Smirnov distance between the distributions of the number of
-  facts in a story, and of how many facts before the question the supporting ones stand; the limit is {gaps}.
+  facts in a story, and of the number of facts between a supporting one and the question; the limit
+  is {gaps}.
 
 In one original story of qa5 Bill gives Jeff two things, and two of its questions still want the first
 as the answer. Elsewhere in the file the later gift is right, and so it is here. The originals' thousand
