@@ -26,7 +26,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The documents of a call, one per row, packed to the left (or with their segments packed to the right).
+    """The documents of a call, one per row, packed to the left (or their segments to the right).
 
     ids (D, L) long. mask (D, L) bool, True on real tokens; None when all are. targets (D, L) long: labels
     that were shifted over each whole document; None without labels. packing: where each token stood in the

@@ -108,7 +108,7 @@ class Packing:
         return values.flatten()[self.source].masked_fill(~self.mask, fill)
 
     def to_the_right(self, segment_length: int) -> Packing:
-        """Each document with its short segment first: padding behind that makes a full one of it."""
+        """Each document with its short segment first, which padding at its end makes full."""
         lengths = self.mask.sum(dim=1, keepdim=True)
         short = lengths % segment_length
         gap = (segment_length - short) % segment_length
