@@ -1,4 +1,4 @@
-"""A call's arguments: what is refused and why, and the batch as a row per document, packed to the left."""
+"""A call's arguments: which are refused and why, and the batch packed to the left, one document per row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Cache
 
 from memlm.segment import IGNORE, Alignment, Packing, documents_in, shift_labels
 
-# What every model of transformers takes and this one cannot give, and what to use instead.
+# Arguments that every model of transformers takes and this one cannot honour, and what to use instead.
 REFUSED = {
     "inputs_embeds": "memories read token ids; give input_ids",
     "past_key_values": "nothing is cached; hand on memory_state, which remembers what was read",
@@ -26,11 +26,11 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The documents of a call, a row each, their tokens from the left (or their segments from the right).
+    """The documents of a call, one per row, packed to the left (or their segments to the right).
 
     ids (D, L) long. mask (D, L) bool, True on real tokens; None when all are. targets (D, L) long: labels
     that were shifted over each whole document; None without labels. packing: where each token stood in the
-    batch as it was given; None when it stands there still.
+    batch as it was given; None when no token was moved.
     """
 
     ids: Tensor
@@ -52,9 +52,9 @@ def packed(
 ) -> Batch:
     """Check what a call was given, and pack it to the left. ValueError on what does not fit.
 
-    alignment "right" leaves padding behind a document's first segment of `segment_length` tokens, so that
-    all others are full. continued: whether a memory_state is given as well, with a row for each row here.
-    borders: what tells the documents in a row apart (`documents_in`).
+    alignment "right" puts the padding after a document's first segment of `segment_length` tokens, so that
+    all others are full. continued: whether a memory_state, which has one row per row here, is given as
+    well. borders: what tells the documents in a row apart (`documents_in`).
     """
     if alignment not in get_args(Alignment):
         raise ValueError(f"segment_alignment={alignment!r} is unknown; use 'left' or 'right'")
@@ -88,7 +88,7 @@ def _check(
     labels: Tensor | None,
     shift_labels: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Refuse what does not fit; ids, the mask as bool (None when nothing is padding), targets."""
+    """Refuse what does not fit; return ids, the mask as bool (None without padding) and targets."""
     if input_ids is None:
         raise ValueError("input_ids is missing; memories read token ids")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -122,7 +122,7 @@ def _check(
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:
-    """ValueError for an argument that asks for what this model does not give; falsy values ask nothing."""
+    """ValueError for an argument that asks for what this model cannot give; falsy values ask nothing."""
     for name, remedy in REFUSED.items():
         value = arguments.get(name)
         asks = bool(value.any()) if isinstance(value, Tensor) else value not in (None, False)

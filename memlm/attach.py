@@ -1,4 +1,4 @@
-"""Memories attached to a base model: who stands at which stage, and what their state is called."""
+"""Memories attached to a base model: which stage each one is at, and what its state is called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memlm.state import MemoryState, flatten, skeleton, unflatten
 
 
 class AttachedMemory(nn.Module):
-    """One memory at its layers, with the tokens it lets flow behind each segment.
+    """One memory at its layers, with the tokens it appends to each segment.
 
     cells: one `Memory` per layer, keyed by layer number, or one keyed "model". tokens (M, E) or None.
     Whatever needs the parameters is a call of this module, so that FSDP can shard it as one unit.
@@ -40,7 +40,7 @@ class AttachedMemory(nn.Module):
         )
 
     def forward(self, use: Callable[[], Any]) -> Any:
-        """`use()`, while the parameters are at hand."""
+        """`use()`, called while the parameters are whole."""
         return use()
 
     def reset_parameters(self, embedding_std: float) -> None:
@@ -53,10 +53,10 @@ class AttachedMemory(nn.Module):
     def start(
         self, key: str, batch_size: int, prefix: str, into: dict[str, Tensor]
     ) -> list[Tensor]:
-        """Put the state of one cell before the first segment `into` a dict, by name; return it as well.
+        """Put one cell's state before the first segment into the dict `into`, by name, and return it too.
 
-        None of it is a view of a parameter, which changes in place when it is trained, and is freed where
-        it is sharded. What FSDP returns of a call may be cast; what is put into the dict is not.
+        None of it is a view of a parameter: training changes parameters in place, and sharding frees them.
+        FSDP may cast what a call returns, but not what is put into the dict.
         """
         cell = cast(Memory, self.cells[key])
         parameters = {p.untyped_storage().data_ptr() for p in _at_hand(cell)}
@@ -136,11 +136,11 @@ class MemoryStack(nn.Module):
 
     @property
     def tokens(self) -> Tensor | None:
-        """(M, E) embeddings that flow behind each segment, or None."""
+        """(M, E) embeddings appended to each segment, or None."""
         if self._owner is None:
             return None
         owner = self._memories()[self._owner]
-        # A copy: where it is sharded, the parameter itself is gone after the call.
+        # A copy: the parameter itself, when sharded, is gone after the call.
         return owner(lambda: cast(Tensor, owner.tokens).clone())
 
     def cells(self) -> Cells:
@@ -154,7 +154,7 @@ class MemoryStack(nn.Module):
         return found
 
     def settle(self, backbone: Backbone) -> None:
-        """Put every cell where its layer computes, and the rest where token ids are."""
+        """Move every cell to its layer's device, and the rest to that of the token ids."""
         for memory in self._memories().values():
             memory.to(backbone.device)
             for key, cell in memory.cells.items():
@@ -162,7 +162,7 @@ class MemoryStack(nn.Module):
                     cell.to(works_on(backbone.layers[int(key)]))
 
     def at_home(self, state: MemoryState) -> MemoryState:
-        """`state` with every tensor where its memory is."""
+        """`state` with every tensor on its memory's device."""
         homes = {label: cast(Tensor, memory.place).device for label, memory in self._labelled()}
 
         def moved(name: str, value: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class MemoryStack(nn.Module):
         return MemoryState(tensors, batch_size, self.signature)
 
     def admit(self, state: MemoryState, batch_size: int) -> MemoryState:
-        """`state` where the memories are. ValueError when it is another model's or another batch's."""
+        """`state` on the memories' devices. ValueError when it is another model's or another batch's."""
         if not isinstance(state, MemoryState):
             raise TypeError(
                 f"memory_state is a {type(state).__name__}; give what the model returned as "
@@ -226,7 +226,7 @@ class MemoryStack(nn.Module):
         return self.at_home(state)
 
     def _completed(self, state: MemoryState) -> MemoryState:
-        """`state` with the transient leaves that an older version did not write, as at the start."""
+        """`state`, with transient leaves that an older version did not write as they are at the start."""
         missing = {
             name
             for label, memory in self._labelled()
@@ -261,7 +261,8 @@ class MemoryStack(nn.Module):
     ) -> Tensor | None:
         """What one segment's changes of state cost in training, summed over its real rows.
 
-        Each memory's is a mean over its layers, those of several memories add up; None: nothing.
+        A memory's cost is a mean over its layers, and the costs of several memories add up. None where no
+        memory has a cost.
         """
         total = None
         for name, attached in self._memories().items():
@@ -276,7 +277,7 @@ class MemoryStack(nn.Module):
         return total
 
     def largest_gate(self, state: MemoryState) -> Tensor | None:
-        """(B,) the largest write gate of the last segment in any layer; None: no memory has gates."""
+        """(B,) the largest write gate of the last segment in any layer; None when no memory has gates."""
         trees = self.unpack(state)
         found = [cell.largest_gate(trees[label]) for label, cell in self._labelled()]
         gates = [gate for gate in found if gate is not None]
@@ -285,7 +286,7 @@ class MemoryStack(nn.Module):
         return torch.stack([gate.float().to(gates[0].device) for gate in gates]).amax(dim=0)
 
     def with_options(self, options: Mapping[str, Any]) -> dict[str, MemoryConfig]:
-        """The cells' configs with other live options, in those that have them.
+        """The cells' configs with the live options changed, in those that have them.
 
         ValueError for a name that no memory here has, or a value it cannot have.
         """
@@ -294,7 +295,7 @@ class MemoryStack(nn.Module):
         for name, value in options.items():
             if name not in known:
                 raise ValueError(
-                    f"{name}={value!r} is no option that may change on this model; "
+                    f"{name}={value!r} is not an option that may change on this model; "
                     + (f"use one of {', '.join(known)}" if known else "its memories have none")
                 )
         new = {}
@@ -304,7 +305,7 @@ class MemoryStack(nn.Module):
         return new
 
     def set_options(self, options: Mapping[str, Any]) -> None:
-        """Change live options of the memories that have them; as `with_options` has it."""
+        """Change live options of the memories that have them, as `with_options` does."""
         new = self.with_options(options)
         for label, cell in self._labelled():
             cell.config = new[label]
@@ -341,7 +342,7 @@ class MemoryStack(nn.Module):
 
 
 def signature_of(configs: Sequence[MemoryConfig], hidden_size: int, num_layers: int) -> str:
-    """What a state says of the model that made it, as JSON: the fields that shape it, and two sizes."""
+    """What a state records of the model that made it, as JSON: the fields that shape it, and two sizes."""
     described = [{"name": name_of(config), **config.state_fields()} for config in configs]
     return json.dumps([*described, hidden_size, num_layers])
 
@@ -349,7 +350,8 @@ def signature_of(configs: Sequence[MemoryConfig], hidden_size: int, num_layers: 
 def without_options(signature: str) -> str:
     """A signature of version 0.1, which held all fields of the configs, as `signature_of` writes it today.
 
-    A field that came later takes its default, which is what was done before it. "" when it is none.
+    A field that was added later takes its default, which is how memories behaved before it. "" when
+    `signature` is not of that version.
     """
     try:
         *entries, hidden_size, num_layers = json.loads(signature)
@@ -360,7 +362,7 @@ def without_options(signature: str) -> str:
 
 
 def resolve(config: MemoryConfig, dims: Dims) -> MemoryConfig:
-    """Check `config` against the base model's sizes, and fill what it leaves open."""
+    """Check `config` against the base model's sizes, and fill in what it leaves open."""
     if config.layers is not None:
         outside = [layer for layer in config.layers if not 0 <= layer < dims.num_layers]
         if outside or len(set(config.layers)) != len(config.layers) or not config.layers:
@@ -415,7 +417,7 @@ def check_recurrence(configs: Sequence[MemoryConfig], backbone: Backbone) -> Non
 
 
 def check_attention(configs: Sequence[MemoryConfig], backbone: Backbone, dims: Dims) -> None:
-    """Refuse a memory that inserts positions into an attention that cannot be given them."""
+    """Refuse a memory that inserts positions into an attention that cannot take them."""
     for config in configs:
         for layer in layers_of(config, dims.num_layers):
             if class_of(config).num_inserted(config, dims) and backbone.biases_by_distance(layer):
@@ -433,7 +435,7 @@ def check_attention(configs: Sequence[MemoryConfig], backbone: Backbone, dims: D
 
 
 def check_composition(configs: Sequence[MemoryConfig], dims: Dims) -> None:
-    """Refuse a memory that would take positions another one inserts for tokens of the document."""
+    """Refuse a memory that would mistake positions inserted by another for tokens of the document."""
     # A recurrence may stand beside an attention in a layer, never inside it.
     orders = ("layer", "attention", "heads"), ("layer", "recurrence")
     for order, layer in product(orders, range(dims.num_layers)):
@@ -469,7 +471,7 @@ def check_positions(
         for config in configs
         if class_of(config).site != "model"
     )
-    # Absolute positions are in the embeddings: what is inserted later asks for none.
+    # Absolute positions are in the embeddings: what is inserted later needs none.
     own = [
         sum(
             class_of(config).num_extra_positions(config)
@@ -506,7 +508,7 @@ def check_windows(config: MemoryConfig, backbone: Backbone, dims: Dims, shared: 
     """Refuse positions inserted into a layer whose window would hide them from the segment's end."""
     cls = class_of(config)
     if cls.site == "heads":
-        return  # Every query sees the keys such a memory puts in front, whatever the window.
+        return  # Every query sees the keys such a memory prepends, whatever the window.
     inserted = cls.num_inserted(config, dims)
     total = dims.segment_length + shared + inserted
     layers = layers_of(config, dims.num_layers) if inserted else []

@@ -1,4 +1,4 @@
-"""MemLMConfig: the base model's configuration, the memories' and the segment length, in one JSON."""
+"""MemLMConfig: the configurations of base model and memories, and the segment length, in one JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 # Read by trainers, trackers and evaluation harnesses off the top-level config.
 _MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _MIRRORED_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What a file that was written before a field existed means by leaving it out.
+# What a missing field means in a file that was written before the field existed.
 _BEFORE: dict[str, Any] = {"memory_dtype": "base"}
 
 
@@ -23,15 +23,15 @@ class MemLMConfig(PreTrainedConfig):
 
     text_config: the base model's own configuration (or its dict). memory: one dict per memory, with
     its `name` and its fields; empty for independent segments. segment_length: tokens of text per segment,
-    memory tokens not counted. question_template: the text that puts a question behind a document, with
-    {question} in it; the answer follows after a space. question_segment: "open" when a question follows
-    the document in its last, open segment, "own" when that segment ends and the question is read in one of
-    its own, from memory alone: as the model was trained. recall_template: how a passage recalled from an
-    index stands in front of the question, with {text} in it. memory_dtype: "float32" keeps the memories'
-    parameters in it where the base model is in half precision (in a wider base model they are as wide as
-    it is), so that small steps of training are not lost; "base" keeps them in the base model's dtype.
+    memory tokens not counted. question_template: the text that asks a question after a document, with
+    {question} in it; the answer follows after a space. question_segment, as the model was trained: "open"
+    when a question follows the document in its last, open segment; "own" when that segment ends first, and
+    the question is read in a new one, from memory alone. recall_template: how a passage recalled from an
+    index is written before the question, with {text} in it. memory_dtype: "float32" keeps the memories'
+    parameters in float32 where the base model is in half precision, so that small training steps are not
+    lost (in a wider base model they are as wide as it is); "base" keeps them in the base model's dtype.
     logits_with_labels: whether a call with labels for more than one segment keeps all logits beside the
-    loss, as trainers want that compute metrics of predictions.
+    loss, for trainers that compute metrics of predictions.
     """
 
     model_type = "memlm"
@@ -83,7 +83,7 @@ class MemLMConfig(PreTrainedConfig):
             )
         if self.segment_length < 1:
             raise ValueError(
-                f"segment_length={self.segment_length} is no segment; give at least 1 token"
+                f"segment_length={self.segment_length} is too short; give at least 1 token"
             )
         if self.question_segment not in ("open", "own"):
             raise ValueError(
@@ -106,7 +106,7 @@ class MemLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers does; a field that an older file does not have means what it meant then."""
+        """As transformers does; a field missing from an older file has the value that was usual then."""
         return super().from_dict({**_BEFORE, **config_dict}, **kwargs)
 
 

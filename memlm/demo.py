@@ -27,7 +27,7 @@ SAMPLES = {
 QUICK = {"1k": 8, "4k": 8}
 QUICK_STEPS = "training.max_steps=60"
 STREAM_TOKENS = 2**20
-# Where somebody may be in qa1.
+# The places where somebody may be in qa1.
 PLACES = 6
 
 
@@ -81,7 +81,7 @@ def demo(
 
 
 def _work(name: str, out: str, seed: int, quick: bool, progress: bool) -> dict[str, Any]:
-    """Train one model and evaluate it at all lengths, in a process of its own."""
+    """Train one model and evaluate it at all lengths, in a separate process."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Generation after what is remembered: full segments are committed, the open one is run at every token."""
+"""Generation from memory: full segments are committed, and the open one is run again at every token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memlm.rolling import Reader, RollingMemory
 from memlm.segment import BORDERS, documents_in
 from memlm.state import MemoryState
 
-# What `forward` takes and generation settles by itself, or has no use for.
+# Arguments of `forward` that generation sets by itself, or has no use for.
 _NOT_IN_GENERATION = (
     "labels",
     "shift_labels",
@@ -43,7 +43,7 @@ class MemoryGenerationMixin(GenerationMixin):
         logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Commit the segments that are full, and hand over the open one, padded on the left."""
+        """Commit the full segments, and hand over the open one, padded on the left."""
         refuse({**kwargs, "use_cache": None})
         if rolling is None:
             rolling = RollingMemory(cast(Reader, self), memory_state)
@@ -67,8 +67,8 @@ class MemoryGenerationMixin(GenerationMixin):
         """Continue prompts of any length, after what `memory_state` remembers.
 
         Takes what transformers' `generate` takes, and returns the same. The open segment is run again
-        at every token from the last committed state, and is committed when the next token needs a
-        segment of its own; so the tokens are those of reading the whole prefix anew at every step.
+        at every token from the last committed state, and is committed when the next token needs a new
+        segment. So the tokens are the same as if the whole prefix were read again at every step.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         _check(prompt, kwargs)
@@ -81,7 +81,7 @@ class MemoryGenerationMixin(GenerationMixin):
 
 
 def _check(prompt: Tensor | None, arguments: Mapping[str, Any]) -> None:
-    """Refuse what generation would pass over."""
+    """Refuse what generation would silently ignore."""
     refuse({**arguments, "use_cache": None})
     if idle := [name for name in _NOT_IN_GENERATION if arguments.get(name) is not None]:
         raise ValueError(
@@ -99,5 +99,5 @@ def _check(prompt: Tensor | None, arguments: Mapping[str, Any]) -> None:
     if documents_in(prompt, real, **{name: arguments.get(name) for name in BORDERS}) is not None:
         raise ValueError(
             "generate() continues one document per row, but position_ids, seq_idx or cu_seq_lens_q put "
-            "several into a row; give each a row of its own"
+            "several into a row; give each its own row"
         )

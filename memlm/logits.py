@@ -1,7 +1,7 @@
-"""From hidden states to what a call gives of them: the logits that are asked for, and sums of losses.
+"""From hidden states to what a call returns: the logits that are asked for, and sums of losses.
 
-The head runs once per position. What is kept is gathered as hidden states, segment by segment, and gives
-its share of the loss from the logits that are returned.
+The head runs once per position. The hidden states whose logits are asked for are gathered segment by
+segment, and their share of the loss is computed from the logits that are returned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def collector(
     segment_length: int,
     keep_with_labels: bool,
 ) -> Collector:
-    """What gathers the logits that are asked for, of ids (B, N) as they were given.
+    """A collector of the logits that are asked for, of ids (B, N) as they were given.
 
     keep_with_labels: whether "auto" keeps all logits beside the loss (`config.logits_with_labels`).
     """
@@ -53,24 +53,24 @@ def collector(
 class Collector(Protocol):
     """Takes the hidden states whose logits are asked for, segment by segment."""
 
-    # Whether `add` is to be given anything.
+    # Whether `add` needs to be called.
     wanted: bool
 
     def add(self, hidden: Tensor) -> None:
-        """Take what is wanted of the next segment's hidden states (D, T, D)."""
+        """Keep what is wanted of the next segment's hidden states (D, T, D)."""
 
     def split(self, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Shifted targets (D, L): those of what is kept, as `result` orders it, and (D, L) the others."""
+        """Shifted targets (D, L), split: those of kept positions in `result`'s order, (D, L) the others."""
 
     def result(self) -> Tensor | None:
         """(., D) hidden states for the head."""
 
-    def place(self, logits: Tensor | None) -> Any:
-        """Logits (., V) of the result, in the columns of the batch as it was given."""
+    def to_columns(self, logits: Tensor | None) -> Any:
+        """Logits (., V) of the result, put back into the columns of the batch as it was given."""
 
 
 class Nothing:
-    """No logits; in their place stands `instead`."""
+    """No logits; `instead` takes their place."""
 
     wanted = False
 
@@ -86,7 +86,7 @@ class Nothing:
     def result(self) -> Tensor | None:
         return None
 
-    def place(self, logits: Tensor | None) -> Any:
+    def to_columns(self, logits: Tensor | None) -> Any:
         return self.instead
 
 
@@ -107,7 +107,7 @@ class Everything:
     def result(self) -> Tensor | None:
         return torch.cat(self.parts, dim=1)
 
-    def place(self, logits: Tensor | None) -> Any:
+    def to_columns(self, logits: Tensor | None) -> Any:
         return logits
 
 
@@ -127,7 +127,7 @@ class Columns:
         self.shape = batch, len(columns)
         places = places[:, columns].flatten()
         real = (places >= 0).nonzero().squeeze(1)
-        # In the order in which segments come by.
+        # In the order in which segments are added.
         order = (places[real] % length).argsort(stable=True)
         self.slots = real[order]
         self.rows, self.at = places[self.slots] // length, places[self.slots] % length
@@ -151,7 +151,7 @@ class Columns:
     def result(self) -> Tensor | None:
         return torch.cat(self.parts).unsqueeze(0)
 
-    def place(self, logits: Tensor | None) -> Any:
+    def to_columns(self, logits: Tensor | None) -> Any:
         assert logits is not None
         logits = logits.squeeze(0)
         found = logits.new_zeros(self.shape[0] * self.shape[1], logits.shape[-1])
@@ -160,7 +160,7 @@ class Columns:
 
 
 def _columns(asked: Tensor, total: int) -> Tensor:
-    """Columns 0 to total - 1 from a tensor of positions, or of one bool for each column."""
+    """Columns, from 0 to total - 1, that a tensor of positions or of one bool per column asks for."""
     columns = asked.nonzero().squeeze(-1) if asked.dtype == torch.bool else asked.long()
     fits = asked.ndim == 1 and not asked.is_floating_point() and len(columns) > 0
     fits = fits and (asked.dtype != torch.bool or len(asked) == total)
@@ -173,7 +173,7 @@ def _columns(asked: Tensor, total: int) -> Tensor:
 
 
 class Sum:
-    """A sum that is None while nothing was added."""
+    """A sum that is None until something is added."""
 
     value: Tensor | None = None
 
@@ -183,7 +183,7 @@ class Sum:
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats, summed over targets (...) that are none to ignore; logits (..., V). In float32 or wider."""
+    """Nats, summed over the targets (...) that are not ignored; logits (..., V). In float32 or wider."""
     logits = logits.flatten(0, -2)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -1,4 +1,4 @@
-"""MemLMForCausalLM: a causal language model of transformers with memories, and nothing else in its way."""
+"""MemLMForCausalLM: a causal language model of transformers with memories, otherwise as it was."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from memlm.writes import WriteCount
 
 __all__ = ["LogitsNotMade", "MemLMForCausalLM", "MemLMOutput"]
 
-# The memories' parameters among the model's, as an expression.
+# A regular expression for the names of the memories' parameters.
 MEMORY_NAMES = r"^memory\."
 # Cross-entropy summed over targets, and what the memories' changes of state cost.
 Losses = tuple[Tensor | None, Tensor | None]
@@ -43,19 +43,19 @@ def _as_they_are(hidden: Tensor) -> Tensor:
 
 
 class _Body:
-    """The model without its head, as transformers means `base_model`: last hidden states, by memories."""
+    """What transformers calls `base_model`: the model without its head, memories included."""
 
     def __init__(self, model: MemLMForCausalLM) -> None:
         self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
-        # The class's own forward: whoever calls the body may have put another in its place.
+        # The class's own forward: the caller may have put another in its place on the instance.
         kwargs |= {"logits_to_keep": 0, "head": _as_they_are}
         out = cast(MemLMOutput, MemLMForCausalLM.forward(self._model, *args, **kwargs))
         if out.auxiliary_loss is not None:
             raise ValueError(
-                "this trainer takes hidden states and computes a loss of its own, without what the "
-                "memories ask for besides (write_cost, reconstruction_weight) or the base's routers do "
+                "this trainer takes hidden states and computes its own loss, without what the "
+                "memories add to it (write_cost, reconstruction_weight) or the base's routers do "
                 "(router_aux_loss_coef); set that to 0, or use memlm.train.MemLMTrainer"
             )
         return BaseModelOutput(last_hidden_state=out.logits)
@@ -94,7 +94,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         self.memory = MemoryStack(configs, self.backbone, config.segment_length)
         self.memory.set_dtype(self.backbone.dtype, config.memory_dtype == "float32")
         if config.memory_dtype == "float32":
-            # What loads a checkpoint keeps to it, and quantisers leave the memories out.
+            # transformers obeys this when it loads a checkpoint, and quantisers leave the memories out.
             self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = [MEMORY_NAMES]
         config.memory = list(self.memory.configs)
         heads = [layer for site, layer in self.memory.cells() if site == "heads"]
@@ -102,7 +102,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         self._open_heads()
         self.backbone.open_recurrences(recurrent)
         if given and self.backbone.device.type != "meta":
-            # A model still without weights was tried out when it was made.
+            # A model whose weights are still to be loaded was tried out when it was first made.
             for layer in heads:
                 self.backbone.rotates(layer)
             for layer in recurrent[:1]:
@@ -123,8 +123,8 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Custom code may fill parameters behind transformers' guards, so transformers passes over its
-        # modules without parameters of their own. `_init_weights` here goes through the guards.
+        # transformers skips modules of custom code that have no parameters themselves, since such code may
+        # fill parameters without its guards. `_init_weights` here goes through the guards.
         return False
 
     @classmethod
@@ -157,7 +157,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             raise ValueError("base already has memories; wrap its `.base` instead")
         if not isinstance(base, PreTrainedModel):
             raise TypeError(
-                f"base={type(base).__name__} is no transformers model; give a PreTrainedModel, a "
+                f"base={type(base).__name__} is not a transformers model; give a PreTrainedModel, a "
                 "PretrainedConfig, or a hub id or path"
             )
         config = MemLMConfig(
@@ -187,7 +187,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             model.memory.settle(model.backbone)
         return loaded
 
-    # What a wrapper owes the library: the parts of the base model it asks for.
+    # The parts of the base model that transformers asks a wrapper for.
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -205,7 +205,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
     def base_model(self) -> Any:
         """The model without its head: called like the model, it returns `last_hidden_state` (B, N, D).
 
-        Trainers that compute losses of their own (trl) call it. Its attributes are those of `base`.
+        Trainers that compute their own losses (trl) call it. Its attributes are those of `base`.
         """
         return _Body(self)
 
@@ -239,7 +239,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         self.config._attn_implementation = self.backbone.attention
 
     def _open_heads(self) -> None:
-        """Route the attention through the memories inside it, also where it was set anew since."""
+        """Route the attention through the memories inside it, again where another was set since."""
         inside = any(site in ("heads", "attention") for site, _ in self.memory.cells())
         if not inside or self.backbone.heads_are_open:
             return
@@ -280,37 +280,39 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         segment_alignment: Alignment = "left",
         **kwargs: Any,
     ) -> MemLMOutput | tuple[Any, ...]:
-        """Read input_ids (B, N) after what `memory_state` remembers; the last segment ends with the call.
+        """Read input_ids (B, N) from where `memory_state` left off; the last segment ends with the call.
 
-        Every window's graph is kept until backward, and without labels all logits: memory that grows with
-        the document. `windows` reads, and trains on, a document of any length in bounded memory.
+        Every window's graph is kept until backward, and, without labels, all logits: this needs memory that
+        grows with the document. `windows` reads, and trains on, a document of any length in bounded memory.
 
-        attention_mask (B, N): 0 marks padding, anywhere; it neither reads, writes nor moves a position.
-        segment_alignment: where segments are cut that do not divide a document: from the "left", its last
-        one being short, or from the "right", its first one being short (each row by its own length).
+        attention_mask (B, N): 0 marks padding, anywhere, which neither reads, writes nor moves a position.
+        segment_alignment: where the short segment goes when segments do not divide a document: "left" cuts
+        from the left, so the last one is short; "right" from the right, so the first one is (each row by
+        its own length).
         labels (B, N): as transformers has them, shifted here (or `shift_labels`, shifted already).
-        bptt_depth: segments a gradient reaches back; None is all of the call. bptt_anchor: where windows
-        of that many segments are counted from, back from the "end" of the call (of its longest row), or
-        on from its "start". write=False reads only, and returns `memory_state` as it was given.
-        num_items_in_batch: what the summed loss is divided by, the number of labels when None; the
-        auxiliary loss, a mean already, is then weighed by the share of those items that are in this call,
-        so that the calls of a batch add up to one mean.
+        bptt_depth: segments a gradient reaches back; None is the whole call. bptt_anchor: whether windows
+        of that many segments are counted back from the "end" of the call (of its longest row) or forward
+        from its "start". write=False reads only, and returns `memory_state` as it was given.
+        num_items_in_batch: what the summed loss is divided by; None is the number of labels. When it is
+        given, the auxiliary loss, a mean already, is weighted by the share of those items that are in this
+        call, so that the calls of a batch add up to one mean.
 
         logits_to_keep: 0 for all logits, n for the last n positions, a tensor (n,) for these positions,
-        None for none. "auto" is 0, but None where labels are given for more than one segment: a loss needs
-        no logits that stay, and those of a long document fill any memory. `config.logits_with_labels` makes
-        it 0 there too. head: what makes logits of last hidden states (., D); None is the model's own.
+        None for none. "auto" is 0, but None where labels are given for more than one segment: the loss does
+        not need logits afterwards, and those of a long document fill any machine's memory.
+        `config.logits_with_labels` makes it 0 there too. head: maps last hidden states (., D) to logits;
+        None is the model's own.
 
         Several documents in a row, as flattening collators pack them: position_ids that restart, seq_idx
-        or cu_seq_lens_q say where each begins (`documents_in`). Each is read as if alone in a row of its
-        own, from an empty memory, and has a row of the returned state, in the order of reading; the cost is
-        that of a batch padded to the longest. Within a document the model numbers positions itself.
+        or cu_seq_lens_q say where each begins (`documents_in`). Each is read as if it were alone in a row,
+        from an empty memory, and has a row of the returned state, in the order of reading; the cost is that
+        of a batch padded to the longest. Within a document the model numbers positions itself.
 
-        ValueError on shapes or states that do not fit, and on what transformers' models give but this one
-        cannot, such as `past_key_values` and `output_hidden_states`.
+        ValueError on shapes or states that do not fit, and on requests that transformers' models meet but
+        this one cannot, such as `past_key_values` and `output_hidden_states`.
         """
-        # Not in the signature: transformers' Trainer takes every argument with "label" in its name for
-        # one that a batch must have, and would evaluate without a loss.
+        # Not in the signature: transformers' Trainer believes that a batch must have every argument with
+        # "label" in its name, and would evaluate without a loss.
         shift_labels = kwargs.pop("shift_labels", None)
         refuse(kwargs)
         if unknown := {k for k, v in kwargs.items() if v is not None} - set(REFUSED):
@@ -340,7 +342,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
             self.config.logits_with_labels,
         )
         state = self._admit(memory_state, batch.ids.shape[0])
-        # The head runs once per position: what is kept gives its share of the loss from its logits.
+        # The head runs once per position: for kept positions the loss is computed from the kept logits.
         aimed, rest = (None, None) if targets is None else keep.split(targets)
 
         total, extra = Sum(), Sum()
@@ -348,10 +350,10 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         segments = list(cut(batch.ids, batch.mask, rest, self.config.segment_length))
         depth = len(segments) if bptt_depth is None else bptt_depth
         first = first_window(len(segments), depth, bptt_anchor)
-        for (loss, cost), behind in scan(run_window, segments, state, depth, first):
+        for (loss, cost), after in scan(run_window, segments, state, depth, first):
             total.add(loss)
             extra.add(cost)
-            state = behind
+            state = after
         kept = keep.result()
         logits = None if kept is None else (head or self.backbone.logits)(kept)
         if aimed is not None and logits is not None:
@@ -371,11 +373,11 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
                         auxiliary = auxiliary * own / count
                     loss = loss + auxiliary
                 # Every window gives every memory parameter a gradient, which data-parallel training
-                # counts on; a later window alone would not touch the initial memory.
+                # relies on; without this a later window would not touch the initial memory.
                 loss = self.memory.touch(loss)
         out = MemLMOutput(
             loss=loss,
-            logits=keep.place(logits),
+            logits=keep.to_columns(logits),
             memory_state=state if write or memory_state is None else memory_state,
             auxiliary_loss=auxiliary,
         )
@@ -385,7 +387,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         self, write: bool, keep: Collector
     ) -> Callable[[list[Segment], MemoryState], tuple[Losses, MemoryState]]:
         self.backbone.check_open()
-        # The base model's own `set_attn_implementation` does not know of memories.
+        # Somebody may have called the base model's own `set_attn_implementation`, which ignores memories.
         self._open_heads()
         self.memory.check_present(self.backbone.device)
         cells, tokens = self.memory.cells(), self.memory.tokens
@@ -403,7 +405,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
                 if self.training and torch.is_grad_enabled():
                     cost = self.memory.auxiliary_loss(before, after, segment.active)
             if router_loss is not None:
-                # The rows of a segment pass the routers together; `forward` divides by all rows.
+                # The rows of a segment pass through the routers together; `forward` divides by all rows.
                 cost = router_loss * segment.rows + (0.0 if cost is None else cost)
             loss = None if segment.labels is None else self._loss(hidden, segment.labels)
             return (loss, cost, hidden if keep.wanted else None), new
@@ -464,8 +466,8 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
     ) -> MemoryState:
         """Remember `segments`, taken one by one, and return the state after the last.
 
-        No gradient, no logits: for documents too long to be held. Rows end by their masks. writes: counts
-        the segments in which a write gate opened.
+        No gradient, no logits: for documents too long to be held. A row ends where its mask does. writes:
+        counts the segments in which a write gate opened.
         """
         pieces = iter(segments)
         first = next(pieces, None)
@@ -487,11 +489,10 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         return state
 
     def set_memory_options(self, **options: Any) -> None:
-        """Change what may change on a finished model, such as `write_threshold=0.1`, in every memory that
-        has it.
+        """Change options of a finished model, such as `write_threshold=0.1`, in every memory that has them.
 
         Options are those that `Config.live_options()` names; they are saved with the model. ValueError for
-        one that no memory here has, or a value it cannot have; nothing is changed then.
+        one that no memory here has, or a value it cannot have; then nothing is changed.
         """
         self.memory.set_options(options)
         self.config.memory = list(self.memory.configs)
@@ -501,9 +502,9 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         self.base.requires_grad_(False)
 
     def unload(self) -> PreTrainedModel:
-        """Hand the base model back as it was before it was wrapped, with its weights as they are now.
+        """Return the base model as it was before it was wrapped, with its weights as they are now.
 
-        This model cannot be run afterwards; save its memories before (`save_memory`). RuntimeError when
+        This model cannot be run afterwards; save its memories first (`save_memory`). RuntimeError when
         a module of the base has changed its class since, as sharding does.
         """
         self.backbone.close()
@@ -514,7 +515,7 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
     ) -> Any:
         """As transformers does; the base model's configuration is saved as it is now.
 
-        ValueError for a quantised base, whose weights would be read again as if they were numbers.
+        ValueError for a quantised base, whose packed weights would be loaded as if they were plain numbers.
         """
         stored = next(
             (n for n, p in self.base.named_parameters() if not p.is_floating_point()), None

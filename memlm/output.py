@@ -1,4 +1,4 @@
-"""What a call of the model gives, and what stands for the logits that nobody asked for."""
+"""What a call of the model returns, and what stands in for logits that nobody asked for."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from memlm.state import MemoryState
 
 @dataclass
 class MemLMOutput(ModelOutput):
-    """What a call gives.
+    """What a call returns.
 
-    loss: () mean cross-entropy, and in training the auxiliary loss. logits (B, N, V) where asked; a
-    `LogitsNotMade` where labels alone were. memory_state: behind the last segment, a row per document.
-    auxiliary_loss: () what the memories ask for in training besides (`Memory.auxiliary_loss`), a mean over
-    the call's real segments, rows and each memory's layers, as it stands in `loss`; there without labels
-    too; None when they ask for nothing. The router loss of a base with experts that is configured for one
-    (`output_router_logits`) is in it as well.
+    loss: () mean cross-entropy, plus the auxiliary loss in training. logits (B, N, V) where asked for; a
+    `LogitsNotMade` where only labels were given. memory_state: after the last segment, a row per document.
+    auxiliary_loss: () what the memories add to the training loss (`Memory.auxiliary_loss`), a mean over
+    the call's real segments, rows and each memory's layers, as it is part of `loss`; given without labels
+    too, and None when they add nothing. It includes the router loss of a base with experts that is
+    configured for one (`output_router_logits`).
     """
 
     loss: Tensor | None = None
@@ -36,14 +36,14 @@ _NOT_MADE = (
 
 
 class _Telling(type):
-    """Trainers that gather predictions refuse what is no tensor by naming its class, and so the remedy."""
+    """Trainers that gather predictions name the class of a non-tensor they refuse: it is the remedy."""
 
     def __repr__(cls) -> str:
         return f"{cls.__name__}: {_NOT_MADE}"
 
 
 class LogitsNotMade(metaclass=_Telling):
-    """What stands for logits that nobody asked for: whoever uses them is told how to ask."""
+    """Stands in for logits that nobody asked for: whoever uses them is told how to ask."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(_NOT_MADE)

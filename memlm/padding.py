@@ -14,7 +14,7 @@ def pad_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Ids (B, T) of rows of tokens, T the longest row's, and their mask (B, T), True on real tokens.
 
-    pad: the id that fills the rest. left: the rest is in front, for prompts that are gone on from.
+    pad: the id that fills the rest. left: the padding comes first, for prompts that are to be continued.
     """
     known: list[NDArray[Any]] = [np.asarray(row) for row in rows]
     sizes = np.array([len(row) for row in known])

@@ -1,4 +1,4 @@
-"""transformers' Auto classes know the configuration and the model, and nothing is imported before its time.
+"""Makes the configuration and the model known to transformers' Auto classes without importing them early.
 
 After `import memlm`, `AutoModelForCausalLM.from_pretrained` has to know a memlm checkpoint. Yet importing
 memlm should not import transformers, and a configuration should not have to know the model above it.
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class _Model:
-    """Stands for the model among transformers', and becomes it when anything is asked of it.
+    """Stands in for the model in transformers' registry, and becomes it when anything is asked of it.
 
     `memlm.modeling` cannot be imported together with the Auto classes: modules of transformers that it
     needs import them as well, and are only half there at that moment.
@@ -38,7 +38,7 @@ def _register_model(module: Any) -> None:
     module.AutoModelForCausalLM.register(config_class, _Model(config_class), exist_ok=True)
 
 
-# Modules of transformers, and what is to be done when they have been imported.
+# Modules of transformers, and what to do once each has been imported.
 _AFTER: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
@@ -69,7 +69,7 @@ class _RegisterLater(importlib.abc.MetaPathFinder):
 
 
 def register() -> None:
-    """Register with the Auto classes, now where they are there already, else when they are imported."""
+    """Register with the Auto classes: now if they are imported already, otherwise when they are."""
     for auto, register_with in _AFTER.items():
         if auto in sys.modules:
             register_with(sys.modules[auto])

@@ -25,14 +25,14 @@ class Reader(Protocol):
 
 
 class RollingMemory:
-    """The committed part of every row during one `generate`, and the state behind it.
+    """The committed part of every row during one `generate`, and the state after it.
 
     Rows are found by their content, not by their number: beam search exchanges rows between steps, and
     a row's committed state is a function of its tokens (and of the document it began in) alone.
 
     prompts: (count, width) of the prompts, when they are known: the first `width` columns are then the same
-    at every step, and rows change places among those of one prompt only, so that what follows is all there
-    is to compare. None compares whole rows.
+    at every step, and only rows of the same prompt change places, so that only what follows has to be
+    compared. None compares whole rows.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RollingMemory:
         count, self.width = (None, 0) if prompts is None else prompts
         self.documents: int | None = count if state is None else state.batch_size
         self.state: MemoryState | None = None
-        # Tokens of each row within the prompts' columns, and behind them those that are committed.
+        # Tokens of each row within the prompts' columns, and the committed ones after them.
         self.prompts: list[Tensor] = []
         self.committed: list[Tensor] = []
         self.done: list[int] = []
@@ -54,7 +54,7 @@ class RollingMemory:
     def advance(
         self, input_ids: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, MemoryState]:
-        """Commit all full segments of input_ids (B, N) that a later token follows.
+        """Commit all full segments of input_ids (B, N) that are followed by a token.
 
         Returns the open segments (B, T') padded on the left, their mask, and the committed state.
         """
@@ -81,7 +81,7 @@ class RollingMemory:
         return ids, mask, state
 
     def _between(self, rows: list[Tensor], begin: list[int], end: list[int]) -> list[Tensor]:
-        """Tokens `begin` to `end` of each row, counted from its prompt's first."""
+        """Tokens `begin` to `end` of each row, counted from the first of its prompt."""
         found = []
         for prompt, row, a, b in zip(self.prompts, rows, begin, end, strict=True):
             size = len(prompt)
@@ -100,7 +100,7 @@ class RollingMemory:
         return self.initial.select([row // repeat for row in range(count)])
 
     def _align(self, rows: list[Tensor]) -> tuple[MemoryState, list[int]]:
-        """For each row the committed state that is its own, and how many tokens that holds."""
+        """The committed state of each row, and how many tokens each state has read."""
         count = len(rows)
         if self.state is None:
             return self._initial(count), [0] * count
@@ -139,7 +139,7 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None, columns: slice) -> l
 
 
 def _padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    # Rows on the model's device: `memlm.padding` is for those that are not there yet.
+    # These rows are on the model's device; `memlm.padding` is for rows that are not there yet.
     real = [torch.ones_like(row) for row in rows]
     ids, mask = (pad_sequence(r, batch_first=True, padding_side=side) for r in (rows, real))
     return ids, mask

@@ -14,16 +14,16 @@ from memlm.segment import Segment
 from memlm.state import MemoryState
 
 Out = TypeVar("Out")
-# Where windows are counted from: back from the last segment, or on from the first.
+# Where windows are counted from: back from the last segment, or forward from the first.
 Anchor = Literal["end", "start"]
 
 
 def first_window(count: int, bptt_depth: int, anchor: Anchor = "end") -> int:
     """How many of `count` segments the first window holds; the others hold `bptt_depth` each.
 
-    From the end, the last window is whole: what is asked there can teach the writing of the
-    `bptt_depth - 1` segments before it. From the start, the last window is what remains, which may be
-    one segment that no gradient leaves. ValueError on a depth below 1 or an unknown anchor.
+    Counted from the end, the last window is whole: what is asked there can teach the writing of the
+    `bptt_depth - 1` segments before it. Counted from the start, the last window is what remains, perhaps a
+    single segment, whose gradient then reaches no other. ValueError on a depth below 1 or unknown anchor.
     """
     if bptt_depth < 1:
         raise ValueError(f"bptt_depth={bptt_depth} must be at least 1 segment")
@@ -39,7 +39,7 @@ def scan(
     bptt_depth: int,
     first: int | None = None,
 ) -> Iterator[tuple[Out, MemoryState]]:
-    """Run windows of `bptt_depth` segments; yield each window's output and the state behind it.
+    """Run windows of `bptt_depth` segments; yield each window's output and the state after it.
 
     The state handed to the next window is detached: no gradient flows from a window into an earlier
     one. `segments` is consumed lazily. first: segments of the first window (`first_window`, which

@@ -63,13 +63,13 @@ class Segment:
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Label of token t becomes the token at t + 1; the last has none. (B, N) -> (B, N)."""
+    """The label at t becomes that of the token at t + 1; the last has none. (B, N) -> (B, N)."""
     return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the documents of a batch (B, N) stand, and how to give each a row of its own, from the left.
+    """Where the documents of a batch (B, N) stand, and how to give each its own row, packed to the left.
 
     source (D, length): the place in the batch, counted through all its rows, that each packed place came
     from; 0 where mask (D, length) says that it holds no token. shape: (B, N).
@@ -81,7 +81,7 @@ class Packing:
 
     @classmethod
     def of(cls, attention_mask: Tensor, documents: Tensor | None = None) -> Packing:
-        """Find the packing of `attention_mask` (B, N), any pattern of zeros.
+        """Find the packing of `attention_mask` (B, N), whatever its pattern of zeros.
 
         documents (B, N): the number of each token's document, counted from 0 in the order of reading
         (`documents_in`); None when every row is one document, which may then be without a token.
@@ -104,11 +104,11 @@ class Packing:
         return self.source.shape[1]
 
     def pack(self, values: Tensor, fill: int) -> Tensor:
-        """(B, N) -> (D, length), a document per row, `fill` behind its end."""
+        """(B, N) -> (D, length), a document per row, `fill` after its end."""
         return values.flatten()[self.source].masked_fill(~self.mask, fill)
 
     def to_the_right(self, segment_length: int) -> Packing:
-        """Each document with its short segment first: padding behind that makes a full one of it."""
+        """Each document with its short segment first, which padding at its end makes full."""
         lengths = self.mask.sum(dim=1, keepdim=True)
         short = lengths % segment_length
         gap = (segment_length - short) % segment_length
@@ -141,7 +141,7 @@ def documents_in(
     max_length_q: Tensor | int | None = None,
     max_length_k: Tensor | int | None = None,
 ) -> Tensor | None:
-    """The documents that stand behind one another in rows (B, N), numbered as `Packing.of` takes them.
+    """The documents that follow one another in rows (B, N), numbered as `Packing.of` takes them.
 
     mask (B, N) bool: the real tokens, None when all are. Each of the others says in its own way where a
     document begins, as transformers' flattening collators do: position_ids (B, N) or (1, N) fall back there
@@ -190,7 +190,7 @@ def documents_in(
 
 
 def _steps(name: str, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Each real token but the first of its row, by place, and how far its value is above the one before."""
+    """Places of all real tokens but each row's first, and how far each value is above the one before."""
     values = values.unsqueeze(0) if values.ndim == 1 else values
     if values.shape[-1] != mask.shape[1] or values.shape not in (mask.shape, (1, mask.shape[1])):
         raise ValueError(
@@ -205,7 +205,7 @@ def _steps(name: str, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _borders(cu_seq_lens: Tensor, mask: Tensor) -> Tensor:
-    """The places where documents begin behind the first, from borders (D + 1,) of a row without padding."""
+    """The places where documents after the first begin, from borders (D + 1,) of a row without padding."""
     borders = cu_seq_lens.long()
     total = mask.shape[1]
     fits = borders.ndim == 1 and len(borders) > 1 and bool((borders.diff() > 0).all())

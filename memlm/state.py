@@ -89,7 +89,7 @@ class MemoryState:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryState:
-        """An independent copy, detached where it hangs on a graph, which no copy can be part of."""
+        """An independent copy, detached from any graph, which a copy cannot be part of."""
         return self.fork()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -111,14 +111,14 @@ class MemoryState:
 
     @torch.no_grad()
     def largest(self) -> Tensor:
-        """(n,) the largest magnitude in each floating-point tensor, in order; NaN where there is one."""
+        """(n,) the largest magnitude in each floating-point tensor, in order; NaN where one holds a NaN."""
         found = [value.detach() for value in self.floating().values()]
         if not found:
             return torch.zeros(0)
         if found[0].is_cuda:
             norms = torch._foreach_norm(found, float("inf"))
             return torch.stack([norm.double().to(found[0].device) for norm in norms])
-        # One kernel for all is slow on a CPU, by a factor of ten and more.
+        # One kernel for all of them is at least ten times slower on a CPU.
         return torch.stack([value.abs().amax().double() for value in found])
 
     def floating(self) -> dict[str, Tensor]:

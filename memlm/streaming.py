@@ -27,7 +27,7 @@ from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
 from memlm.tokens import (
     Part,
-    encode_behind,
+    encode_after,
     encode_parts,
     encode_texts,
     fill,
@@ -40,7 +40,7 @@ from memlm.writes import WriteCount
 FILE = "stream.safetensors"
 INDEX = "index"
 VERSION = 2
-# Characters per block: large enough that tokenising costs little, small enough to be no delay.
+# Characters per block: large enough that tokenising costs little, small enough not to cause a delay.
 BLOCK = 4096
 
 
@@ -60,14 +60,15 @@ class DocumentStream:
     """One document, read as it comes, remembered in a state of constant size.
 
     model: a MemLMForCausalLM (put into evaluation mode). tokenizer: its tokenizer, with an end token.
-    retrieval: a ChunkIndex, or a Retriever around one: what is written is stored in it as it is written,
-    and `ask` shows the model the passages it recalls, before the question. split_special_tokens: control
-    tokens written out in documents, questions and passages ("</s>") are read as text; False makes them
-    control tokens. Those of the model's own templates always are. ValueError when they do not fit each
-    other.
+    retrieval: a ChunkIndex, or a Retriever around one: text is stored in it as it is written, and `ask`
+    shows the model the passages it recalls, before the question. split_special_tokens: control tokens
+    written out in documents, questions and passages ("</s>") are read as text; False makes them control
+    tokens. Those of the model's own templates always are control tokens. ValueError when model, tokenizer
+    and retrieval do not fit each other.
 
-    Threads may use one stream at once. A `write` is one stretch of the document, whatever others write
-    meanwhile; what is asked, scored, forked or saved during a write stands behind the last block it read.
+    Several threads may use one stream. What one `write` is given stays together, even when other threads
+    write at the same time. A question, score, fork or save during a write sees the document up to the last
+    block that was read.
     """
 
     def __init__(
@@ -97,9 +98,9 @@ class DocumentStream:
         self._make_locks()
         self._state = model.init_state(1).detach()
         self._committed = 0
-        # Tokens behind the last committed segment. Between two calls they are at most one segment,
+        # Tokens after the last committed segment. Between two calls there is at most one segment of them,
         # and at least one token once something was read: the last token predicts the next one.
-        self._open: list[int] = []
+        self._open_ids: list[int] = []
         self._writes = WriteCount()
         # Text not tokenised yet, and the text before it, which decides how it is tokenised; None at
         # the document's start.
@@ -110,7 +111,7 @@ class DocumentStream:
     def write(self, text: str | Iterable[str], document: str | None = None) -> None:
         """Read text: a string, or pieces of one (a list, a generator, an open file), lazily.
 
-        document: a name for what is read, which recalled passages carry; with another name than before,
+        document: a name for what is read, which recalled passages carry; when the name changes,
         passages are counted from its beginning.
         """
         if isinstance(text, bytes):
@@ -121,19 +122,18 @@ class DocumentStream:
             for piece in (text,) if isinstance(text, str) else text:
                 if not isinstance(piece, str):
                     raise TypeError(f"text holds a {type(piece).__name__}; give strings")
-                # A long piece by parts: what is left of a string is copied each time a block leaves it.
+                # A long piece goes in parts: a block taken off a string copies the rest of it.
                 for at in range(0, max(len(piece), 1), BLOCK):
-                    self._take(piece[at : at + BLOCK], document)
+                    self._append(piece[at : at + BLOCK], document)
 
     @torch.no_grad()
     def ask(self, question: str, max_new_tokens: int = 32) -> Answer:
         """Answer a question about what was written; the stream stays as it is.
 
-        The question follows the document as the model's `question_template` says, passages that are
-        recalled stand before it as `recall_template` says and are the answer's `sources`; decoding is
-        greedy, up to an end token, the tokenizer's or one of the model's `generation_config`, or to
-        `max_new_tokens`. ValueError when nothing was written, and there is
-        nothing to recall.
+        The question follows the document as the model's `question_template` says. Recalled passages stand
+        before it as `recall_template` says, and are the answer's `sources`. Decoding is greedy, up to an
+        end token (the tokenizer's, or one of the model's `generation_config`) or to `max_new_tokens`.
+        ValueError when nothing was written and there is nothing to recall.
         """
         if not question.strip():
             raise ValueError(f"question={question!r} is empty; ask something")
@@ -141,7 +141,7 @@ class DocumentStream:
             raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
         with self._lock:
             sources = [] if self.retriever is None else self.retriever.recall(question.strip())
-            tail = self._open + self._encode(self._text)
+            tail = self._open_ids + self._encode(self._text)
             state, empty = self._state, not self._committed and not tail
         if empty and not sources:
             raise ValueError("the stream is empty, nothing was written; write a document first")
@@ -172,14 +172,14 @@ class DocumentStream:
     def score(self, text: str) -> float:
         """Mean negative log-likelihood of `text` as the document's continuation, in nats per token.
 
-        The stream stays as it is. In an empty stream the first token is predicted by nothing, and is
-        not counted. ValueError when no token is left to count.
+        The stream stays as it is. In an empty stream nothing predicts the first token, so it is not
+        counted. ValueError when no token is left to count.
         """
         with self._lock:
             state, whole, at = self._state, self._text + text, len(self._text)
             ids = self._encode(whole)
             known = tokens_begun(self._encode, whole, at) if at else len(self._leading())
-            before = self._open + ids[:known]
+            before = self._open_ids + ids[:known]
         after = ids[known:]
         counted = len(after) - (0 if before else 1)
         if counted < 1:
@@ -191,9 +191,9 @@ class DocumentStream:
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens written so far, with the special tokens a document begins with."""
+        """Tokens written so far, including the special tokens a document begins with."""
         with self._lock:
-            return self._committed + len(self._open) + len(self._encode(self._text))
+            return self._committed + len(self._open_ids) + len(self._encode(self._text))
 
     @property
     def writes(self) -> int | None:
@@ -208,12 +208,12 @@ class DocumentStream:
         return self._state.nbytes
 
     def fork(self) -> DocumentStream:
-        """A second stream that goes on from here on its own; model and tokenizer are shared."""
+        """A second stream that goes on from here independently; model and tokenizer are shared."""
         with self._lock:
             other = copy.copy(self)
             other._make_locks()
             other._state = self._state.fork()
-            other._open = list(self._open)
+            other._open_ids = list(self._open_ids)
             other._writes = self._writes.copy()
             other.retriever = None if self.retriever is None else self.retriever.fork()
         return other
@@ -221,12 +221,12 @@ class DocumentStream:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the stream into one file in `directory`, atomically; the model is not saved.
 
-        With retrieval its index is saved beside it, first; a kill in between loses nothing.
+        With retrieval, the index is saved beside it, and first; a kill in between loses nothing.
         """
         with self._lock:
             saved = {
                 "committed": self._committed,
-                "open": self._open,
+                "open": self._open_ids,
                 "writes": self._writes.rows(),
                 "text": self._text,
                 "context": self._context,
@@ -235,7 +235,7 @@ class DocumentStream:
                 "segment_length": self.model.segment_length,
                 "vocabulary": len(self.tokenizer),
             }
-            # What cannot be written is found out before anything is.
+            # What cannot be written is found before anything is.
             extra = {"stream_version": str(VERSION), "stream": json.dumps(saved)}
             if self.retriever is not None:
                 self.retriever.index.save(Path(directory) / INDEX)
@@ -249,7 +249,7 @@ class DocumentStream:
         tokenizer: Any,
         embedder: Embedder | None = None,
     ) -> DocumentStream:
-        """Go on with a saved stream. ValueError when it is damaged, or another model's.
+        """Load a saved stream, to go on with it. ValueError when it is damaged, or another model's.
 
         embedder: of the stream's index; None is a HashingEmbedder.
         """
@@ -280,39 +280,39 @@ class DocumentStream:
         if saved.get("retrieval") is not None:
             index = ChunkIndex.load(Path(directory) / INDEX, embedder or HashingEmbedder())
             retriever = Retriever.restore(index, saved["retrieval"])
-        # Up to version 1 a control token in a text was one.
+        # Up to version 1, a control token written out in a text was read as a control token.
         split = saved.get("split_special_tokens", False)
         stream = cls(model, tokenizer, retriever, split_special_tokens=split)
         stream._state = model._admit(state, 1)
-        stream._committed, stream._open = saved["committed"], saved["open"]
+        stream._committed, stream._open_ids = saved["committed"], saved["open"]
         stream._text, stream._context = saved["text"], saved["context"]
         stream._writes = WriteCount(saved.get("writes"))
         return stream
 
     def _make_locks(self) -> None:
-        # The first is held for a whole write, the second while what the stream consists of changes.
+        # The first is held for a whole write, the second while the stream's own fields change.
         self._writing, self._lock = threading.RLock(), threading.RLock()
 
-    def _take(self, text: str, document: str | None) -> None:
-        """Take text in, and read the blocks that are complete by now."""
+    def _append(self, text: str, document: str | None) -> None:
+        """Append text to what is not read yet, and read the blocks that are complete by now."""
         with self._lock:
             if self.retriever is not None:
                 self.retriever.write(text, document)
             self._text += text
             while taken := next_block(self._tokens, self._context, self._text, BLOCK):
-                # First the model: where it fails, the text is still there.
+                # First the model: should it fail, the text is still there.
                 self._read(self._leading() + taken[0])
                 _, self._context, self._text = taken
 
     def _read(self, ids: list[int]) -> None:
-        """Take tokens, and commit every segment that another token follows."""
-        ids, state, writes = self._open + ids, self._state, self._writes.copy()
+        """Add tokens to the open segment, and commit every segment that another token follows."""
+        ids, state, writes = self._open_ids + ids, self._state, self._writes.copy()
         length = self.model.segment_length
         full = max(0, (len(ids) - 1) // length * length)
         if full:
             segments = cut(self._tensor(ids[:full]), None, None, length)
             state = self.model.read(segments, state, writes)
-        self._state, self._open, self._writes = state, ids[full:], writes
+        self._state, self._open_ids, self._writes = state, ids[full:], writes
         self._committed += full
 
     def _ends(self) -> list[int]:
@@ -331,11 +331,11 @@ class DocumentStream:
         return encode_parts(self.tokenizer, parts, self.split_special_tokens)
 
     def _leading(self) -> list[int]:
-        """The special tokens in front of the text that comes next."""
+        """The special tokens before the text that comes next."""
         return leading_tokens(self.tokenizer) if self._context is None else []
 
     def _encode(self, text: str) -> list[int]:
-        """Tokens of `text` behind what was read, with the special tokens a document begins with."""
+        """Tokens of `text` after what was read, with the special tokens a document begins with."""
         if not text:
             return []
-        return self._leading() + encode_behind(self._tokens, self._context, text)
+        return self._leading() + encode_after(self._tokens, self._context, text)

@@ -1,6 +1,6 @@
-"""The text around questions, answers, facts and recalled passages: every template's default.
+"""The text around questions, answers, facts and recalled passages: the default of every template.
 
-A question is put in two ways. `DOCUMENT_QUESTION_TEMPLATE` is how people ask about their documents: a
+A question is asked in two ways. `DOCUMENT_QUESTION_TEMPLATE` is how people ask about their documents: a
 model's config holds it, and `DocumentStream.ask` fills it. `BABILONG_QUESTION_TEMPLATE` is how a BABILong
 sample goes on, in training as in evaluation: there facts, sentences, recalled passages, the question and
 the answer each follow one space.
@@ -8,7 +8,7 @@ the answer each follow one space.
 
 # A trained model keeps its own; the answer follows after a space.
 DOCUMENT_QUESTION_TEMPLATE = "\n\nQuestion: {question}\nAnswer:"
-# How a passage that was recalled stands in front of the question; {document} and {start} may be named.
+# How a recalled passage is written before the question; {document} and {start} may be named.
 DOCUMENT_RECALL_TEMPLATE = "\nRecalled: {text}"
 
 BABILONG_FACT_TEMPLATE = " {fact}"

@@ -1,4 +1,4 @@
-"""Text files, read piece by piece and refused by name when they are no text; and where sentences end."""
+"""Text files, read piece by piece and refused by name when they are not text; and where sentences end."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """Text becomes tokens here: as text, not as control tokens, and long texts block by block.
 
 A control token (`</s>`, `<|endoftext|>`, `<|im_end|>`) that is written out in a text is spelled like any
-other text. Only a template may bring control tokens, never what is put into it.
+other text. Only a template may bring control tokens, never the text that is put into it.
 
-A long text is tokenised in blocks. Where a block ends follows from the text alone: where the tokeniser
+A long text is tokenised in blocks. Where a block ends depends on the text alone: it is where the tokeniser
 itself puts a border, both when it sees `AHEAD` characters more and when it starts a little earlier. So the
 tokens are those of the whole text, with one exception: in a run without a blank that is longer than half a
-block they may differ. There the tokeniser may decide by what stands further away, it may have several
-equally good spellings to choose from (Unigram, in text that repeats itself), or there may be no border at
-all. Even then the tokens decode to the same text, unless the tokeniser gives up long words as
-unknown: of a word that was cut it may know more.
+block they may differ. There the tokeniser may decide by text further away, it may have several equally
+good spellings to choose from (Unigram, in text that repeats itself), or there may be no border at all. Even
+then the tokens decode to the same text, unless the tokeniser treats long words as unknown: it may know the
+parts of a word that was cut.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 Encode = Callable[[str], list[int]]
-# A stretch of a prompt, and whether a template wrote it, so that its control tokens are meant.
+# A stretch of a prompt, and whether a template wrote it, which makes its control tokens real.
 Part = tuple[str, bool]
 Spans = list[tuple[int, int]]
 
-# Characters behind a border that are looked at before it counts: twice the longest token there is.
+# Characters looked at after a border before it counts: twice the longest token there is.
 AHEAD = 256
-# Characters in front of a border from where tokenising starts again: multiples of the tokens for runs
-# of 2, 4, ... 128 and of 3, 5, 6, 10, 12, 24, ... characters, the latter two behind a space put in front.
-BEHIND = (256, 240, 255, 239)
+# How many characters before a border tokenising starts again: multiples of the lengths of tokens that stand
+# for runs of one repeated character, 2, 4, ... 128 and 3, 5, 6, 10, 12, 24, ...; the last two are one less,
+# for tokenisers that put a space before every text.
+BACK = (256, 240, 255, 239)
 # Borders tried, as many as the longest token has characters, and how many of each of the likelier kinds.
 TRIES, LIKELY = 128, 4
-# What may stand in front of a text that goes on, where what really does cannot be kept apart from it: a
-# tokeniser that puts a space in front of every text must not put one here.
+# What may stand before a continued text when a token reaches over from what really does: a tokeniser that
+# puts a space before every text must not put one here.
 ANCHORS = ("\n", ".", "a")
 
 # A fast tokenizer keeps the settings of a call inside, so two threads must not call it at once.
@@ -56,7 +57,7 @@ def encode_texts(
 def encode_with_spans(
     tokenizer: Any, texts: Sequence[str]
 ) -> tuple[list[list[int]], list[Spans | None]]:
-    """`encode_texts`, and of each token which characters it covers; None where that is not known."""
+    """`encode_texts`, with the characters that each token covers; None where that is not known."""
     return _encode(tokenizer, texts, True, bool(tokenizer.is_fast))
 
 
@@ -95,7 +96,7 @@ def _encode(
 def encode_parts(
     tokenizer: Any, parts: Iterable[Part], split_special_tokens: bool = True
 ) -> list[int]:
-    """Tokenise a filled template: control tokens in what it wrote are meant, all others are spelled.
+    """Tokenise a filled template: its own control tokens are control tokens, all others are spelled out.
 
     Without control tokens in what was filled in, the tokens are those of the joined text.
     """
@@ -147,26 +148,26 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
             i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-        # A token of one character cannot be spelled otherwise.
+        # A token of one character cannot be spelled in another way.
         known = version, {i: text for i, text in (added | named).items() if len(text) > 1}
         _CONTROL[tokenizer] = known
     return known[1]
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens a tokenizer puts in front of a document."""
+    """The special tokens a tokenizer puts before a document."""
     with _CALLING:
         whole, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     at = next((i for i, token in enumerate(whole) if token == bare[0]), 0) if bare else 0
     return list(whole[:at])
 
 
-def encode_behind(encode: Encode, context: str | None, text: str) -> list[int]:
-    """The tokens of `text` as it goes on behind `context`; None where nothing stands in front."""
+def encode_after(encode: Encode, context: str | None, text: str) -> list[int]:
+    """The tokens of `text` as it continues `context`; a `context` of None is the document's start."""
     if context is None:
         return encode(text)
     for before in (context, *ANCHORS):
-        found = _behind(encode, before, text) if before else None
+        found = _tokens_after(encode, before, text) if before else None
         if found is not None:
             return found
     return encode(text)
@@ -175,25 +176,25 @@ def encode_behind(encode: Encode, context: str | None, text: str) -> list[int]:
 def next_block(
     encode: Encode, context: str | None, text: str, block: int
 ) -> tuple[list[int], str, str] | None:
-    """Take about `block` characters off `text`, which goes on behind `context`.
+    """Take about `block` characters off `text`, which continues `context`.
 
-    Returns their tokens, what the rest goes on behind, and the rest; None while `text` is shorter than
-    block + AHEAD characters. What lies further behind in `text` is not looked at.
+    Returns their tokens, the context of the rest, and the rest; None while `text` is shorter than
+    block + AHEAD characters. What lies further on in `text` is not looked at.
     """
     if len(text) < block + AHEAD:
         return None
     seen = text[: block + AHEAD]
-    whole = encode_behind(encode, context, seen)
+    whole = encode_after(encode, context, seen)
     for at in _borders(seen, block):
         before = (context or "") + seen[:at]
-        for behind in BEHIND:
-            near = before[-behind:]
-            tail = _behind(encode, near, seen[at:])
+        for back in BACK:
+            near = before[-back:]
+            tail = _tokens_after(encode, near, seen[at:])
             if tail is not None and whole[len(whole) - len(tail) :] == tail:
                 return whole[: len(whole) - len(tail)], near, text[at:]
-    # The tokeniser has no border here: what is cut inside a token is spelled otherwise, and not lost.
+    # The tokeniser has no border here: a token that is cut is spelled by others, and nothing is lost.
     at = next(_borders(seen, block))
-    return encode_behind(encode, context, seen[:at]), "", text[at:]
+    return encode_after(encode, context, seen[:at]), "", text[at:]
 
 
 def tokens_begun(encode: Encode, text: str, at: int) -> int:
@@ -208,8 +209,8 @@ def tokens_begun(encode: Encode, text: str, at: int) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(whole), len(begun)))
 
 
-def _behind(encode: Encode, context: str, text: str) -> list[int] | None:
-    """The tokens of `text` behind `context`; None where a token would reach over the border."""
+def _tokens_after(encode: Encode, context: str, text: str) -> list[int] | None:
+    """The tokens of `text` after `context`; None where a token would reach over the border."""
     known, ids = encode(context), encode(context + text)
     return ids[len(known) :] if ids[: len(known)] == known else None
 
@@ -217,7 +218,7 @@ def _behind(encode: Encode, context: str, text: str) -> list[int] | None:
 def _borders(text: str, block: int) -> Iterator[int]:
     """Where a block of `text` may end, the likeliest first.
 
-    In front of a single space between words, where every tokeniser splits; else in front of white space;
+    Before a single space between words, where every tokeniser splits; else before white space;
     else beside a mark; else anywhere, from the back.
     """
     back = range(block - 1, block // 2, -1)
@@ -260,6 +261,6 @@ def _broken(encode: Encode, text: str, breaks: Iterable[int]) -> list[int]:
     parts = [text[a:b] for a, b in itertools.pairwise(starts)]
     ids = encode(parts[0])
     for part in parts[1:]:
-        # What stands in front would make the control token whole again.
-        ids = ids + encode_behind(encode, "", part)
+        # Together with the text before, it would make the control token whole again.
+        ids = ids + encode_after(encode, "", part)
     return ids

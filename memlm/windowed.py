@@ -20,7 +20,7 @@ from memlm.state import MemoryState
 
 
 class _Model(Protocol):
-    """What is asked of the model inside whatever wraps it."""
+    """What `windows` needs of the model inside whatever wraps it."""
 
     training: bool
 
@@ -42,11 +42,11 @@ def windows(
 ) -> Iterator[MemLMOutput]:
     """Read documents window by window: one call of `model`, and one `MemLMOutput`, per window.
 
-    model: a `MemLMForCausalLM`, or a module around one (DDP, FSDP, peft, torch.compile), which is what is
-    called. input_ids, attention_mask and labels (B, N), memory_state, bptt_anchor and segment_alignment as
-    its `forward` takes them; so are `kwargs`, which go to every call, and position_ids, seq_idx or
-    cu_seq_lens_q, where a row holds several documents. bptt_depth: segments per window. A memory learns
-    what to write from later segments of the same window, so with 1 it does not.
+    model: a `MemLMForCausalLM`, or a module around one (DDP, FSDP, peft, torch.compile), which is then
+    called. input_ids, attention_mask and labels (B, N), memory_state, bptt_anchor and segment_alignment are
+    as its `forward` takes them; so are position_ids, seq_idx or cu_seq_lens_q, for rows of several
+    documents, and `kwargs`, which go to every call. bptt_depth: segments per window. A memory learns what
+    to write from later segments of the same window, so with 1 it does not learn that.
 
     Call backward on each window's loss before the next window is asked for:
 
@@ -56,9 +56,9 @@ def windows(
 
     The losses of all windows sum to the loss of one `forward` with the same bptt_depth, the mean over all
     labels of the call (or their sum divided by num_items_in_batch), and so do the gradients. Each output's
-    memory_state, the one behind its window, is still part of that window's graph; the next window starts
-    from its values alone. Rows of each output are documents from their first token on, packed to the left:
-    logits (B, T, V) are those of the window's own T positions.
+    memory_state, the one after its window, is still part of that window's graph; the next window starts
+    from its values alone. The rows of each output are documents, packed to the left: logits (B, T, V) are
+    those of the window's own T positions.
 
     ValueError on what `forward` refuses, before anything is read.
     """
@@ -91,7 +91,7 @@ def windows(
         )
         return shares.weigh(out, whole, window, inner.training), out.memory_state
 
-    # The model makes the first state itself: where it is sharded, nobody else has the parameters for it.
+    # The model makes the first state itself: when it is sharded, nobody else has the parameters for it.
     start = cast(MemoryState, memory_state)
     return _outputs(scan(call, segments, start, bptt_depth, first))
 
@@ -104,7 +104,7 @@ def _outputs(found: Iterator[tuple[MemLMOutput, MemoryState]]) -> Iterator[MemLM
 
 
 class _Shares:
-    """What each window's means are of those of the whole call."""
+    """How much each window's means count in those of the whole call."""
 
     def __init__(
         self, batch: Batch, segments: list[Segment], num_items_in_batch: Tensor | int | None

@@ -1,4 +1,4 @@
-"""How often a memory was written while documents were read: what its false alarms are counted by."""
+"""How often a memory was written while documents were read: the count of its false alarms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WRITTEN_ABOVE = 0.1
 class WriteCount:
     """Counts, for each row, the segments in which a write gate opened beyond `WRITTEN_ABOVE`.
 
-    To be given to `model.read(segments, state, writes=count)`, over as many calls as one likes.
+    Give it to `model.read(segments, state, writes=count)`, in as many calls as you like.
     """
 
     def __init__(self, rows: Sequence[int] | None = None) -> None:
@@ -23,7 +23,7 @@ class WriteCount:
         self._rows = None if rows is None else torch.tensor(rows, dtype=torch.long)
 
     def add(self, active: Tensor | None, gate: Tensor | None) -> None:
-        """Take note of a segment. active (B,) bool: rows that have it, None for all; gate (B,)."""
+        """Count a segment. active (B,) bool: rows that have it, None for all; gate (B,)."""
         if gate is None:
             return
         written = gate > WRITTEN_ABOVE
@@ -33,7 +33,7 @@ class WriteCount:
         self._rows = before + written.long()
 
     def copy(self) -> WriteCount:
-        """A count that goes on by itself."""
+        """A copy that goes on counting independently."""
         other = WriteCount()
         other._rows = self._rows
         return other

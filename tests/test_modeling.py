@@ -237,7 +237,7 @@ def test_segments_that_do_not_fit_are_refused(memory, length, message: str) -> N
 def test_wrapping_twice_or_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="already has memories"):
         MemLMForCausalLM.from_base(memory_model("llama", "armt"))
-    with pytest.raises(TypeError, match="no transformers model"):
+    with pytest.raises(TypeError, match="not a transformers model"):
         MemLMForCausalLM.from_base(torch.nn.Linear(2, 2))
 
 

@@ -121,7 +121,7 @@ def test_a_forward_of_an_instance_is_refused(kind: str) -> None:
     module = {"layer": layer, "attention": layer.self_attn, "decoder": base.model}[kind]
     forward = type(module).forward
     module.forward = types.MethodType(lambda self, *a, **k: forward(self, *a, **k), module)
-    with pytest.raises(ValueError, match=f"a {type(module).__name__} has a forward of its own"):
+    with pytest.raises(ValueError, match=f"a {type(module).__name__} has its own forward"):
         MemLMForCausalLM.from_base(base, memory="armt", segment_length=SEGMENT)
 
 

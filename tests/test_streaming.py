@@ -52,7 +52,7 @@ def same(a: DocumentStream, b: DocumentStream) -> bool:
     names = a._state.tensors.keys()
     states = [(a._state[name], b._state[name]) for name in names]
     return (
-        a._open == b._open
+        a._open_ids == b._open_ids
         and a._text == b._text
         and a.tokens_seen == b.tokens_seen
         and names == b._state.tensors.keys()
@@ -108,7 +108,7 @@ def test_the_state_is_that_of_the_model_over_the_tokens(small_blocks) -> None:
     committed = model_for().eval()(ids[:, : stream._committed]).memory_state
     for name, tensor in committed.tensors.items():
         torch.testing.assert_close(stream._state[name], tensor, rtol=0, atol=1e-9)
-    assert 1 <= len(stream._open) <= SEGMENT
+    assert 1 <= len(stream._open_ids) <= SEGMENT
 
 
 @pytest.mark.parametrize("memory", available_memories())
@@ -187,7 +187,7 @@ def test_memory_is_constant_and_a_generator_is_read_lazily(small_blocks) -> None
         for number in range(50):
             alive.append(number)
             yield TEXT[:100]
-            assert len(stream._text) < 40 + AHEAD and len(stream._open) <= SEGMENT
+            assert len(stream._text) < 40 + AHEAD and len(stream._open_ids) <= SEGMENT
 
     stream.write(pages())
     assert len(alive) == 50 and stream.memory_bytes == size

@@ -23,7 +23,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from memlm.tokens import (
     control_tokens,
-    encode_behind,
+    encode_after,
     encode_parts,
     encode_texts,
     fill,
@@ -214,7 +214,7 @@ def in_blocks(encode: Any, text: str, block: int) -> list[int]:
     while taken := next_block(encode, context, rest, block):
         found, context, rest = taken
         ids += found
-    return ids + (encode_behind(encode, context, rest) if rest else [])
+    return ids + (encode_after(encode, context, rest) if rest else [])
 
 
 # Where these come back otherwise, they do so with the tokens of the whole text, too.

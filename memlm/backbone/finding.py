@@ -51,7 +51,7 @@ def find_attention(layer: nn.Module) -> list[nn.Module]:
 
 
 def find_in_family(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """A function that the file of a family's attention defines, such as how it turns queries and keys."""
+    """A function from the file of a family's attention, such as the one that rotates queries and keys."""
     for cls in type(module).__mro__:
         found = getattr(sys.modules[cls.__module__], name, None)
         if found is not None:
@@ -60,7 +60,7 @@ def find_in_family(module: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def works_on(module: nn.Module) -> torch.device:
-    """The device `module` computes on: its parameters', or the one accelerate's hooks fetch them to."""
+    """The device `module` computes on: its parameters', or the one accelerate's hooks move them to."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for single in getattr(hook, "hooks", (hook,)):
@@ -71,7 +71,7 @@ def works_on(module: nn.Module) -> torch.device:
 
 
 def _children(parent: nn.Module) -> list[nn.Module]:
-    """The children of `parent`, each without the modules around it that add nothing but a call."""
+    """The children of `parent`, each without the wrappers around it that only pass the call on."""
     return [unwrapped(child) for child in parent.children()]
 
 

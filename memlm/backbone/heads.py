@@ -1,7 +1,7 @@
 """Rotary positions and the softmax core: attention whose queries and keys pass through memories.
 
-transformers' attention interface hands over queries and keys that are turned by position. Where memories
-are at the heads, the module is made to leave them unturned, and they are turned here, behind the memories.
+transformers' attention interface hands over queries and keys that are rotated by position. Where memories
+are at the heads, the module is made to leave them unrotated, and they are rotated here, after the memories.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from memlm.backbone.run import RUN
 from memlm.backbone.stages import original_class, signature_of
 from memlm.memory.base import QKV, Attended, Dims
 
-# In front of an attention implementation's name: it passes through memories at the heads.
+# Prefix of an attention implementation's name: it passes through memories at the heads.
 OPENED = "memlm_"
-# What transformers' families call the function that turns queries and keys by (cos, sin).
+# The name in transformers' families of the function that rotates queries and keys by (cos, sin).
 ROTATION = "apply_rotary_pos_emb"
 
-# While an attention module is tried out: where its queries and keys go instead of the softmax.
+# While an attention module is tried out, its queries and keys go here instead of to the softmax.
 _TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
 
 
@@ -80,17 +80,17 @@ def _attend(
             rotate = find_in_family(module, ROTATION)
             assert rotate is not None
             if extra:
-                # Queries stand where their own keys do, behind the keys in front.
+                # Queries have the positions of their own keys, which come after the prepended ones.
                 if mask is None:
                     mask = torch.ones(x.v.shape[0], x.v.shape[2], dtype=torch.bool, device=q.device)
                 cos, sin = run.backbone.rotary(layer, x.v, places_of(mask))
-                q, own = turn(rotate, q, k[:, :, extra:], cos[:, extra:], sin[:, extra:])
+                q, own = apply_rotary(rotate, q, k[:, :, extra:], cos[:, extra:], sin[:, extra:])
                 front = k[:, :, :extra]
-                front = turn(rotate, front, front[:, :0], cos[:, :extra], sin[:, :extra])[0]
+                front = apply_rotary(rotate, front, front[:, :0], cos[:, :extra], sin[:, :extra])[0]
                 k = torch.cat([front, own], dim=2)
             else:
                 cos, sin = run.rotation
-                q, k = turn(rotate, q, k, cos, sin)
+                q, k = apply_rotary(rotate, q, k, cos, sin)
         y = attention(module, q, k, x.v, seen, **kwargs)[0].transpose(1, 2)
         return Attended(y, *_lse_and_query(q, k, seen, cos, kwargs)) if parts else y
 
@@ -98,7 +98,7 @@ def _attend(
 
 
 def _with_keys_in_front(seen: Tensor | None, mask: Tensor | None, x: QKV, extra: int) -> Tensor:
-    """An attention mask (., 1, T, T) for `extra` keys more, which every query sees where they are real."""
+    """An attention mask (., 1, T, T) with `extra` more keys, which every query sees where they are real."""
     queries = x.q.shape[2]
     if seen is None:
         shape = (queries, x.k.shape[2] - extra)
@@ -141,24 +141,24 @@ def _lse_and_query(
             scores.masked_fill(~seen, _least(scores)) if seen.dtype == torch.bool else scores + seen
         )
     if cos is not None:
-        # At the first place nothing is turned, but some families scale with the turn.
+        # At the first position nothing is rotated, but some families scale as they rotate.
         size = cos.shape[-1]
         q = torch.cat([q[..., :size] * cos[:, None, :1], q[..., size:]], dim=-1)
     return scores.logsumexp(dim=-1), q
 
 
 @torch.no_grad()
-def turns_by_position(
+def rotates_by_position(
     layer: int,
     module: nn.Module,
     x: Tensor,
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     dims: Dims,
 ) -> bool:
-    """Whether the attention `module` of `layer` turns queries and keys by position: found by trying it.
+    """Whether the attention `module` of `layer` rotates queries and keys by position: found by trying it.
 
     x (1, T, D): hidden states to try it on. rotary: (cos, sin) of positions (1, T) as the module takes
-    them; None for a decoder without. Weights have to be there. ValueError for an attention whose turning
+    them; None for a decoder without. Weights have to be there. ValueError for an attention whose rotation
     cannot be taken off and done here.
     """
     parameters = signature_of(original_class(module)).parameters
@@ -172,15 +172,15 @@ def turns_by_position(
         _tried(layer, module, x, arguments, dims)
         return False
     cos, sin = rotary(torch.arange(x.shape[1], device=x.device)[None])
-    turned = _tried(layer, module, x, {**arguments, "position_embeddings": (cos, sin)}, dims)
+    rotated = _tried(layer, module, x, {**arguments, "position_embeddings": (cos, sin)}, dims)
     still = torch.ones_like(cos), torch.zeros_like(sin)
     plain = _tried(layer, module, x, {**arguments, "position_embeddings": still}, dims)
-    if _alike(turned, plain):
+    if _alike(rotated, plain):
         return False
     rotate = find_in_family(module, ROTATION)
-    if rotate is None or not _alike(turned, turn(rotate, *plain, cos, sin)):
+    if rotate is None or not _alike(rotated, apply_rotary(rotate, *plain, cos, sin)):
         raise ValueError(
-            f"base: the attention of layer {layer} ({type(module).__name__}) turns its queries and "
+            f"base: the attention of layer {layer} ({type(module).__name__}) rotates its queries and "
             "keys in a way that cannot be taken off; use a memory that works outside the attention, "
             "such as 'armt' or 'rmt'"
         )
@@ -211,7 +211,7 @@ def _tried(
         ) from failure
     if not all(bool(part.any()) for part in found[0]):
         raise ValueError(
-            f"base: whether the attention of layer {layer} ({type(module).__name__}) turns its queries "
+            f"base: whether the attention of layer {layer} ({type(module).__name__}) rotates its queries "
             "and keys cannot be told, since the queries or keys are zero; load the base's weights "
             "first, or use a memory that works outside it, such as 'armt' or 'rmt'"
         )
@@ -227,23 +227,23 @@ def _alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> boo
     )
 
 
-def turn(
+def apply_rotary(
     rotate: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`rotate` on the leading features that (cos, sin) cover; the others stay (partial rotary)."""
     part = cos.shape[-1]
     if part == q.shape[-1]:
         return rotate(q, k, cos, sin)
-    turned = rotate(q[..., :part], k[..., :part], cos, sin)
+    rotated = rotate(q[..., :part], k[..., :part], cos, sin)
     rest = q[..., part:], k[..., part:]
     return (
-        torch.cat([turned[0], rest[0]], dim=-1),
-        torch.cat([turned[1], rest[1]], dim=-1),
+        torch.cat([rotated[0], rest[0]], dim=-1),
+        torch.cat([rotated[1], rest[1]], dim=-1),
     )
 
 
 def places_of(mask: Tensor, times: Tensor | None = None) -> Tensor:
-    """Position of each real token among the real tokens of its row. (B, T) -> (B, T).
+    """Index of each real token among the real tokens of its row. (B, T) -> (B, T).
 
     times (T,): positions of the same time share a place.
     """
@@ -254,7 +254,7 @@ def places_of(mask: Tensor, times: Tensor | None = None) -> Tensor:
 
 
 def not_later(seen: Tensor | None, times: Tensor) -> Tensor:
-    """An attention mask (., 1, T, T) narrowed to what does not happen later; None is the causal mask."""
+    """An attention mask (., 1, T, T) narrowed to keys no later than the query; None is the causal mask."""
     past = (times.unsqueeze(0) <= times.unsqueeze(1))[None, None]
     if seen is None:
         return past.tril()

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm.backbone.finding import find_attention, find_layers, layer_list, unwrapped, works_on
-from memlm.backbone.heads import OPENED, not_later, open_attention, places_of, turns_by_position
+from memlm.backbone.heads import OPENED, not_later, open_attention, places_of, rotates_by_position
 from memlm.backbone.recurrence import (
     SUPPORTED,
     GateStage,
@@ -75,7 +75,7 @@ class Backbone:
             raise ValueError(
                 f"base={type(base).__name__} is sharded already; attach the memory first, then shard"
             )
-        # What `close` undoes: not what another wrapper of the same base did.
+        # What `close` undoes, and only that: not what another wrapper of the same base did.
         self._staged = [self.decoder] if become(self.decoder, DecoderStage) else []
         self._opened: list[Any] = []
         for index, layer in enumerate(self.layers):
@@ -109,12 +109,12 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids have to be, and the states of memories around the whole decoder."""
+        """The device of token ids, and of the states of memories around the whole decoder."""
         return works_on(self.base.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of embeddings and hidden states; weights may be stored otherwise."""
+        """The dtype of embeddings and hidden states; weights may be stored in another."""
         weight = cast(Tensor, self.base.get_input_embeddings().weight)
         return weight.dtype if weight.is_floating_point() else self.base.dtype
 
@@ -124,7 +124,7 @@ class Backbone:
         return self.base.config.get_text_config(decoder=True)
 
     def dims(self, segment_length: int) -> Dims:
-        """Sizes a mechanism needs."""
+        """The sizes a mechanism needs."""
         config = self.config
         heads = getattr(config, "num_attention_heads", None) or 1
         return Dims(
@@ -194,7 +194,7 @@ class Backbone:
         return (self.config._attn_implementation or "").startswith(OPENED)
 
     def biases_by_distance(self, layer: int) -> bool:
-        """Whether the attention of `layer` is given biases made for the segment's own length (ALiBi)."""
+        """Whether the attention of `layer` is given biases for exactly the segment's length (ALiBi)."""
         if not getattr(self.config, "alibi", True):
             return False
         return any(
@@ -226,7 +226,7 @@ class Backbone:
     ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """One segment through the base model and its memories.
 
-        ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to flow behind the segment, or None.
+        ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to append to the segment, or None.
         Returns last hidden states (B, T, D), the states the cells returned, by name, and in training the
         router loss () of a base with experts that asks for it (`output_router_logits`), else None.
         """
@@ -254,7 +254,7 @@ class Backbone:
 
     @contextmanager
     def _handed_over(self) -> Iterator[None]:
-        """Let what is at work reach its stages through modules that were put around them since."""
+        """Let the run reach its stages through modules that were put around them after wrapping."""
         found = [(module, parent.get_submodule(name)) for parent, name, module in self._places]
         around = [outer for module, outer in found if outer is not module and RUN.get() is not None]
         handles = [outer.register_forward_pre_hook(hand_over, with_kwargs=True) for outer in around]
@@ -270,7 +270,7 @@ class Backbone:
         return bool(wanted) and self.base.training and torch.is_grad_enabled()
 
     def _router_loss(self, found: Any, mask: Tensor | None) -> Tensor:
-        """What the base adds to its loss for routers out of balance, () with its own weight in it."""
+        """What the base adds to its loss for unbalanced routers: (), its weight already applied."""
         hidden = found.last_hidden_state
         if not found.get("router_logits"):
             raise ValueError(
@@ -284,7 +284,7 @@ class Backbone:
                 "layers, where the routers' padding cannot be told; train without padding, set it to "
                 "False, or use a memory such as 'armt'"
             )
-        # One position and no target: the base computes its loss, of which nothing else is left.
+        # One position and no target: of the base's loss only the routers' part is left.
         given = GivenHidden(last_hidden_state=hidden[:, :1])
         given.router_logits = found.router_logits
         nothing = torch.full((*hidden.shape[:1], 1), -100, device=hidden.device)
@@ -304,7 +304,7 @@ class Backbone:
     def _decode(self, x: Tensor, mask: Tensor | None) -> Any:
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
         if mask is not None:
-            # A row without a token would attend to nothing and fill its gradients with NaN; it may see
+            # A row without a token would attend to nothing and fill its gradients with NaN. So it may see
             # its first position, and what it computes is thrown away with the row.
             mask = mask.clone()
             mask[:, 0] |= ~mask.any(dim=1)
@@ -361,7 +361,7 @@ class Backbone:
     def unrotated(
         self, layer: int, arguments: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], tuple[Tensor, Tensor] | None]:
-        """Arguments with which an attention module leaves queries and keys unturned, and its turn."""
+        """Arguments that leave queries and keys unrotated, and the (cos, sin) withheld, if any."""
         if not self.rotates(layer):
             return arguments, None
         cos, sin = arguments["position_embeddings"]
@@ -369,9 +369,9 @@ class Backbone:
         return {**arguments, "position_embeddings": still}, (cos, sin)
 
     def rotates(self, layer: int) -> bool:
-        """Whether the attention of `layer` turns queries and keys by position: found by trying it.
+        """Whether the attention of `layer` rotates queries and keys by position: found by trying it.
 
-        Weights have to be there. ValueError for an attention whose turning cannot be taken over here.
+        Weights have to be there. ValueError for an attention whose rotation cannot be taken over here.
         """
         if layer not in self._rotates:
             device = works_on(self.layers[layer])
@@ -380,7 +380,7 @@ class Backbone:
             x = x.reshape(1, 3, -1).to(self.dtype)
             rotary = partial(self.rotary, layer, x) if self._has_rotary else None
             module = find_attention(self.layers[layer])[0]
-            self._rotates[layer] = turns_by_position(layer, module, x, rotary, self.dims(1))
+            self._rotates[layer] = rotates_by_position(layer, module, x, rotary, self.dims(1))
         return self._rotates[layer]
 
     @contextmanager
@@ -444,7 +444,7 @@ class Backbone:
             )
 
     def close(self) -> None:
-        """Give the base model its own classes and attention back; what it was given since stays."""
+        """Give the base model its own classes and attention back; what was set on it since stays."""
         for name, module in self.base.named_modules():
             if module in self._staged and "_memlm_original" not in vars(type(module)):
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What is at work while one segment passes through the base model, and what it leaves behind.
+"""The memories at work while one segment passes through the base model, and the states they leave.
 
 A `Run` travels in a context variable between modules and as a keyword argument through a layer's
 `__call__`, so that a recomputation by activation checkpointing, which happens long after the call, finds
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memlm.memory.base import QKV, Memory, Site
 
-# The dtypes in which training by small steps loses them.
+# The dtypes in which small training steps are lost to rounding.
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,7 +43,7 @@ Cells = Mapping[tuple[Site, int], list[Cell]]
 
 
 class Places(Protocol):
-    """What stages and heads ask of the model: positions and masks for a sequence of another length."""
+    """What stages and heads need of the model: positions and masks for a sequence of another length."""
 
     def lengthened(
         self,
@@ -62,14 +62,14 @@ class Places(Protocol):
 
 
 class Run:
-    """What is at work while one segment passes through the base model, and what it leaves behind.
+    """The memories at work while one segment passes through the base model, and the states they leave.
 
     No dataclass and no tuple: sharding rebuilds those on their way into a module, and what was written into
     the copy would be lost.
 
-    heads: the layer whose attention module is passed, when its "heads" have memories; rotation: (cos, sin)
-    withheld from it. wanted: at how many positions, at the end, an attention module's output is
-    wanted; None: all.
+    heads: the layer whose attention module is running, when its "heads" have memories. rotation: the
+    (cos, sin) withheld from it. wanted: how many positions, counted from the end, need the attention
+    module's output; None is all.
     """
 
     heads: int | None = None
@@ -90,7 +90,7 @@ class Run:
         self.left = Left()
 
     def but(self, **changes: Any) -> Run:
-        """The same run inside one stage; what is left behind there is left behind here."""
+        """The same run inside one stage; states recorded there are recorded here."""
         inside = copy(self)
         vars(inside).update(changes)
         return inside
@@ -134,7 +134,7 @@ class Run:
         return y, state
 
     def mask_for(self, x: Any) -> Tensor | None:
-        """The mask of what passes a stage: positions in front of the segment's own are real."""
+        """The mask of what passes a stage: positions before the segment's own are real."""
         length, device = (
             (x.q.shape[2], x.q.device) if isinstance(x, QKV) else (x.shape[1], x.device)
         )
@@ -144,7 +144,7 @@ class Run:
 
 
 class Left:
-    """The states the memories left behind in one segment, by name."""
+    """The states the memories leave in one segment, by name."""
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
@@ -153,7 +153,7 @@ class Left:
     def add(self, name: str, state: Any) -> None:
         """Record a state. RuntimeError for the second one of a memory."""
         if not self.open:
-            return  # A recomputation, which leaves behind what is known.
+            return  # A recomputation, whose state is known already.
         if name in self.states:
             raise RuntimeError(
                 f"the memory {name!r} ran twice in one segment: the base model runs its stage more than "
@@ -178,9 +178,9 @@ class Left:
 def _in_precision_of(
     x: Any, memory: Memory, state: Any, inner: Callable[..., Tensor], **options: Any
 ) -> tuple[Tensor, Any]:
-    """`memory` on `x`; where `x` is in half precision and the parameters are wider, as autocast has it.
+    """`memory` on `x`, under autocast where `x` is in half precision and the parameters are wider.
 
-    So a step of training moves float32 numbers, and products cost what they cost the base model. `inner`
+    So a training step changes float32 numbers, and products cost what they cost in the base model. `inner`
     runs under the caller's own setting, on what it would be given without memories.
     """
     stream = (x.v if isinstance(x, QKV) else x).dtype
@@ -195,7 +195,7 @@ def _in_precision_of(
         with torch.autocast(device, *outside):
             return inner(x, **given)
 
-    # A cell uses a weight once per segment: autocast's cache would only hold on to copies.
+    # A cell uses a weight once per segment, so autocast's cache would only keep copies alive.
     with torch.autocast(device, stream, cache_enabled=False):
         y, new = memory(x, state, stage, **options)
     return y.to(stream), new

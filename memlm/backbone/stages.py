@@ -27,10 +27,10 @@ _SIGNATURES: dict[type[nn.Module], inspect.Signature] = {}
 
 
 class GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
-    """Hidden states as a decoder's output; what else a family's head looks for is None."""
+    """Hidden states as a decoder's output; anything else that a family's head looks for is None."""
 
     def __getattr__(self, name: str) -> None:
-        # accelerate takes what has a `to` for a tensor.
+        # accelerate takes anything with a `to` for a tensor.
         if name.startswith("_") or name == "to":
             raise AttributeError(name)
 
@@ -41,7 +41,7 @@ class Stage(nn.Module):
     _memlm_original: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class goes by its original's name; looked up by it, it would be the original.
+        # The class bears its original's name, so looking it up by name would find the original.
         made = super().__reduce_ex__(protocol)
         cls = type(self)
         if _SUBCLASSES.get((cls.__bases__[0], cls._memlm_original)) is not cls:
@@ -130,7 +130,7 @@ def _is_shown(module: nn.Module, run: Run | None) -> bool:
 def hand_over(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a module around a stage what is at work, so that it calls the stage with it, however late."""
+    """Hand the run to a module around a stage, which then calls the stage with it, however late."""
     return args, {**kwargs, "memory_run": RUN.get()}
 
 
@@ -141,7 +141,7 @@ def signature_of(cls: type[nn.Module]) -> inspect.Signature:
 
 
 def bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a stage's forward by name; the hidden states come first in all of them."""
+    """Arguments of a stage's forward by name; in every family the hidden states come first."""
     signature = signature_of(cls)
     bound = signature.bind_partial(None, *args, **kwargs).arguments
     names = list(signature.parameters)
@@ -184,7 +184,7 @@ def become(module: nn.Module, stage: type[nn.Module]) -> bool:
     name = next((name for name in ("_old_forward", "forward") if name in own), None)
     if name is not None and getattr(own[name], "__func__", None) is not cls.forward:
         raise ValueError(
-            f"base: a {cls.__name__} has a forward of its own, {own[name]!r}, which would pass the "
+            f"base: a {cls.__name__} has its own forward, {own[name]!r}, which would pass the "
             "memories by; take it off before, or make it the forward of a subclass"
         )
     module.__class__ = _subclass(stage, cls)

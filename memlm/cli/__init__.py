@@ -1,7 +1,7 @@
 """The `memlm` command: thin over the functions of the package, a module per command.
 
 torch and transformers are imported when a command needs them, so that `--help` answers at once.
-parsing: what was typed. options, models, printing: what several commands share.
+parsing: reads what was typed. options, models, printing: shared by several commands.
 """
 
 from __future__ import annotations

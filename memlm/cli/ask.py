@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def make_retriever(arguments: argparse.Namespace) -> Any:
-    """What `ask` recalls from: an index that was named, or one of what it reads."""
+    """What `ask` recalls from: the named index, or a new one of the files it reads."""
     if arguments.index is None and arguments.recall is None:
         return None
     if arguments.load is not None:

@@ -1,4 +1,4 @@
-"""`memlm data`: a data set in the layout others read."""
+"""`memlm data`: writes a data set in the published layout."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def add_to(commands: Commands) -> None:
         help="tokens that --baseline last-tokens, window and chunks see (default: one segment)",
     )
     evaluate.add_argument(
-        "--retrieval", type=int, metavar="K", help="recall K passages in front of the question"
+        "--retrieval", type=int, metavar="K", help="recall K passages before the question"
     )
     evaluate.add_argument("--chunk-size", type=int, help="words of a passage (default: 64)")
     evaluate.add_argument("--hops", type=int, help="searches for each question (default: 1)")
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def retrieval_asked(arguments: argparse.Namespace) -> Any:
-    """What is recalled in front of a question; None for nothing."""
+    """What is recalled before a question; None for nothing."""
     from memlm.eval.running.runner import RECALLED
     from memlm.retrieval.retriever import RetrievalConfig
 
@@ -130,7 +130,7 @@ def retrieval_asked(arguments: argparse.Namespace) -> Any:
 
 
 def sample_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is asked: what was typed, else the recipe in the model's folder, else `SAMPLE_DEFAULTS`."""
+    """The samples' settings: as typed, else of the recipe in the model's folder, else `SAMPLE_DEFAULTS`."""
     typed = {name: getattr(arguments, name) for name in SAMPLE_DEFAULTS}
     typed = {name: value for name, value in typed.items() if value is not None}
     path = Path(arguments.model) / "recipe.yaml"

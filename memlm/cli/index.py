@@ -109,7 +109,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 
 
 def values_meant(typed: str) -> list[Any]:
-    """What a word may stand for in metadata: itself, and the number, flag or nothing it names."""
+    """The metadata values a typed word may stand for: itself, and the number, flag or null it spells."""
     try:
         value = json.loads(typed)
     except ValueError:

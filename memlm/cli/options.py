@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-# What a recipe may say of an evaluation, and what holds where it does not.
+# Settings of an evaluation that a recipe may give, with the values used where it does not.
 SAMPLE_DEFAULTS: dict[str, Any] = {
     "tasks": ["qa1"],
     "lengths": ["0k", "4k"],
@@ -61,7 +61,7 @@ class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter):
 def let_options_interrupt(
     parser: argparse.ArgumentParser, name: str, kind: Callable[[str], Any]
 ) -> None:
-    """Let the list of positionals `name`, of type `kind`, go on behind an option.
+    """Let the list of positionals `name`, of type `kind`, go on after an option.
 
     argparse gives up on such a list once an option has interrupted it; `parse` takes up the rest.
     """
@@ -71,7 +71,7 @@ def let_options_interrupt(
 def add_sample_options(parser: argparse.ArgumentParser, first: str = "") -> None:
     """Add the options that say which samples are made.
 
-    first: words for where a default is looked for before `SAMPLE_DEFAULTS`.
+    first: the help's words for where a default is looked for before `SAMPLE_DEFAULTS`.
     """
 
     def default(name: str) -> str:
@@ -118,14 +118,14 @@ def add_sample_options(parser: argparse.ArgumentParser, first: str = "") -> None
     )
 
 
-# What `add_sample_options` adds.
+# The options that `add_sample_options` adds.
 _SAMPLE_OPTIONS = (
     "tasks", "lengths", "samples", "haystack", "stories", "seed", "position", "distance", "composition",
 )  # fmt: skip
 
 
 def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sample_options` asked for, by the names that functions know it by."""
+    """The values of these options, by the names that functions know them by."""
     found = {name: getattr(arguments, name) for name in _SAMPLE_OPTIONS}
     return {**found, "position": tuple(found["position"])}
 

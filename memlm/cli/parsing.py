@@ -1,4 +1,4 @@
-"""From words typed to the command that is to run, with its arguments."""
+"""From the typed words to the command to run, with its arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODULES = (train, evaluate, reports, perplexity, ask, index, data, demo)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """What was typed; `run` is its command. SystemExit on what cannot be understood, and behind --help
+    """What was typed; `run` is its command. SystemExit on what cannot be understood, and after --help
     and --keys.
     """
     commands = make_commands()
@@ -55,7 +55,7 @@ def make_commands() -> Commands:
 
 
 def join_command(argv: Sequence[str], names: Collection[str]) -> list[str]:
-    """Make one word of `eval compare` and the like, which argparse takes for a command and a model.
+    """Join `eval compare` and the like into one word; argparse would see a command and a model.
 
     Every command of two words needs at least a folder. So where none follows, and the second word is
     the name of a folder with a model, the model is meant.

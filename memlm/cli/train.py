@@ -38,7 +38,7 @@ class PrintKeys(argparse.Action):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, and say how it went. KeyboardInterrupt when it was stopped before its end."""
+    """Train, and say how it went. KeyboardInterrupt when it was stopped early."""
     from memlm.train import Recipe, train
 
     recipe = Recipe.load(arguments.recipe, overrides=arguments.overrides)

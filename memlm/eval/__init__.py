@@ -1,7 +1,7 @@
-"""Evaluation: a model is asked, what it answered is scored, and what was found is shown and compared.
+"""Evaluation: a model is asked questions, its answers are scored, and results are shown and compared.
 
 Names are imported on first use, so that importing this package loads neither torch nor transformers.
-What is asked is in `memlm.tasks`; the names of it that an evaluation needs are here as well.
+The tasks are in `memlm.tasks`; the names of it that an evaluation needs are here as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""bAbI's stories under the name they have for an evaluation: `memlm.tasks.babi`."""
+"""`memlm.tasks.babi` under the name an evaluation knows it by."""
 
 from memlm.tasks.babi import TASKS, Story, check_task, find_task, generate, load, load_task, solve
 

@@ -1,7 +1,7 @@
-"""What an evaluation has finished, in memory and in a folder: one line per sample, and how it was made.
+"""The samples an evaluation has finished, in memory and in a folder, and the settings they were made with.
 
-`run.json` holds the settings, and a folder of other settings is refused; `samples.jsonl` is appended to,
-so that a run that was killed goes on behind its last whole line.
+`run.json` holds the settings, and a folder of other settings is refused; `samples.jsonl` gets a line per
+sample, so that a run that was killed goes on after its last whole line.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import IO, Any, Self
 
 SAMPLES = "samples.jsonl"
 RUN = "run.json"
-# What runs of older versions used, which did not record these settings.
+# The values in runs of older versions, which did not record these settings.
 ABSENT: dict[str, Any] = {"position": [0.0, 1.0], "composition": "exact"}
-# Words of older versions, by setting, with what they are called now.
+# Former words for the value of a setting, with the present ones.
 FORMER_WORDS = {"baseline": {"none": "last-tokens"}}
 
 Row = dict[str, Any]
@@ -113,7 +113,7 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         wanted = json.loads(json.dumps(settings))
         had, has = ({**ABSENT, **in_present_words(made)} for made in (before, wanted))
-        # A setting that only one has counts, too: a run with passages goes on with passages only.
+        # A setting that only one of them has counts, too: a run with passages only goes on with passages.
         different = [key for key in {**has, **had} if had.get(key) != has.get(key)]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is not readable JSON; use another folder") from error
@@ -126,7 +126,7 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path, keys: Sequence[str], mend: bool = False) -> list[Row]:
-    """Return the rows on disk, without a last line cut short by a kill; `mend` takes it off the file."""
+    """Return the rows on disk, without a last line that a kill cut short; `mend` removes it there, too."""
     if not path.exists():
         return []
     content = path.read_bytes()

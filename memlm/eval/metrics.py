@@ -1,4 +1,4 @@
-"""Scores of answers, and the intervals and tests of their shares."""
+"""Scores of answers, and intervals and tests for shares of right answers."""
 
 from memlm.eval.statistics import (
     holm,

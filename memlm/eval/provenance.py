@@ -1,4 +1,4 @@
-"""Which model and versions an evaluation ran with, and the model in evaluation mode meanwhile."""
+"""Which model and versions an evaluation ran with; and evaluation mode for as long as it runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 
 from memlm.memory import config_from_dict
 
-# The options of memories that change what a finished model answers; the others are training's.
+# The options of memories that change a finished model's answers; the others matter in training only.
 ANSWERING = ("write_threshold",)
 
 
 @contextmanager
 def without_training(model: Any) -> Iterator[None]:
-    """Switch dropout off, and every module back to what it was."""
+    """Put the model into evaluation mode, and at the end every module back into the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -45,7 +45,7 @@ def fingerprint(model: Any) -> str:
 
 
 def _options(model: Any) -> str:
-    """Options that may change on a finished model, and so its answers, where they are not the default."""
+    """Options that change a finished model's answers, where they are not the default."""
     found = []
     for described in getattr(model.config, "memory", None) or []:
         config = config_from_dict(described)

@@ -1,4 +1,4 @@
-"""How far back a model's predictions reach: what changes when it has not read the beginning."""
+"""How far back a model's predictions reach: how they change when it has not read the beginning."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def remembrance(
     model: MemLMForCausalLM, input_ids: Tensor, segments: Sequence[int]
 ) -> dict[int, float]:
-    """What predictions in a document's last segment owe to more than the `segments` before it.
+    """How much predictions in a document's last segment owe to text before the nearest `segments`.
 
-    For each number: the total variation, from 0 to 1, between the next-token distributions after the
-    whole document and after those last segments alone, a mean over positions of the last segment and over
-    rows (the effective remembrance of Buitrago and Gu 2025, *Understanding and Improving Length
-    Generalization in Recurrent Models*). At 0 the earlier text might as well not have been read;
-    what keeps growing with distance is a state unlike those of training.
+    For each number in `segments`: the total variation, from 0 to 1, between the next-token distributions
+    after the whole document and after that many segments before the last alone, a mean over positions of
+    the last segment and over rows (the effective remembrance of Buitrago and Gu 2025, *Understanding and
+    Improving Length Generalization in Recurrent Models*). At 0 the earlier text might as well not have
+    been read; values that keep growing with distance point to states unlike those of training.
 
     input_ids (B, N): whole segments, at least two. ValueError when they are not, or do not hold the
     `segments` asked for.

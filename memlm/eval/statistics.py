@@ -1,4 +1,4 @@
-"""Intervals and tests of shares of right answers, alone and in pairs."""
+"""Intervals and tests for shares of right answers, alone and in pairs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def paired_interval(
     observed = (gained - lost) / n
 
     def outside(delta: float) -> bool:
-        # The likeliest share of lost pairs, were the difference delta.
+        # The likeliest share of lost pairs if the difference were delta.
         linear = (2 * n - gained + lost) * delta - gained - lost
         constant = -lost * delta * (1 - delta)
         root = math.sqrt(max(0.0, linear * linear - 8 * n * constant))
@@ -77,8 +77,8 @@ def paired_interval(
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided exact p of McNemar's test: were either run as likely to win a pair that
-    only one of them has right, how often would the split be as uneven as this?"""
+    """Return the two-sided exact p of McNemar's test: if either run were as likely to win a pair that
+    only one of them has right, how often would the split be at least as uneven as this?"""
     if gained < 0 or lost < 0:
         raise ValueError(f"gained={gained} and lost={lost} must not be negative")
     n, fewer = gained + lost, min(gained, lost)
@@ -92,7 +92,7 @@ def mcnemar(gained: int, lost: int) -> float:
 def sign_flips(sums: Iterable[int]) -> float:
     """Return the two-sided exact p of a sign-flip test on the net gains of independent groups.
 
-    Under no difference each group's net gain is as likely of either sign. With groups of one pair it
+    If there is no difference, each group's net gain is as likely of either sign. With groups of one pair it
     is McNemar's test; groups of dependent pairs are flipped as one.
     """
     import numpy as np
@@ -112,7 +112,7 @@ def sign_flips(sums: Iterable[int]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p-values, in the order given: below 0.05 the family errs 5% at most."""
+    """Return Holm's adjusted p-values, in the order given: those below 0.05 hold jointly at that level."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted = [1.0] * len(p_values)
     largest = 0.0

@@ -1,4 +1,4 @@
-"""What a caller gives an index, checked: texts, ids, metadata and filters, each as it is kept.
+"""Checks of what a caller gives an index: texts, ids, metadata and filters, each in the form it is kept in.
 
 Errors name the argument and the place in it, so that nothing is added when one entry is wrong.
 """
@@ -58,7 +58,7 @@ def _check_text(text: Any, name: str) -> None:
 
 
 def check_id(value: Any, name: str) -> str:
-    """An id as JSON text, by which it is stored: 7 and "7" are two ids."""
+    """An id as the JSON text it is stored under: 7 and "7" are two ids."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return str(int(value))
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What an index asks of an embedder."""
+"""What an index needs of an embedder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Embedder(Protocol):
-    """Texts to vectors, with the methods' names of sentence-transformers.
+    """Turns texts into vectors; the methods are named as in sentence-transformers.
 
     dim: width of a vector. fingerprint: changes whenever the same text could give another vector, so
     that an index never mixes vectors of two kinds.
 
-    An embedder with `encode` and `encode_queries`, the names before these, works as well.
+    An embedder with the former names, `encode` and `encode_queries`, works as well.
     """
 
     dim: int

@@ -1,7 +1,7 @@
 """Chunks: text of any length cut into passages an embedder can take, each knowing where it stands.
 
-Chunks follow from the text alone, never from how it was handed over: pieces of any size, single
-characters included, give the chunks of the whole. What is held meanwhile is about two chunks of text.
+Chunks depend on the text alone, never on how it was handed over: pieces of any size, even single
+characters, give the chunks of the whole. About two chunks of text are held at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from memlm.text import LIST_ITEM, ends_sentence
 
 VERSION = 1
-# A run of characters without a blank is a word up to here; what is longer is cut into parts.
+# A run of characters without a blank counts as one word up to this length; a longer one is cut into parts.
 LONGEST_WORD = 256
 # Characters of such a part; none of the words of a running text is longer.
 WORD_PART = 32
@@ -26,7 +26,7 @@ _MAX_COUNTS = 1 << 16
 
 _RUN = re.compile(r"\S+")
 
-# Where a word or a sentence starts and ends in the document, and what it counts.
+# Where a word or a sentence starts and ends in the document, and how many units it counts as.
 _Span = tuple[int, int, int]
 
 
@@ -66,12 +66,12 @@ class Chunker:
     """Cuts a text that comes in pieces into chunks of at most `size` words or tokens.
 
     by: "sentences" packs whole sentences, and splits one at blanks only when it alone is longer than
-    `size`; "tokens" fills every chunk up, whatever ends or begins in it. overlap: how much of a chunk's
-    end the next one repeats at most, in whole sentences or whole words. unit: what `size` and `overlap`
-    count, "words" or "tokens" of `tokenizer`, counted word by word with the white space in front.
+    `size`; "tokens" fills every chunk up, wherever sentences end. overlap: how much of a chunk's end the
+    next one repeats at most, in whole sentences or whole words. unit: what `size` and `overlap` count,
+    "words" or "tokens" of `tokenizer`, counted word by word with the white space before each.
 
-    A run of characters without a blank counts as a word for every 32 of them, and is only ever split
-    when it is longer than 256 or alone more than `size`. White space of over 256 ends a chunk.
+    A run of characters without a blank counts as one word per 32 characters, and is split only when it is
+    longer than 256 characters or alone exceeds `size`. White space of over 256 characters ends a chunk.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class Chunker:
         self.by = by
         self._tokenizer = tokenizer
         self._counts: dict[str, int] = {}
-        # The text from `_base` on; up to `_at` it is words, behind that it has still to be looked at.
+        # The text from `_base` on; up to `_at` it is words already, the rest is still to be looked at.
         self._text = ""
         self._base = 0
         self._at = 0
         # `_at` is inside a run that is too long for a word.
         self._inside = False
-        # The last word, None where nothing goes on; and whether it is a list item's mark.
+        # The last word, None at the start and after a chunk's end; and whether it is a list item's mark.
         self._previous: str | None = None
         self._marks_item = False
-        # Whole sentences of the coming chunk, the first of them repeated from the last chunk; and the
+        # Whole sentences of the next chunk, the first of them repeated from the last chunk; and the
         # words of the sentence that has not ended yet.
         self._sentences: list[_Span] = []
         self._repeated = 0
@@ -120,7 +120,7 @@ class Chunker:
         self._ended = False
 
     def push(self, text: str) -> list[Chunk]:
-        """Take the next characters of the text; returns the chunks that are complete by now."""
+        """Add the next characters of the text; return the chunks that are complete by now."""
         if not isinstance(text, str):
             raise TypeError(f"text holds a {type(text).__name__}; give strings")
         if self._ended:
@@ -129,7 +129,7 @@ class Chunker:
         return self._read_words(final=False)
 
     def finish(self) -> list[Chunk]:
-        """End the text; returns the chunks that are left, and none when called again."""
+        """End the text; return the remaining chunks, and none when called again."""
         found = self._read_words(final=True)
         self._end_chunk(found)
         self._text, self._ended = "", True
@@ -157,7 +157,7 @@ class Chunker:
 
     @classmethod
     def restore(cls, state: Mapping[str, Any], tokenizer: Any = None) -> Chunker:
-        """Go on from `state()`, with the tokenizer it was made with. ValueError when it is no state."""
+        """Go on from `state()`, with the tokenizer it was made with. ValueError when it is not a state."""
         if state.get("version") != VERSION:
             raise ValueError(
                 f"state has version {state.get('version')!r}, this memlm reads {VERSION}; give what "
@@ -179,7 +179,7 @@ class Chunker:
         return chunker
 
     def _read_words(self, final: bool) -> list[Chunk]:
-        """Take every word that is whole out of the text."""
+        """Take every complete word out of the text."""
         found: list[Chunk] = []
         text, at = self._text, self._at - self._base
         pending = False
@@ -213,7 +213,7 @@ class Chunker:
         return found
 
     def _read_word(self, text: str, gap: int, start: int, end: int, found: list[Chunk]) -> None:
-        """A word text[start:end] behind the white space text[gap:start], in characters of `text`."""
+        """Read the word text[start:end], which follows the white space text[gap:start]."""
         if start - gap > LONGEST_GAP:
             self._end_chunk(found)
         word, blank = text[start:end], text[gap:start]
@@ -239,7 +239,7 @@ class Chunker:
             self._add_word((base + start, base + end, count), found)
 
     def _count_of(self, blank: str, word: str) -> int:
-        """What a word counts, in words or tokens, with the white space `blank` in front of it."""
+        """How many words or tokens a word counts as, with the white space `blank` before it."""
         if self._tokenizer is None:
             return -(-len(word) // WORD_PART)
         key = blank + word
@@ -252,7 +252,7 @@ class Chunker:
         return known
 
     def _add_word(self, word: _Span, found: list[Chunk]) -> None:
-        """Take a word into the open sentence; what no longer fits beside it becomes a chunk."""
+        """Add a word to the open sentence; what no longer fits beside it becomes a chunk."""
         self._words.append(word)
         self._total += word[2]
         self._drop_repeated()
@@ -272,8 +272,8 @@ class Chunker:
             self._total = _total_count(self._words)
 
     def _drop_repeated(self) -> None:
-        """Repeat less, when otherwise the open sentence would not fit."""
-        # Where a new sentence stands behind the repeated ones, their chunk is under way.
+        """Repeat less where the open sentence would not fit otherwise."""
+        # A new sentence after the repeated ones means that their chunk has begun.
         if self._repeated < len(self._sentences):
             return
         while self._repeated and self._total > self.size:
@@ -288,7 +288,7 @@ class Chunker:
             self._words = []
 
     def _repeated_end(self, spans: list[_Span]) -> list[_Span]:
-        """The last of `spans` that count up to `overlap`."""
+        """The last of `spans` that together count at most `overlap`."""
         first, count = len(spans), 0
         while first > 0 and count + spans[first - 1][2] <= self.overlap:
             first -= 1
@@ -300,7 +300,7 @@ class Chunker:
         found.append(Chunk(self._text[start - self._base : end - self._base], start, end))
 
     def _end_chunk(self, found: list[Chunk]) -> None:
-        """Make a chunk of what there is, and begin anew behind it."""
+        """Make a chunk of what there is, and begin a new one after it."""
         self._end_sentence()
         if self._sentences:
             self._append_chunk(self._sentences, found)
@@ -308,7 +308,7 @@ class Chunker:
         self._previous, self._marks_item = None, False
 
     def _drop_finished_text(self) -> None:
-        """Drop the text in front of everything that is still needed."""
+        """Drop the text before everything that is still needed."""
         needed = self._at
         if self._words:
             needed = self._words[0][0]

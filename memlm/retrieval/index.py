@@ -1,10 +1,10 @@
 """An index of chunks: found by meaning (faiss) and by word (BM25), filtered by metadata.
 
-One lock per `ChunkIndex`, held while its embedder works, too, as few embedders allow for several threads:
-threads may add and search at will, and wait for each other. After `fork()` faiss
-can hang when the parent has searched with more than one thread: in forked workers use threads=1 on both
-sides, or open the index in the worker. On macOS two OpenMP libraries in a process (torch's and faiss's)
-can end it; use threads=1 there.
+A `ChunkIndex` has one lock, which is also held while its embedder works, as few embedders allow several
+threads: threads may add and search at any time, and wait for each other. After `fork()` faiss can hang when
+the parent has searched with more than one thread: in forked workers use threads=1 on both sides, or open
+the index in the worker. On macOS two OpenMP libraries in a process (torch's and faiss's) can crash it; use
+threads=1 there.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class ChunkIndex:
         self._chunks = ChunkTable()
         self._vectors = Vectors(factory, int(dim), effort, threads)
         self._lexical = Lexical() if hybrid else None
-        self._words_below = 0  # rows below are in the word index
+        self._words_below = 0  # rows below this number are in the word index
         self._mapped = False
         self._saver = IndexSaver(self._chunks, self._vectors)
 
-    # --- what is in it
+    # --- reading it
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -184,7 +184,7 @@ class ChunkIndex:
         texts: Sequence[str],
         metadata: Sequence[Mapping[str, Value]] | None = None,
     ) -> None:
-        """Give chunks that are there another text; their metadata stays when None."""
+        """Replace the texts of existing chunks; their metadata stays when `metadata` is None."""
         self._check_writable()
         texts = check_texts(texts, "texts")
         names = self._checked_ids(ids, texts)
@@ -215,7 +215,7 @@ class ChunkIndex:
             self._saver.note_trained()
 
     def compact(self) -> None:
-        """Free what removed chunks still hold; the next save writes the directory as few whole parts."""
+        """Free what removed chunks still hold; the next save writes the directory anew in few parts."""
         self._check_writable()
         with self._lock:
             self._vectors.compact(self._chunks.alive)
@@ -233,8 +233,9 @@ class ChunkIndex:
         """The k best chunks of every query, best first: all there are when fewer, [] when none.
 
         where: only chunks whose metadata has, for every key, the value or one of the list of values
-        (1 is 1.0 but not True; a chunk without the key is left out). hybrid: None as the index was made;
-        score is then the fused 1 / (60 + rank) of both halves, otherwise the similarity of the vectors.
+        (1 equals 1.0 but not True; a chunk without the key is left out). hybrid: None is as the index was
+        made. The score of a hybrid search is the fused 1 / (60 + rank) of both halves, otherwise the
+        similarity of the vectors.
         """
         queries = check_texts(queries, "queries")
         _check_count("k", k)
@@ -259,7 +260,7 @@ class ChunkIndex:
             ]
 
     def likeness(self, query: str, texts: Sequence[str]) -> Floats:
-        """(n,) how like texts, which need not be in the index, are to a query: the embedder's product."""
+        """(n,) similarity of texts, which need not be in the index, to a query: products of vectors."""
         with self._lock:
             documents = document_encoder(self.embedder)(texts)
             return documents @ query_encoder(self.embedder)([query])[0]
@@ -275,7 +276,7 @@ class ChunkIndex:
         similarity, bm25 = dict(dense), dict(lexical)
 
         def order(item: tuple[int, float]) -> tuple[float, bool, int]:
-            # The first of each half tie: one sharing a word with the query is the safer answer.
+            # The first hits of both halves tie: the one sharing a word with the query is the safer answer.
             return -item[1], item[0] not in bm25, item[0]
 
         best = sorted(fused.items(), key=order)[:k]
@@ -288,7 +289,7 @@ class ChunkIndex:
         return Hit(text, id_of(ident), score, json.loads(notes) if notes else {}, dense, lexical)
 
     def _index_words(self, lexical: Lexical) -> None:
-        """Enter the rows added since the last search by word."""
+        """Enter the rows added since the last search by word into the word index."""
         rows = self._chunks
         if self._words_below < rows.next_row:
             lexical.add((row, rows[row][1]) for row in rows.live(self._words_below))
@@ -334,7 +335,7 @@ class ChunkIndex:
         return names
 
     def _check_fingerprint(self, fingerprint: str) -> None:
-        """Refuse vectors of another embedder than those in the index."""
+        """Refuse vectors of another embedder than the one the index was built with."""
         if fingerprint == self._fingerprint:
             return
         if self._vectors.untouched:
@@ -371,7 +372,7 @@ class ChunkIndex:
         return vectors
 
     def _add_checked(self, entries: list[ChunkEntry], vectors: Floats) -> None:
-        """Add checked chunks whose ids are free, or are about to be."""
+        """Add checked chunks whose ids are free, or are about to become so."""
         if not entries:
             return
         first = self._chunks.next_row
@@ -397,7 +398,7 @@ class ChunkIndex:
     # --- saving and loading
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the index into a directory; into its own, only what changed since.
+        """Write the index into a directory; into the one it was saved to last, only what changed since.
 
         An interrupted save leaves the index that was there. ValueError when the directory holds anything
         but an index, or an index that another process changed since this one read it.
@@ -426,10 +427,10 @@ class ChunkIndex:
     ) -> ChunkIndex:
         """Open what `save` wrote, after checking every file against its checksum.
 
-        mmap: leave vectors and texts on disk, to read only; ids, and once filtered the metadata, are in
-        memory, and the words go into a temporary file with the first search by word. ValueError when a
-        file is missing, damaged or of a newer version, or when the embedder is not the one it was
-        built with.
+        mmap: leave vectors and texts on disk, read-only. Ids are in memory, metadata after the first
+        filtered search, and the word index goes into a temporary file at the first search by word.
+        ValueError when a file is missing, damaged or of a newer version, or when the embedder is not the
+        one the index was built with.
         """
         path = Path(directory)
         manifest = store.read_manifest(path)
@@ -439,16 +440,16 @@ class ChunkIndex:
                     f"{str(path)!r} holds no {store.MANIFEST}; give a directory ChunkIndex.save wrote"
                 )
             try:
-                return cls._open(path, manifest, embedder, mmap, threads)
+                return cls._load_parts(path, manifest, embedder, mmap, threads)
             except ValueError:
-                # A save may have replaced parts while they were read.
+                # A save may have replaced parts while we read them.
                 newer = store.read_manifest(path)
                 if newer is None or newer["generation"] == manifest["generation"]:
                     raise
                 manifest = newer
 
     @classmethod
-    def _open(
+    def _load_parts(
         cls, path: Path, manifest: dict[str, Any], embedder: Embedder, mmap: bool, threads: int
     ) -> ChunkIndex:
         for name, mine in (("dim", embedder.dim), ("fingerprint", embedder.fingerprint)):

@@ -1,10 +1,10 @@
 """Search by word: BM25 over SQLite's full-text module FTS5.
 
-FTS5 was measured against `bm25s` on 20,000 chunks of 80 words (one core, CPU time): building takes 0.3 s
+FTS5 was measured against `bm25s` on 20,000 chunks of 80 words (one core, CPU time). Building takes 0.3 s
 against 1.0 s, adding 100 chunks 1.5 ms against 1.0 s (`bm25s` starts again), a query of ten words 9 ms
-against 0.2 ms; `bm25s` cannot remove. An index here lives
-with additions and removals, and the standard library needs no new dependency, so FTS5 it is; a store
-without changes and with many queries would be faster with `bm25s`.
+against 0.2 ms; `bm25s` cannot remove. An index here has to allow additions and removals, and the standard
+library needs no new dependency, so FTS5 it is. A store without changes and with many queries would be
+faster with `bm25s`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_WORDS = 32
 _WORD = re.compile(r"[^\W_]+")
-# Scripts written without spaces: every character is a word of its own.
+# Scripts written without spaces, of which every character is a word.
 _SINGLE = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff])")
 
 
@@ -46,8 +46,8 @@ class Lexical:
         self._db = sqlite3.connect("" if on_disk else ":memory:", check_same_thread=False)
         self._allowed: list[bytes] = []
         try:
-            # content='': the texts live elsewhere; this table holds words and rows alone. With a smaller
-            # detail= than full, FTS5 scores every match 0.
+            # content='': the texts are stored elsewhere; this table holds words and rows. With a detail=
+            # smaller than full, FTS5 scores every match 0.
             self._db.execute(
                 "CREATE VIRTUAL TABLE chunks USING fts5(body, content='', "
                 'tokenize="unicode61 remove_diacritics 0")'
@@ -60,7 +60,7 @@ class Lexical:
                 "use a Python built with it, or hybrid=False"
             ) from error
         allowed = self._allowed
-        # Not a method: the connection would keep this object alive for ever.
+        # Not a method, which the connection would keep alive, and this object with it.
         self._db.create_function("allowed", 1, lambda row: allowed[-1][row])
         self.count = 0
 
@@ -68,7 +68,7 @@ class Lexical:
         self._db.close()
 
     def __del__(self) -> None:
-        # Left to Python 3.13 and later, it warns.
+        # Left open, the connection would warn in Python 3.13 and later.
         if hasattr(self, "_db"):
             self._db.close()
 
@@ -115,7 +115,7 @@ class Lexical:
         chosen = rare or [word for _, word in known[:MAX_WORDS]]
         if not chosen:
             return []
-        # Words hold letters and digits alone; in quotes none can be an operator of FTS5's language.
+        # Words hold only letters and digits; in quotes none of them can be an operator of FTS5's language.
         match = " OR ".join(f'"{word}"' for word in chosen)
         if mask is not None:
             self._allowed.append(mask.tobytes())

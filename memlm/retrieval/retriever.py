@@ -1,7 +1,7 @@
-"""Retriever: what a stream has read, cut into chunks, indexed as it comes and found again by a question.
+"""Retriever: cuts what a stream reads into chunks, indexes them as it goes, and recalls them for questions.
 
 Everything a retriever writes is marked as its own, and it finds nothing that another one wrote into the
-same index: what it sees is its own chunks and those of no retriever, a library that was indexed before.
+same index. It sees its own chunks and those that no retriever wrote: a library that was indexed before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from memlm.tokens import Part, fill, joined
 
 # Chunks embedded at once: one at a time would cost several times as much.
 BATCH = 256
-# Sentences a further hop searches for, and how like to the question they are beside the likest one.
+# How many sentences a further hop searches for, and their least similarity, as a share of the best one's.
 CLUES = 4
 CLUE_SHARE = 0.5
 _OWNER = "memlm_stream"
@@ -31,7 +31,7 @@ _OWNER = "memlm_stream"
 
 @dataclass(frozen=True)
 class Recalled:
-    """A passage that was recalled: its text, the document it is of, and where it stands there.
+    """A passage that was recalled: its text, its document, and where it stands there.
 
     start, end: characters of the document; None where the index does not say. score: the index's.
     """
@@ -50,8 +50,9 @@ class RetrievalConfig:
 
     k: chunks a question recalls. size, overlap: words of a chunk, and how many of them are repeated in
     the next one; by: "sentences" or "tokens", as in `chunk_text`. hops: how often the index is searched
-    for a question; from the second time on for the sentences found before that are likest to it, so that a
-    fact may lead to another one. where: a filter on the metadata of what may be recalled.
+    for a question. Every search after the first is for those sentences found before that are most similar
+    to the question, so that one fact may lead to another. where: a filter on the metadata of what may be
+    recalled.
     """
 
     k: int = 4
@@ -67,15 +68,15 @@ class RetrievalConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         if self.where is not None:
-            # As JSON can hold it: a stream saves its settings.
+            # In a form that JSON can hold: a stream saves its settings.
             object.__setattr__(self, "where", check_where(self.where))
 
 
 class Retriever:
-    """Writes text into `index` and recalls the chunks of it that a question asks for.
+    """Writes text into `index`, and recalls the chunks of it that help to answer a question.
 
-    A retriever is for one stream. `fork` gives another one that knows what this one has written so far,
-    and nothing of what either writes afterwards.
+    A retriever is for one stream. `fork` gives a second one that knows what this one has written so far;
+    afterwards neither sees what the other writes.
     """
 
     def __init__(self, index: ChunkIndex, config: RetrievalConfig | None = None) -> None:
@@ -88,21 +89,21 @@ class Retriever:
         self._queued: list[tuple[str, str, dict[str, Any]]] = []
 
     def write(self, text: str, document: str | None = None) -> None:
-        """Take text in, of the document of that name; a new name ends the document before."""
+        """Add text of the document of that name; a new name ends the document before."""
         if document is not None and document != self.document:
             self.end()
             self.document = document
         self._queue(self._chunker.push(text))
 
     def end(self) -> None:
-        """End the document: the rest that is no whole chunk becomes one."""
+        """End the document: the rest that is not a whole chunk yet becomes one."""
         self._queue(self._chunker.finish())
         self._chunker = self._new_chunker()
 
     def recall(self, question: str, k: int | None = None) -> list[Recalled]:
         """The chunks that answer `question` best, in the order in which they were written.
 
-        The last text, as long as it is not a whole chunk, is not among them.
+        The newest text is not among them until it is a whole chunk.
         """
         self.flush()
         wanted = self.config.k if k is None else k
@@ -110,9 +111,9 @@ class Retriever:
         found: dict[str | int, Hit] = {}
         queries = [question]
         for hop in range(self.config.hops):
-            # Every hop adds its part, the last one what is left.
+            # Every hop adds its share of the k chunks, the last one the rest.
             share = -(-wanted * (hop + 1) // self.config.hops)
-            # The best of every query first, then the second best: none crowds out the others.
+            # The best hits of all queries first, then the second best: no query crowds out the others.
             ranks = zip_longest(*self.index.search(queries, k=wanted, where=where))
             for hit in (hit for rank in ranks for hit in rank if hit is not None):
                 if len(found) < share:
@@ -133,9 +134,9 @@ class Retriever:
         ]
 
     def _clue_sentences(self, question: str, hits: Sequence[Hit]) -> list[str]:
-        """The sentences found that are likest to the question, each to be searched for by itself.
+        """The sentences found that are most similar to the question, each to be searched for by itself.
 
-        Whole passages would drown what leads on in what happens to stand around it.
+        Whole passages would drown the sentence that leads on in whatever stands around it.
         """
         sentences = list(dict.fromkeys(s for hit in hits for s in split_sentences(hit.text)))
         if not sentences:
@@ -147,7 +148,7 @@ class Retriever:
         ]
 
     def flush(self) -> None:
-        """Put the chunks that wait into the index."""
+        """Put the waiting chunks into the index."""
         if self._queued:
             ids, texts, metadata = zip(*self._queued, strict=True)
             self.index.add(list(texts), ids=list(ids), metadata=list(metadata))
@@ -164,7 +165,7 @@ class Retriever:
         return other
 
     def state(self) -> dict[str, Any]:
-        """What, besides the index, is needed to go on; JSON."""
+        """What is needed to go on, beside the index; fit for JSON."""
         self.flush()
         return {
             "document": self.document,
@@ -225,14 +226,14 @@ def as_retriever(retrieval: ChunkIndex | Retriever | None) -> Retriever | None:
 
 
 def render(recalled: Iterable[Recalled], template: str = DOCUMENT_RECALL_TEMPLATE) -> str:
-    """The text that shows recalled passages to a model, in front of the question."""
+    """The text that shows recalled passages to a model, before the question."""
     return joined(render_parts(recalled, template))
 
 
 def render_parts(
     recalled: Iterable[Recalled], template: str = DOCUMENT_RECALL_TEMPLATE
 ) -> list[Part]:
-    """`render`, in parts that tell the template from what fills it."""
+    """`render`, in parts that separate the template from what fills it."""
     return [
         part
         for passage in recalled
@@ -248,7 +249,7 @@ def render_parts(
 def read_document(
     pieces: Iterable[str], embedder: Embedder, config: RetrievalConfig | None = None
 ) -> Retriever:
-    """A retriever of one document, in an index of its own."""
+    """A retriever for one document, with a new index."""
     retriever = Retriever(ChunkIndex(embedder), config)
     for piece in pieces:
         retriever.write(piece)
@@ -261,7 +262,7 @@ def _new_owner() -> str:
 
 
 def _written_order(hit: Hit) -> tuple[int, float]:
-    """What sorts passages in the order in which they were written, a library's before them."""
+    """A sort key: passages in the order in which they were written, those of a library first."""
     order = hit.metadata.get("order")
     # A library's chunks have no order here: the best come last, next to the question.
     return (1, float(order)) if order is not None else (0, float(hit.score))

@@ -1,7 +1,7 @@
-"""What an index has that its directory has not, how it is written there, and how it is read again.
+"""Keeps track of how an index differs from its directory, writes the difference, and reads an index back.
 
-Which files there are and how they stay whole is `store`'s; here stands what goes into which of them, so
-that a save writes only what changed.
+`store` knows which files there are and how they stay whole; this module decides what goes into which of
+them, so that a save writes only what changed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class IndexSaver:
         self.saved: Saved | None = None
         self._chunks = chunks
         self._vectors = vectors
-        # What the directory saved to last does not know yet.
+        # Changes that the directory saved to last does not have yet.
         self._added: list[tuple[Ints, Floats]] = []
         self._removed: list[int] = []
-        self._rewrite_vectors = False  # the faiss index, not a tail to it
+        self._rewrite_vectors = False  # write the faiss index again, rather than a tail to it
         self._rewrite_all = False
 
     def note_added(self, rows: Ints, vectors: Floats) -> None:
-        """Chunks with these (n,) rows and (n, dim) vectors are in the index now."""
+        """Note that chunks with these (n,) rows and (n, dim) vectors were added to the index."""
         if self.saved is None or self._rewrite_vectors:
             return
         self._added.append((rows, vectors))
@@ -54,15 +54,15 @@ class IndexSaver:
             self._added = []
 
     def note_removed(self, rows: list[int]) -> None:
-        """The chunks of these rows are gone."""
+        """Note that the chunks of these rows were removed."""
         self._removed.extend(rows)
 
     def note_trained(self) -> None:
-        """The faiss index is another one now."""
+        """Note that the faiss index has changed as a whole."""
         self._rewrite_vectors = True
 
     def note_compacted(self) -> None:
-        """Nothing of what is in the directory is to stay."""
+        """Note that nothing in the directory is to stay."""
         self._rewrite_all = True
 
     def _tail_is_long(self, saved: Saved) -> bool:
@@ -71,9 +71,9 @@ class IndexSaver:
         return tail > max(1024, len(self._chunks) // 4)
 
     def save(self, target: Path, settings: dict[str, Any]) -> None:
-        """Write the index into `target`, with `settings` in its manifest; into its own, what changed.
+        """Write the index into `target`, with `settings` in its manifest; into the last one, what changed.
 
-        ValueError when the directory holds anything but an index, or was changed by another meanwhile.
+        ValueError when the directory holds anything but an index, or was changed by another process since.
         """
         there = store.check_target(target)
         generation = there["generation"] if there else None
@@ -151,7 +151,7 @@ class IndexSaver:
         return [*kept, part]
 
     def _vector_parts(self, target: Path) -> list[store.PartFile]:
-        """All vectors: the faiss index once it is trained, and those that wait for training."""
+        """All vectors: the faiss index once it is trained, and vectors that wait for training."""
         parts = []
         span = (0, self._chunks.next_row)
         if self._vectors.trained:
@@ -175,7 +175,7 @@ class IndexSaver:
         )
 
     def _tail_parts(self, target: Path, before: list[store.PartFile]) -> list[store.PartFile]:
-        """Vectors added since the faiss index was written, or before it is."""
+        """Vectors added since the faiss index was written, or while it is not written yet."""
         added = sum(len(rows) for rows, _ in self._added)
         if not added:
             return before
@@ -224,7 +224,7 @@ class IndexSaver:
 
 
 def _read_chunks(file: Path, removed: Mask, chunks: ChunkTable) -> None:
-    """Put the chunks of a file into the table, but for rows that were removed."""
+    """Put the chunks of a file into the table, except for rows that were removed."""
     mapped = isinstance(chunks, MappedChunkTable)
     for batch in store.read_arrow(file, mapped):
         if isinstance(chunks, MappedChunkTable):
@@ -238,7 +238,7 @@ def _read_chunks(file: Path, removed: Mask, chunks: ChunkTable) -> None:
 
 
 def _read_vectors(file: Path, alive: Mask, vectors: Vectors, mmap: bool) -> None:
-    """Add the vectors of a file whose rows are alive; with `mmap` they are searched where they lie."""
+    """Add the vectors of a file whose rows are alive; with `mmap` they are searched on disk."""
     for batch in store.read_arrow(file, mmap):
         rows, block = store.vectors_of(batch, vectors.dim)
         there = alive[rows]

@@ -6,9 +6,9 @@
     main-*.faiss           the faiss index
     removed-*.npy          rows removed from the chunks-* files
 
-A save writes new parts under new names and replaces the manifest last, so that a reader, or a save that
-was killed, finds the old index or the new one. Checksums find damage; they do not make a stranger's
-files safe: faiss trusts the files it reads, so load only what you trust. One writer at a time.
+A save writes new parts under new names and replaces the manifest last. So a reader finds the old index or
+the new one, also after a save that was killed. Checksums find damage; they do not make a stranger's files
+safe: faiss trusts the files it reads, so load only what you trust. One writer at a time.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise damaged(path, error) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{str(path)!r} is no manifest of a {FORMAT}; give a directory ChunkIndex.save wrote"
+            f"{str(path)!r} is not a manifest of a {FORMAT}; give a directory ChunkIndex.save wrote"
         )
     version = manifest.get("version")
     if isinstance(version, int) and version > VERSION:
@@ -114,16 +114,16 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def check_target(directory: Path) -> dict[str, Any] | None:
-    """What `read_manifest` returns. ValueError when something else than an index is there."""
+    """What `read_manifest` returns. ValueError when something other than an index is there."""
     manifest = read_manifest(directory)
     if manifest is None and os.path.lexists(directory):
         if not directory.is_dir():
             raise ValueError(f"{str(directory)!r} is not a directory; give another")
         for entry in sorted(os.listdir(directory)):
-            # What an interrupted first save left is ours.
+            # Files that an interrupted first save left are ours.
             if not _LEFTOVER.fullmatch(entry):
                 raise ValueError(
-                    f"{str(directory)!r} holds {entry!r} and is no index; it is not overwritten: "
+                    f"{str(directory)!r} holds {entry!r} and is not an index, so it is not overwritten; "
                     "give a new or empty directory"
                 )
     return manifest
@@ -153,7 +153,7 @@ def commit(
 ) -> dict[str, Any]:
     """Replace the manifest, then delete files no longer named; returns the new manifest.
 
-    before: generation of the manifest replaced, None for none. ValueError when it changed meanwhile.
+    before: generation of the replaced manifest, None for none. ValueError when it has changed since.
     """
     from memlm.files import write_atomically
 
@@ -210,9 +210,9 @@ def verify(directory: Path, part: PartFile) -> Path:
 
 
 def num_parts_kept(parts: list[PartFile], count: int) -> int:
-    """How many parts stay when `count` rows are added: the rest is written again with them.
+    """How many parts stay as they are when `count` rows are added: the others are written again with them.
 
-    A part is written again only with at least as many rows, so a row is written at most
+    A part is written again only together with at least as many rows, so a row is written at most
     log2(rows) times, and there are at most as many parts.
     """
     kept = len(parts)
@@ -262,7 +262,7 @@ def write_vectors(
 
 
 def read_arrow(path: Path, mmap: bool) -> list[pa.RecordBatch]:
-    """The batches of a file `verify` found whole; with `mmap` they stay on disk."""
+    """The batches of a file that `verify` found intact; with `mmap` they stay on disk."""
     import pyarrow as pa
 
     try:

@@ -28,7 +28,7 @@ def _posting_key(key: str, value: Value | Absent) -> tuple[str, bool, Value | Ab
 
 @dataclass
 class ChunkTable:
-    """Chunks by row. Lists are as long as rows were ever given; a removed row holds None."""
+    """Chunks by row. Lists have an entry for every row ever given; that of a removed row is None."""
 
     entries: list[ChunkEntry | None] = field(default_factory=list)
     row_of: dict[str, int] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class ChunkTable:
         return map(int, np.flatnonzero(self.alive[start : self.next_row]) + start)
 
     def put(self, rows: NDArray[np.int64], new: Sequence[ChunkEntry]) -> None:
-        """Put chunks into rows, ascending and beyond all before."""
+        """Put chunks into rows, which ascend and lie beyond all earlier ones."""
         self._grow_to(int(rows[-1]) + 1 if len(rows) else self.next_row)
         for row, entry in zip(rows.tolist(), new, strict=True):
             self.entries.extend([None] * (row - len(self.entries)))
@@ -72,12 +72,12 @@ class ChunkTable:
         self.next_row = max(self.next_row, rows)
 
     def skip_to(self, next_row: int) -> None:
-        """Give no row below `next_row` again."""
+        """Never give a row below `next_row` again."""
         self._grow_to(next_row)
         self.entries.extend([None] * (next_row - len(self.entries)))
 
     def remove(self, row: int) -> None:
-        """Forget the chunk of a row; its id may have been given to another row meanwhile."""
+        """Forget the chunk of a row; its id may belong to another row by now."""
         ident, text, _ = self[row]
         if self.row_of.get(ident) == row:
             del self.row_of[ident]
@@ -106,18 +106,18 @@ class ChunkTable:
         return mask
 
     def _enter_metadata(self) -> None:
-        """Enter rows added since the last filtered search: who never filters pays nothing."""
+        """Enter rows added since the last filtered search: without filters this costs nothing."""
         for row in self.live(self._entered_below):
             metadata = self[row][2]
             for key, value in json.loads(metadata).items() if metadata else ():
                 self._postings.setdefault(_posting_key(key, value), array("q")).append(row)
-                # Under ABSENT stand those that have the key, whatever its value.
+                # ABSENT lists the rows that do have the key, whatever its value.
                 self._postings.setdefault(_posting_key(key, ABSENT), array("q")).append(row)
         self._entered_below = self.next_row
 
 
 class MappedChunkTable(ChunkTable):
-    """Rows whose texts stay in memory-mapped Arrow files; ids are in memory. They do not change."""
+    """Rows whose texts stay in memory-mapped Arrow files, and ids in memory. It is read-only."""
 
     def __init__(self) -> None:
         super().__init__()

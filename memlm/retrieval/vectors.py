@@ -1,6 +1,6 @@
-"""Vectors by row number: the only file of the package that imports faiss, and on first use.
+"""Vectors by row number: the only file of the package that imports faiss, and only on first use.
 
-Numbers behind the choices (384 dimensions, one core): benchmarks/retrieval.py.
+The choices rest on measurements by benchmarks/retrieval.py (384 dimensions, one core).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ExactVectors:
 
 
 def _faiss() -> Any:
-    # Only where vectors are: faiss brings an OpenMP of its own. Its annotations lack half its names.
+    # Imported only with vectors: faiss brings its own OpenMP. Its annotations lack half its names.
     import faiss
 
     return faiss
@@ -70,7 +70,7 @@ def _faiss() -> Any:
 
 @contextmanager
 def _faiss_threads(count: int) -> Iterator[None]:
-    """Let faiss use `count` threads, and put back what it used; OpenMP keeps this for each thread."""
+    """Let faiss use `count` threads, and restore its setting, which OpenMP keeps per thread."""
     faiss = _faiss()
 
     before = faiss.omp_get_max_threads()
@@ -84,8 +84,8 @@ def _faiss_threads(count: int) -> Iterator[None]:
 class Vectors:
     """Vectors by row: a faiss index, and beside it those that wait for training or lie in a tail.
 
-    What is removed leaves faiss's index with the next search or write; HNSW and mapped files cannot, so
-    there a mask keeps it out.
+    Removed vectors leave faiss's index with the next search or write; HNSW and mapped files cannot remove,
+    so there a mask hides them.
     """
 
     def __init__(self, factory: str, dim: int, effort: int | None, threads: int) -> None:
@@ -100,7 +100,7 @@ class Vectors:
         self.effort = effort
         self.threads = threads
         self.exact = ExactVectors()
-        # faiss's plain PQ has no filter; with one list IVF's does the same work and has.
+        # faiss's plain PQ has no filter; IVF's PQ with a single list does the same work and has one.
         self._factory = f"IVF1,{factory}" if factory.startswith("PQ") else factory
         lists = int(found["lists"] or 1)
         bits = re.search(r"PQ\d+(?:x(\d))?", factory)
@@ -109,10 +109,10 @@ class Vectors:
         self.train_at = 0
         self._main = self._empty_index()
         if not self._main.is_trained:
-            # k-means wants 39 points per centroid; ranges of scalars settle sooner.
+            # k-means wants 39 points per centroid; the ranges of scalar quantisers need fewer.
             self.train_at = max(39 * lists if lists > 1 else 0, 39 * centroids if bits else 0, 4096)
-        self._to_remove: list[int] = []  # removed, to leave faiss's index
-        self._num_masked = 0  # removed, and cannot leave it
+        self._to_remove: list[int] = []  # removed, still to leave faiss's index
+        self._num_masked = 0  # removed, but they cannot leave it
         self._num_masked_in_tail = 0
 
     def _empty_index(self) -> Any:
@@ -128,19 +128,19 @@ class Vectors:
                 "PQ needs a number that divides it"
             ) from error
         if isinstance(main, faiss.IndexIVF):
-            # Its own warning; train_at and check_trainable see to the number of points.
+            # Silences faiss's own warning; train_at and check_trainable see to the number of points.
             main.cp.min_points_per_centroid = 1
             if hasattr(main, "pq"):
                 main.pq.cp.min_points_per_centroid = 1
-                # It orders the codes for a filter by Hamming distance that nobody turns on here, and
-                # takes longer than all other training.
+                # It reorders the codes for a filter by Hamming distance, which is not used here, and takes
+                # longer than all other training.
                 main.do_polysemous_training = False
             return main
         return faiss.IndexIDMap(main)
 
     @property
     def _inner_index(self) -> Any:
-        """faiss's index below the row numbers."""
+        """faiss's own index inside the one that maps row numbers."""
         faiss = _faiss()
 
         main = self._main
@@ -194,7 +194,7 @@ class Vectors:
             )
 
     def train(self, vectors: Floats) -> None:
-        """Train on (n, dim) vectors, and take in those that waited."""
+        """Train on (n, dim) vectors, and add those that waited."""
         with _faiss_threads(self.threads):
             self._main.train(vectors)
         waiting, self.exact = self.exact.blocks, ExactVectors()
@@ -215,7 +215,7 @@ class Vectors:
             self._main.add_with_ids(np.ascontiguousarray(vectors), np.ascontiguousarray(rows))
 
     def map_tail(self, rows: Ints, vectors: Floats, live: int) -> None:
-        """Search vectors where they are, on disk."""
+        """Add vectors that are searched where they are, on disk."""
         self.exact.blocks.append((rows, vectors))
         self._num_masked_in_tail += len(rows) - live
 
@@ -242,7 +242,7 @@ class Vectors:
             self._to_remove = []
 
     def compact(self, alive: Mask) -> None:
-        """Let all removed rows go, which for HNSW means to build it again."""
+        """Drop all removed rows, which for HNSW means building it again."""
         self.flush()
         if self._num_masked:
             self._rebuild(alive)
@@ -283,7 +283,7 @@ class Vectors:
         faiss.write_index(self._main, str(path))
 
     def read(self, path: Path, mmap: bool, alive: Mask) -> None:
-        """Take the faiss index of a file whose checksum is right; `alive` says which rows are there."""
+        """Read the faiss index of a file whose checksum is right; `alive` says which rows exist."""
         faiss = _faiss()
 
         flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0) if mmap else 0
@@ -293,7 +293,7 @@ class Vectors:
             raise store.damaged(path, str(error).strip().splitlines()[-1]) from error
         fresh, own = self._main, self._inner_index
         self._main = main
-        # A file's flat index comes back as the more special class.
+        # A flat index read from a file comes back as the more specific class.
         same = type(main) is type(fresh) and isinstance(self._inner_index, type(own))
         if not same or main.d != self.dim or main.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise store.damaged(path, f"it is no {self._factory} of width {self.dim}")
@@ -341,7 +341,7 @@ class Vectors:
             return []
         core = self._inner_index
         approximate = isinstance(core, (faiss.IndexHNSW, faiss.IndexIVF))
-        # Few rows allowed, or nearly all wanted: looking at each is both cheaper and right.
+        # With few rows allowed, or nearly all wanted, comparing with each is cheaper, and exact.
         each = not approximate or 10 * allowed <= self.indexed or 4 * k > self.indexed
         with _faiss_threads(self.threads):
             scores, rows = self._faiss_search(queries, k, mask, each)
@@ -354,13 +354,13 @@ class Vectors:
     def _faiss_search(
         self, queries: Floats, k: int, mask: Mask | None, each: bool
     ) -> tuple[Floats, Ints]:
-        """faiss's search, (n, k) scores and rows; `each` compares with every vector allowed."""
+        """faiss's search, (n, k) scores and rows; `each` compares with every allowed vector."""
         faiss = _faiss()
 
         main, core = self._main, self._inner_index
         positions = None
         if each and isinstance(core, faiss.IndexHNSW):
-            # Past the graph, in its storage, where vectors go by position.
+            # In the graph's storage, past the graph itself; vectors go by position there.
             positions = self._rows_inside()
             mask = None if mask is None else mask[positions]
             main = core = faiss.downcast_index(core.storage)

@@ -1,1 +1,1 @@
-"""What is asked: stories and their solver, haystacks, BABILong documents, probes. No model is needed."""
+"""What models are asked: stories and their solver, haystacks, BABILong, probes. Needs no model."""

@@ -1,4 +1,4 @@
-"""The ids of a question, and of the answer that is learned behind it."""
+"""The ids of a question, and of the answer that is learned after it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Composition "exact": lengths are powers of two of the model's own tokens (4k is 4,096, 1M is 2**20), all
 of them facts and noise. Composition "published" keeps the rules of the published code
 (github.com/booydar/babilong, data/create_tasks.py and babilong_utils.py); see `Composition`. Either way a
-sample depends on its own seed alone, so what one sample leaves of its noise is not carried over to the
-next, and nothing is held in memory but the list of stretches of text a sample is made of.
+sample depends on its own seed alone, so noise that one sample leaves over is not carried over to the next.
+Only the list of stretches of text that make up a sample is held in memory.
 """
 
 from memlm.tasks.asking import encode_answer, encode_question

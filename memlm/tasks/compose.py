@@ -125,15 +125,15 @@ def compose(
     """Scatter the story's facts through `length` tokens of noise, to be read lazily.
 
     Facts keep their order; each falls into one of the gaps before, between and after the sentences
-    of noise, drawn evenly with repetition. Noise fills what the facts leave, sentence by sentence in
-    the order of its documents, the last sentence cut; length 0 means no noise. A string names a
+    of noise, drawn evenly with repetition. Noise fills what the facts leave free, sentence by sentence
+    in the order of its documents, with the last sentence cut; length 0 means no noise. A string names a
     source, of which all documents are used; other iterables of sentences are used in order.
 
-    position: keeps the facts within two fractions of the document's sentences. distance: tokens from
-    the start of the earliest supporting fact to the document's end, as near as a gap comes; the facts
+    position: keeps the facts between two fractions of the document's sentences. distance: tokens from
+    the start of the earliest supporting fact to the document's end, as near as a gap allows; the facts
     before it fall into the gaps before, those after into the gaps after. reserve: tokens of `length`
-    left free for a prompt, none when length is 0. composition: a name of `COMPOSITIONS`, or rules of
-    one's own. ValueError on facts longer than the rest, where the rules do not let them overflow.
+    left free for a prompt, none when length is 0. composition: a name of `COMPOSITIONS`, or your own
+    rules. ValueError on facts longer than the rest, where the rules do not let them overflow.
     """
     rng = np.random.default_rng(rng)
     whole = parse_length(length)
@@ -213,7 +213,7 @@ def _cut_runs(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw stretches holding exactly `budget` tokens: first sentences and sentence counts, (runs,).
 
-    The last sentence of the last stretch may be longer than what is left of the budget.
+    The last sentence of the last stretch may be longer than the rest of the budget.
     """
     firsts, ends = noise.runs(budget, rng, None if stretch is None else stretch * budget)
     if budget == 0:
@@ -234,7 +234,7 @@ def _gap_at(
     tokens: int,
     budget: int,
 ) -> int:
-    """Return the gap nearest to where `tokens` tokens of noise have gone by, the earlier of two."""
+    """Return the gap nearest to the end of `tokens` tokens of noise, the earlier of two equally near."""
     if budget == 0:
         return 0
     ends = np.cumsum(noise.offsets[firsts + counts] - noise.offsets[firsts])
@@ -280,8 +280,8 @@ def facts_fit(
 ) -> bool:
     """Whether `compose` can place a story's facts in `length` tokens; length 0 holds any.
 
-    share: facts and questions allowed per token of length, as the published composer's cap of
-    rows: 1/8 there, with reserve=300. reserve, distance, composition: as for `compose`.
+    share: facts and questions allowed per token of length, like the published composer's cap, which is
+    1/8 with reserve=300. reserve, distance, composition: as for `compose`.
     """
     rules = composition_of(composition, reserve=reserve, share=share, distance=distance)
     sizes = np.array(
@@ -290,7 +290,7 @@ def facts_fit(
     tokens = rules.room(length) if length else int(sizes.sum())
     if sizes.sum() > tokens and not rules.overflow:
         return False
-    # One-token facts aside, a share of 1 is no cap at all.
+    # Except for facts of one token, a share of 1 is no cap at all.
     capped = length and rules.share < 1.0
     if capped and len(story.facts) + 1 > int(tokens * rules.share + 1e-9):
         return False

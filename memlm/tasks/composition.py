@@ -1,4 +1,4 @@
-"""By which rules a story fits into a length: ours, or those of the published code."""
+"""The rules by which a story fits into a length: ours, or those of the published code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Composition:
 
     reserve: tokens of a length left free for a prompt, none of length 0. share: how many facts and
     questions are allowed per token of the rest; 1 is no cap. decimal: k and M count thousands and millions.
-    overflow: facts longer than the rest are told all the same, without noise; else they do not fit.
-    stretch: noise stands in stretches cut from random places of their documents, of so many characters
-    for each token of noise, the sentences at both cuts left out; None: stretches begin with a random
-    sentence and run to the ends of their documents.
+    overflow: facts longer than the rest are told all the same, without noise; otherwise they do not fit.
+    stretch: noise comes in stretches cut from random places of documents, this many characters long per
+    token of noise, without the sentences cut at either end; None: stretches begin with a random sentence
+    and run to the end of its document.
     """
 
     reserve: int = 0
@@ -76,7 +76,7 @@ def composition_of(
 ) -> Composition:
     """The rules of this name, or "exact" with another reserve and share.
 
-    ValueError on an unknown name, and on what the published samples leave no choice about.
+    ValueError on an unknown name, and on settings that the published rules fix.
     """
     if isinstance(composition, Composition):
         rules = composition

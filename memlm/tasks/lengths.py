@@ -1,4 +1,4 @@
-"""Lengths of documents as they are written: "0k", "4k" (4,096), "1M" (2**20) tokens."""
+"""Lengths of documents in written form: "0k", "4k" (4,096), "1M" (2**20) tokens."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Probes: small questions about what was told somewhere in a long text, each of one known form.
 
 A pass key, RULER's needles and associative recall, all as stories whose facts `babilong.compose`
-scatters through noise. Needles and questions are worded as their protocols prescribe; what those put
-before the text and behind the question is left out, as a model's own question template asks.
+scatters through noise. Needles and questions are worded as their protocols prescribe. What the protocols
+put before the text and after the question is left out, as the model's own question template asks it.
 """
 
 from __future__ import annotations
@@ -84,17 +84,17 @@ Mark = Callable[[str, str, str], Score]
 
 
 class Chance(NamedTuple):
-    """What guessing scores. blind: an answer of the right form; told: the best guess among the values
-    that the document tells, by one who cannot say which belongs to which key."""
+    """What guessing scores. blind: any answer of the right form; told: the best guess of a reader who knows
+    the values in the document, but not which belongs to which key."""
 
     blind: float
     told: float
 
 
 def find_probe(name: str) -> Task | None:
-    """Return the probe of this name, "recall-N" and "mk-niah-N" with any N from 1 to 1000.
+    """Return the probe of this name; "recall-N" and "mk-niah-N" take any N from 1 to 1000.
 
-    None when the name is no probe's; ValueError when only its number is wrong.
+    None when no probe has the name; ValueError when only its number is wrong.
     """
     if name in PROBES:
         return PROBES[name]
@@ -109,7 +109,7 @@ def chance(name: str) -> Chance:
         count = _count(name, match[1], match[2])
         if match[1] == "mk-niah":
             return Chance(1 / 9_000_000, 1 / count)
-        # Past the words there are, every one is told as often as any other, or once more.
+        # With more pairs than words, every word is told equally often, or once more.
         return Chance(1 / len(NOUNS), -(-count // len(NOUNS)) / count)
     if name not in PROBES:
         raise ValueError(f"unknown probe {name!r}; probes are {', '.join(PROBES)}")
@@ -118,7 +118,7 @@ def chance(name: str) -> Chance:
 
 
 def _count(name: str, family: str, number: str | None) -> int:
-    """Return the number in a name; ValueError offers the nearest that will do."""
+    """Return the number in a name; ValueError suggests the nearest valid one."""
     if number and re.fullmatch(r"[1-9][0-9]*", number) and int(number[:5]) <= MAX_COUNT:
         return int(number)
     whole = re.fullmatch(r"[+-]?[0-9]{1,9}", number or "")
@@ -172,7 +172,7 @@ def _needles(name: str, count: int, kind: str, noise: tuple[str, ...] = ()) -> T
             question = NEEDLE_QUESTION.format(kind=kind, key=told[asked][0])
             yield Story(facts, question, told[asked][1], [asked], name)
 
-    # One token per character, where a tokenizer knows no better.
+    # One token per character, for tokenizers that know no longer ones.
     tokens = 48 if kind == "uuid" else 12
     return Task(name, tell, _mark_form(_FORMS[kind]), noise=noise, answer_tokens=tokens)
 
@@ -185,7 +185,7 @@ def _value(kind: str, rng: np.random.Generator) -> str:
 
 def _mark_form(form: re.Pattern[str]) -> Mark:
     def mark(output: str, target: str, question: str) -> Score:
-        # Another value beside the target is no answer: all of them would hold the right one, too.
+        # An answer with another value beside the target is wrong: a list of all would hold the target, too.
         said = set(form.findall(output.lower()))
         return Score(
             said == {target.lower()}, target.lower() in output.lower(), exact_match(output, target)
@@ -206,7 +206,7 @@ def _recall(count: int) -> Task:
         while True:
             drawn = rng.choice(len(ADJECTIVES) * len(PEOPLE), count, replace=False).tolist()
             keys = [f"{ADJECTIVES[n // len(PEOPLE)]} {PEOPLE[n % len(PEOPLE)]}" for n in drawn]
-            # All words before any comes again, so that none is a better guess than the others.
+            # No word comes again before all have come, so that none is a better guess than the others.
             words = rng.permutation(np.resize(rng.permutation(len(NOUNS)), count)).tolist()
             asked = int(rng.integers(count))
             facts = [
@@ -231,7 +231,7 @@ PROBES: dict[str, Task] = {
     "s-niah-1": _needles("s-niah-1", 1, "number", noise=(" ".join(FILLER),)),
     "s-niah-2": _needles("s-niah-2", 1, "number"),
     "s-niah-3": _needles("s-niah-3", 1, "uuid"),
-    # RULER's own number of keys, and a middling number of pairs; any other by `find_probe`.
+    # RULER's own number of keys, and a medium number of pairs; `find_probe` makes any other.
     "mk-niah-4": _counted("mk-niah", 4),
     "recall-16": _counted("recall", 16),
 }

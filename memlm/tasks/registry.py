@@ -32,6 +32,6 @@ def _babi(name: str) -> Task:
     return Task(name, lambda seed: babi.generate(name, seed), mark, _QUESTIONS.get(name, 5))
 
 
-# How many questions the original asks of one story, where it is not five.
+# How many questions the original asks about one story, where it is not five.
 _QUESTIONS = {"qa15": 4, "qa16": 1, "qa17": 8, "qa20": 12}
 TASKS: dict[str, Task] = {name: _babi(name) for name in babi.TASKS} | PROBES

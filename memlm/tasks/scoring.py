@@ -2,7 +2,7 @@
 
 The published metric (github.com/booydar/babilong, metrics.py) finds labels as substrings. So "one" is
 found in "none" and a qa7 target "none" is never right; "know" and "now" count as "no"; its labels of
-qa19 lack the four paths that turn back ("n,s"), so that these count as nothing said; and its cut at
+qa19 lack the four paths that go back ("n,s"), so that these count as nothing said; and its cut at
 "Question" never cuts, as the text is in lower case by then."""
 
 from __future__ import annotations

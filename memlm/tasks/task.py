@@ -22,11 +22,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Task:
-    """tell(seed) yields stories for ever; mark(output, target, question) scores an answer.
+    """tell(seed) yields stories without end; mark(output, target, question) scores an answer.
 
     questions: how many questions in a row belong to one story, so that samples may be drawn from all
-    of them. noise: sentences that stand in for the run's haystack, repeated in order; empty: the
-    haystack itself. answer_tokens: tokens an answer may need, where that is more than a run allows.
+    of them. noise: sentences that replace the run's haystack, repeated in order; empty: the haystack
+    itself. answer_tokens: tokens an answer may need, where that is more than a run allows.
     """
 
     name: str

@@ -3,12 +3,12 @@
 Three layouts, from the papers' to denser ones:
 
 - story: one bAbI story, its facts between haystack sentences, the question as the document's last
-  words. As in evaluation, with one answer per document to learn from.
-- aligned: in every segment a few whole facts of an endless story among haystack tokens.
-- flowing: facts and haystack sentences in one endless text, the distance between facts redrawn.
+  words. This is the layout of evaluation, with one answer per document to learn from.
+- aligned: every segment holds a few whole facts of an endless story among haystack tokens.
+- flowing: facts and haystack sentences form one endless text; the distance between facts is redrawn.
 
-In the last two, questions are asked of forks of the memory behind segments, and a document may go
-on over many batches, its memory carried, so that states of any age are trained on.
+In the last two, questions are asked of forks of the memory after segments. A document may go on over
+many batches with its memory carried along, so that states of any age are trained on.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted
 from memlm.train.options import BabilongOptions
 
-# Facts an answer is looked for in: four actors have all moved within these, but once in a thousand.
+# The newest facts an answer is looked for in: all four actors have moved within these, 999 times in 1,000.
 RECENT_FACTS = 32
-# Questions that come after each other in the generator have one story; some stories are short.
+# Consecutive questions of the generator share a story; some stories are short.
 QUESTIONS_A_STORY, STORIES_TRIED = 5, 200
 
 
 class BabilongSource:
-    """Documents of BABILong, a function of the seed and their number."""
+    """Documents of BABILong, each determined by the seed and its number."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class BabilongSource:
         return all(o.end_probability == 1.0 or o.layout == "story" for o in every)
 
     def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
-        """The pieces of document `ordinal`: as many segments each as `stage` draws."""
+        """The pieces of document `ordinal`, each of as many segments as `stage` draws."""
         options = self._options_of(stage)
         rng = np.random.default_rng([self.seed, ordinal])
         task = str(rng.choice(options.tasks))
@@ -89,7 +89,7 @@ class BabilongSource:
         return replace(self.options, **stage.data) if stage.data else self.options
 
     def encode(self, fact: str) -> np.ndarray:
-        """A fact as it stands in a document, behind one space."""
+        """A fact as it stands in a document, after one space."""
         return self.haystack.encode(BABILONG_FACT_TEMPLATE.format(fact=fact))
 
     # Remembered in a dict, not by a cached function: this object is sent to spawned data workers.
@@ -122,15 +122,15 @@ class BabilongSource:
                 prompt, reply = self.prompt(question), self.answer(answer)
                 parts += [prompt, reply]
                 labels += [np.full(len(prompt), IGNORE), reply]
-            # With recalled passages a question has a segment of its own, behind the document.
+            # With recalled passages, a question has its own segment after the document.
             budget = length if options.retrieval else length - sum(map(len, parts))
             few = options.max_facts is None or len(story.facts) <= options.max_facts
             if budget >= facts and few:
                 sample = compose(story, self.haystack, budget, self.haystack.tokenizer, rng)
                 context = np.concatenate(list(sample.ids()))
                 if options.retrieval:
-                    behind = self._recalling(options, sample, asked, segments - 1)
-                    return Piece(context, None, behind, options.segment_length)
+                    after = self._recalling(options, sample, asked, segments - 1)
+                    return Piece(context, None, after, options.segment_length)
                 ids = np.concatenate([context, *parts])
                 target = np.concatenate([np.full(len(context), IGNORE), *labels])
                 return Piece(ids, shifted(target), segment_length=options.segment_length)
@@ -147,7 +147,7 @@ class BabilongSource:
         asked: Sequence[tuple[str, str]],
         segment: int,
     ) -> tuple[Question, ...]:
-        """Questions behind the document, with what each recalls of it in front, as in evaluation."""
+        """Questions after the document, each preceded by the passages it recalls, as in evaluation."""
         config = RetrievalConfig(
             k=options.retrieval, size=options.retrieval_size, hops=options.retrieval_hops
         )
@@ -166,7 +166,7 @@ class BabilongSource:
         return HashingEmbedder()
 
     def _told(self, task: str, rng: np.random.Generator) -> Iterator[babi.Story]:
-        """Stories to try: the questions of one in any order, then those of the next."""
+        """Stories to try: the questions of one story in random order, then those of the next."""
         stories = babi.generate(task, rng)
         for _ in range(STORIES_TRIED):
             told = list(islice(stories, QUESTIONS_A_STORY))
@@ -198,7 +198,7 @@ class BabilongSource:
 
 
 class _Teller:
-    """An endless story told segment by segment."""
+    """Tells an endless story segment by segment."""
 
     def __init__(
         self, source: BabilongSource, task: str, options: BabilongOptions, rng: np.random.Generator
@@ -217,7 +217,7 @@ class _Teller:
         self.regime, self.sentence, self.gap, self.owed = 0, 0, 0.0, 0.0
 
     def piece(self, segments: int) -> Piece:
-        """The next `segments` segments, with questions behind every `ask_every`-th and the last."""
+        """The next `segments` segments, with questions after every `ask_every`-th and the last."""
         parts: list[np.ndarray] = []
         questions: list[Question] = []
         for index in range(segments):
@@ -260,7 +260,7 @@ class _Teller:
         for _ in range(int(self.rng.choice(self.options.facts_per_segment))):
             fact, ids = self._tell()
             if len(ids) > left:
-                # Told too long for this segment: nobody will ask about what was not said.
+                # Too long for this segment: nobody will ask about a fact that was not told.
                 break
             self.facts = [*self.facts, fact][-RECENT_FACTS:]
             told.append(ids)
@@ -280,7 +280,7 @@ class _Teller:
         return flat[: self.length]
 
     def _flow(self) -> None:
-        """Tell one more sentence of haystack, or one more fact."""
+        """Tell one more haystack sentence, or one more fact."""
         if self.owed > 0:
             ids = self.text[self.offsets[self.sentence] : self.offsets[self.sentence + 1]]
             self.sentence = (self.sentence + 1) % (len(self.offsets) - 1)
@@ -312,5 +312,5 @@ def _interleave(noise: np.ndarray, facts: Sequence[np.ndarray], places: np.ndarr
 
 @cache
 def _questions(task: str) -> list[str]:
-    """The questions `task` asks, as many as four hundred of its stories have."""
+    """The questions `task` asks, collected from four hundred of its stories."""
     return sorted({story.question for story in islice(babi.generate(task, 0), 400)})

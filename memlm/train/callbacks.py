@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: its log file, a line of progress, an orderly end."""
+"""What happens beside the steps of a run: a log file, a progress line, an orderly end."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from memlm.files import write_atomically
 
 
 class LogFile(TrainerCallback):
-    """Append every log line to a JSON-lines file; a resumed run removes those that it trains again."""
+    """Append every log line to a JSON-lines file; a resumed run removes lines of steps it trains again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the last step have its line."""
+        """Log the last step, too."""
         if control.should_training_stop or state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -88,7 +88,7 @@ class ProgressLine(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """End at the next step with a checkpoint on Ctrl-C or SIGTERM; asked twice, end at once."""
+    """On Ctrl-C or SIGTERM, end at the next step with a checkpoint; on a second one, end at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -99,7 +99,7 @@ class Interrupt(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the two signals over while inside."""
+        """Handle the two signals inside this context."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,7 +1,7 @@
 """The curriculum: how many segments a document has, and when it gets longer.
 
 Which stage a sample belongs to depends on the optimiser step that will train on it, never on when
-it was made: a stage's first step is fixed beyond everything data workers may have made ahead, so
+it was made: a stage's first step lies after everything data workers may have prepared already, so
 that a run that was killed and resumed sees the documents an unbroken run sees.
 """
 
@@ -78,14 +78,14 @@ class Stage:
         for name in ("learning_rate", "final_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and rate < 0:
-                raise ValueError(f"{name}={rate} would climb the loss; give 0 or more")
+                raise ValueError(f"{name}={rate} would raise the loss; give 0 or more")
         for name in ("steps", "min_steps", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and value < (1 if name == "steps" else 0):
-                raise ValueError(f"{name}={value} is no number of steps; give a positive number")
+                raise ValueError(f"{name}={value} is not a number of steps; give a positive number")
         if self.advance_at is not None and not 0 < self.advance_at <= 1:
             raise ValueError(
-                f"advance_at={self.advance_at} is no share of answers; give a number above 0, at "
+                f"advance_at={self.advance_at} is not a share of answers; give a number above 0, at "
                 "most 1"
             )
         if self.final_learning_rate is not None and self.steps is None:
@@ -107,8 +107,8 @@ class Stage:
 class Curriculum:
     """Stages, and the optimiser step each began at.
 
-    lookahead: steps whose data may exist already when a stage is decided to end (data workers fetch
-    ahead); the next stage begins behind them. advance_on: whether the answers of training, over the
+    lookahead: steps whose data may exist already when it is decided that a stage ends (data workers
+    prefetch); the next stage begins after them. advance_on: whether the answers of training, over the
     last `score_window` steps, or those of an evaluation are compared with a stage's `advance_at`.
     """
 
@@ -149,7 +149,7 @@ class Curriculum:
 
     @property
     def sets_learning_rate(self) -> bool:
-        """Whether stages say what the learning rate is, instead of the trainer's schedule."""
+        """Whether the stages set the learning rate, instead of the trainer's schedule."""
         return any(
             stage.learning_rate is not None
             or stage.warmup_steps
@@ -178,7 +178,7 @@ class Curriculum:
         return sum(right for right, _ in self._scores) / asked if asked else None
 
     def record(self, step: int, right: int, asked: int) -> None:
-        """Take note of what step `step` answered, and decide whether its stage ends with it."""
+        """Record the answers of step `step`, and decide whether its stage ends with it."""
         index = self.index_at(step)
         begun = self.start_of(index)
         if step == begun:
@@ -210,7 +210,7 @@ class Curriculum:
         return self.stages[index].learning_rate_at(step - self.start_of(index), peak)
 
     def memory_options_at(self, step: int) -> dict[str, Any]:
-        """What the stages up to that of optimiser step `step` set of the memories' options."""
+        """The memories' options as the stages up to that of optimiser step `step` set them."""
         options: dict[str, Any] = {}
         for stage in self.stages[: self.index_at(step) + 1]:
             options |= stage.memory
@@ -241,7 +241,7 @@ class Curriculum:
         return accuracy is not None and advance_at is not None and accuracy >= advance_at
 
     def _end(self, index: int, at: int) -> None:
-        """Let stage `index` end before step `at`, and those behind it whose length is fixed."""
+        """End stage `index` before step `at`, and fix the ends of later stages whose length is fixed."""
         self._starts[index + 1] = at
         self._settle(index + 1)
 

@@ -1,8 +1,8 @@
 """Training batches: documents as rows, cut into pieces, with their place in an endless stream.
 
 A source makes document number n from a seed and n alone. The stream deals the numbers out to
-processes, workers and rows without overlap, reads documents longer than a piece on in the same row,
-and writes into every batch where it stands, so that resuming continues with the very next one.
+processes, workers and rows without overlap, continues documents longer than a piece in the same row,
+and writes its position into every batch, so that resuming continues with the very next one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from memlm.train.curriculum import Curriculum, Stage
 
 @dataclass(frozen=True)
 class Question:
-    """Asked of a fork of the memory behind segment `segment` of its piece: read, never written.
+    """Asked of a fork of the memory after segment `segment` of its piece, which is read, never written.
 
-    ids: prompt and answer. answer: how many of the last ids are the answer.
+    ids: prompt and answer. answer: how many ids at the end are the answer.
     """
 
     segment: int
@@ -76,11 +76,11 @@ class PieceSource:
         self._order: tuple[int, np.ndarray] | None = None
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:
-        """They are pieces."""
+        """Every document is one piece."""
         return True
 
     def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
-        """Document `ordinal` of all epochs, one after the other."""
+        """Document `ordinal`, counted through all epochs."""
         epoch, index = divmod(ordinal, len(self.pieces))
         if self._order is None or self._order[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
@@ -91,9 +91,9 @@ class PieceSource:
 class Windows:
     """The documents of another source, cut where a window with a target ends.
 
-    Batches of these, read on from one to the next, are one optimiser step per window. Windows without
-    a target join the next one; what follows the last target of a piece is dropped, and from the end
-    (`anchor`), windows are counted back from it.
+    Batches of these, each continuing the one before, make one optimiser step per window. Windows without
+    a target join the next one; what follows the last target of a piece is dropped. With `anchor` "end",
+    windows are counted back from that target.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Windows:
         self.anchor = anchor
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:
-        """A piece is a window here."""
+        """No: a piece is a window here."""
         return False
 
     def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
@@ -217,7 +217,7 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         self._cursors: dict[int, list[list[int]]] = {}
 
     def deal(self, *, batch_size: int, accumulation: int, rank: int, world: int) -> None:
-        """Say how many rows a batch has, and which process of how many this is."""
+        """Set how many rows a batch has, and which process of how many this is."""
         self.batch_size, self.accumulation = batch_size, accumulation
         self.rank, self.world = rank, world
 
@@ -232,7 +232,7 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         self.batches += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON types."""
+        """The stream's position, as JSON types."""
         return {
             "batch_size": self.batch_size,
             "accumulation": self.accumulation,
@@ -242,7 +242,7 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where `state_dict` was taken, after `deal`. ValueError when that differs."""
+        """Go back to where `state_dict` was taken; call `deal` first. ValueError when that differed."""
         for name in ("batch_size", "accumulation", "world"):
             if state[name] != getattr(self, name):
                 raise ValueError(
@@ -310,17 +310,17 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
             batch += 1
 
     def _reopen(self, batch: int) -> list[list[_Lane]]:
-        """The rows' documents, as they were behind the last batch trained on."""
+        """The rows' documents, as they were after the last batch trained on."""
         lanes = [[_Lane() for _ in range(self.batch_size)] for _ in range(self.accumulation)]
         places = [
             (ordinal, piece, slot, row)
             for slot, cursor in self._cursors.items()
             for row, (ordinal, piece) in enumerate(cursor)
         ]
-        # In the order of the documents: a streamed source reads forwards only.
+        # In the order of the documents: a streamed source can only be read forwards.
         for ordinal, piece, slot, row in sorted(places):
-            behind = batch - 1 - (batch - 1 - slot) % self.accumulation
-            index, stage = self._stage(behind)
+            last = batch - 1 - (batch - 1 - slot) % self.accumulation
+            index, stage = self._stage(last)
             lanes[slot][row].open(self.source, ordinal, index, stage, skip=piece)
         return lanes
 

@@ -1,7 +1,7 @@
-"""Plain documents for language modelling: a row each, never packed together, long ones read on.
+"""Plain documents for language modelling: one per row, never packed together, long ones over many batches.
 
-A document longer than a stage's segments continues in the next batch with its memory carried; every
-token but the first is a target, those at the borders of pieces too.
+A document longer than a stage's segments continues in the next batch with its memory carried along; every
+token but the first is a target, at the borders of pieces too.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _NO_TEXT = "texts holds no document with text in it; give at least one"
 class DocumentSource:
     """Texts as training documents, each closed by the tokenizer's end token.
 
-    texts: a sequence of (name, text), shuffled anew every epoch, or an iterable of such, read in
-    its order and started over at its end. skip_empty: pass over documents without text instead of
-    refusing them. split_special_tokens: control tokens written out in a text are text; False makes them
-    control tokens.
+    texts: a sequence of (name, text), shuffled anew every epoch, or an iterable of such pairs, read in
+    order and started over at its end. skip_empty: skip documents without text instead of refusing
+    them. split_special_tokens: control tokens written out in a text are text; False makes them control
+    tokens.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class DocumentSource:
         self._read = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # A data worker that is spawned is sent the texts, and reads them from their start by itself.
+        # A spawned data worker is sent the texts, and reads them from their start by itself.
         return {**self.__dict__, "_stream": None, "_read": 0}
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:
-        """Documents are read on until they end."""
+        """No: a document has as many pieces as it needs."""
         return False
 
     def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
@@ -70,7 +70,7 @@ class DocumentSource:
         targets = shifted(ids)
         rng = np.random.default_rng([self.seed, ordinal])
         begin = 0
-        # The last token alone would have no target.
+        # A piece of only the last token would have no target.
         while begin == 0 or begin < len(ids) - 1:
             segments = int(rng.integers(stage.min_segments, stage.max_segments + 1))
             end = begin + segments * self.segment_length
@@ -118,8 +118,8 @@ class DocumentSource:
 class TextFiles(Sequence[tuple[str, str]]):
     """The UTF-8 text files of a folder, or one file: (name, text), read when asked for.
 
-    skip_empty: leave out files without text, for which each is read up to its first letter; else a file
-    of no bytes is refused.
+    skip_empty: leave out files without text, for which each file is read up to its first letter; otherwise
+    a file of zero bytes is refused.
     """
 
     def __init__(self, path: str | os.PathLike[str], skip_empty: bool = False) -> None:
@@ -148,7 +148,7 @@ class TextFiles(Sequence[tuple[str, str]]):
 
 
 def _with_text(texts: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-    """Those of `texts` that hold text; files that were looked at when they were listed as they are."""
+    """Those of `texts` that hold text; `TextFiles` as they are, since they were checked when listed."""
     if isinstance(texts, TextFiles):
         return texts if texts.skip_empty else TextFiles(texts.path, skip_empty=True)
     found = [(name, text) for name, text in texts if text.strip()]

@@ -32,7 +32,7 @@ class TrainResult:
 def prepare_folder(
     recipe: Recipe, out: Path, resume: bool | Literal["auto"]
 ) -> tuple[TrainResult | None, str | None]:
-    """The finished run in `out`, or the checkpoint to go on from; nothing is overwritten before."""
+    """The finished run in `out`, or the checkpoint to go on from. Nothing is overwritten here."""
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume={resume!r} is unknown; use True, False or 'auto'")
     there, finished, checkpoint = out / RECIPE_FILE, out / RESULT_FILE, last_checkpoint(out)
@@ -59,7 +59,7 @@ def prepare_folder(
 
 
 def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None:
-    """Write what a run leaves before its first checkpoint; `fresh` takes an older run away."""
+    """Write the files a run has before its first checkpoint; `fresh` removes an older run."""
     out.mkdir(parents=True, exist_ok=True)
     if fresh:
         for name in (RESULT_FILE, LOG_FILE):
@@ -71,7 +71,7 @@ def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest whole checkpoint: one that was cut short has no readable last file."""
+    """The newest complete checkpoint: the last file of one that was cut short cannot be read."""
     found = []
     for folder in out.glob("checkpoint-*"):
         try:

@@ -1,4 +1,4 @@
-"""What a recipe names, made: tokenizer, model, documents, and the Trainer's arguments."""
+"""Makes what a recipe names: tokenizer, model, documents, and the Trainer's arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memlm.train.recipe.binding import did_you_mean, plain
 from memlm.train.tokenizer import babi_words, train_tokenizer
 from memlm.train.trainer import MemLMTrainingArguments
 
-# What a recipe need not say.
+# Defaults for what a recipe leaves open.
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_steps": 500,
@@ -35,12 +35,12 @@ DEFAULTS: dict[str, Any] = {
 
 
 def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
-    """The recipe's tokenizer, with an end token and a token to pad with; `saved`: made before."""
+    """The recipe's tokenizer, with an end token and a padding token; `saved`: where it was saved before."""
     section = recipe.tokenizer
     if saved is not None and (saved / "tokenizer.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(saved)
     elif section.source == "train":
-        # Every process its own: the same texts give the same tokenizer.
+        # Every process trains its own: the same texts give the same tokenizer.
         whole = babi_words(recipe.data.tasks) if recipe.data.source == "babilong" else ()
         tokenizer = train_tokenizer(training_texts(recipe), section.vocab_size, whole)
     else:
@@ -57,7 +57,7 @@ def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
 
 
 def training_texts(recipe: Recipe) -> Iterator[str]:
-    """What a tokenizer is trained on: sentences as they stand in a haystack, or documents."""
+    """The texts a tokenizer is trained on: haystack sentences, or documents."""
     if recipe.data.source == "documents":
         for _, text in open_texts(recipe.data.path or ""):
             yield text
@@ -107,7 +107,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
             segment_length=section.segment_length,
         )
     if recipe.data.source == "babilong":
-        # How the model is asked later is how it learns to be asked.
+        # The model is asked later in the way in which it learns to be asked.
         model.config.question_template = recipe.data.question_template
         model.config.question_segment, model.config.recall_template = recipe.asking()
     reinitialise(model, section.init_std)
@@ -123,7 +123,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
 
 
 def check_same_model(section: ModelSection, model: MemLMForCausalLM) -> None:
-    """Refuse what a recipe says of a model that is there already and says otherwise."""
+    """Refuse settings of a recipe that contradict the model it continues from."""
     default = ModelSection()
     length = model.segment_length
     if section.segment_length not in (default.segment_length, length):
@@ -144,12 +144,12 @@ def check_same_model(section: ModelSection, model: MemLMForCausalLM) -> None:
     ):
         raise ValueError(
             f"model.memory={section.memory!r}, but the model of init_from={section.init_from!r} has "
-            f"{[entry['name'] for entry in own]} with settings of its own; leave it out"
+            f"{[entry['name'] for entry in own]} with their own settings; leave it out"
         )
 
 
 def reinitialise(model: MemLMForCausalLM, stds: dict[str, float]) -> None:
-    """Draw the weights anew whose names match a pattern. ValueError when none does."""
+    """Redraw the weights whose names match a pattern. ValueError when none does."""
     for pattern, std in stds.items():
         found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not found:
@@ -159,19 +159,19 @@ def reinitialise(model: MemLMForCausalLM, stds: dict[str, float]) -> None:
 
 
 def base_config(recipe: Recipe, vocabulary: dict[str, Any]) -> Any:
-    """The configuration of a base from scratch; the recipe's fields go before `vocabulary`'s."""
+    """The configuration of a base from scratch; the recipe's fields override those of `vocabulary`."""
     values = dict(recipe.model.config or {})
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         hint = did_you_mean(str(model_type), list(CONFIG_MAPPING.keys()))
         raise ValueError(f"model.config.model_type={model_type!r} is unknown; {hint}")
     cls = CONFIG_MAPPING[model_type]
-    # transformers keeps unknown fields without a word.
+    # transformers silently keeps unknown fields.
     known = {*cls().to_dict(), *cls.attribute_map}
     for key in values:
         if key not in known:
             raise ValueError(
-                f"model.config.{key} is no field of {cls.__name__}; {did_you_mean(key, list(known))}"
+                f"model.config.{key} is not a field of {cls.__name__}; {did_you_mean(key, list(known))}"
             )
     return cls(**{**vocabulary, **values})
 
@@ -196,7 +196,7 @@ def make_source(
 def make_eval_set(
     recipe: Recipe, tokenizer: Any, segment_length: int, arguments: MemLMTrainingArguments
 ) -> list[Piece] | None:
-    """Documents of the last stage from text held out, when the arguments ask for evaluations."""
+    """Documents of the last stage from held-out text, when the arguments ask for evaluations."""
     if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no":
         return None
     if recipe.data.source == "documents":

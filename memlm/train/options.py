@@ -1,4 +1,4 @@
-"""What a training document of BABILong looks like; imports nothing heavy, for recipes' sake."""
+"""What a training document of BABILong looks like. Imports nothing heavy, so that recipes load fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memlm.tasks import babi
 from memlm.tasks.babi.generators.events import DIALECTS
 from memlm.templates import BABILONG_RECALL_TEMPLATE
 
-# Options that documents of some layouts alone are made by, and those that only say how to recall.
+# Options that only some layouts use, and options that only matter with recalled passages.
 READ_BY = {
     "max_facts": ("story",),
     "facts_per_segment": ("aligned",),
@@ -33,8 +33,7 @@ class BabilongOptions:
 
     tasks: tuple[str, ...] = described("bAbI tasks, one drawn per document", ("qa1",))
     question_template: str = described(
-        "text that puts a question behind a document, with {question} in it; the model remembers "
-        "it",
+        "text that asks a question after a document, with {question} in it; the model remembers it",
         " {question}",
     )
     layout: Literal["story", "aligned", "flowing"] = described(
@@ -44,15 +43,15 @@ class BabilongOptions:
         "story",
     )
     questions: int = described(
-        "story: questions at the end of a document; else questions behind each asked segment", 1
+        "story: questions at the end of a document; else questions after each asked segment", 1
     )
-    ask_every: int = described("aligned, flowing: ask behind every n-th segment and the last", 1)
+    ask_every: int = described("aligned, flowing: ask after every n-th segment and the last", 1)
     facts_per_segment: tuple[int, ...] = described(
-        "aligned: numbers of facts, one drawn per segment", (0, 1, 1, 2)
+        "aligned: how many facts a segment may have, one number drawn per segment", (0, 1, 1, 2)
     )
     distinct_actors: bool = described(
-        "aligned, qa1: everybody moves once before anybody moves again, so that the newest fact is "
-        "no better a guess than any other",
+        "aligned, qa1: everybody moves once before anybody moves again, so that the newest fact is not "
+        "a better guess than any other",
         False,
     )
     max_facts: int | None = described("story: most facts a story may have; null: no limit", None)
@@ -70,17 +69,15 @@ class BabilongOptions:
         "tokens per segment of the training documents; null: the model's own", None
     )
     retrieval: int = described(
-        "story: passages of the document that are recalled in front of every question, so that the "
+        "story: passages of the document that are recalled before every question, so that the "
         "model learns to read them; 0: none",
         0,
     )
     retrieval_size: int = described("words of a passage", 32)
     retrieval_hops: int = described("searches per question, each with what the one before found", 1)
-    retrieval_tokens: int = described(
-        "most tokens of what is recalled; what is over is cut off", 192
-    )
+    retrieval_tokens: int = described("most tokens of recalled passages; the rest is cut off", 192)
     recall_template: str = described(
-        "how a recalled passage stands in front of the question, with {text} in it; the model "
+        "how a recalled passage is written before the question, with {text} in it; the model "
         "remembers it",
         BABILONG_RECALL_TEMPLATE,
     )
@@ -143,4 +140,4 @@ class BabilongOptions:
             )
         for name, low in (("end_probability", 0.0), ("no_gap", -1.0)):
             if not low < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is no probability; use up to 1")
+                raise ValueError(f"{name}={getattr(self, name)} is not a probability; use up to 1")

@@ -65,7 +65,7 @@ def train(
     done, checkpoint = prepare_folder(recipe, out, resume)
     if done is not None:
         return done
-    # A run that was begun goes on, whatever older versions let pass.
+    # A run that was begun may go on even with keys that older versions let pass.
     if checkpoint is None and (unread := recipe.unread()):
         raise ValueError(
             f"the recipe sets what nothing reads ({'; '.join(unread[:3])}); leave it out"
@@ -94,13 +94,13 @@ def train(
         processing_class=tokenizer,
         callbacks=[LogFile(out / LOG_FILE), interrupt],
     )
-    # Their lines and ours would write over each other.
+    # Their progress lines and ours would overwrite each other.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if progress and trainer.is_world_process_zero():
         trainer.add_callback(ProgressLine(len(curriculum.stages)))
     if trainer.is_world_process_zero():
-        # Not earlier: what was refused so far must not stand in the way of the next attempt.
+        # Not earlier: a run refused up to here must not leave files in the way of the next attempt.
         begin_folder(recipe, tokenizer, out, fresh=checkpoint is None)
     trainer.accelerator.wait_for_everyone()
     with interrupt.listening(), quiet():
@@ -131,7 +131,7 @@ def train(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every file it writes."""
+    """Keep transformers from drawing a progress bar for every file it writes."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-# Words every answer is made of must be one token: each is shown to the trainer this often, which
-# puts their merges before those of any text's own words.
+# The words that answers are made of must be one token each: each is shown to the trainer this often, which
+# puts its merges before those of the words of any text.
 WEIGHT = 20_000
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 # 256 bytes and the special tokens come before any merge.
@@ -18,7 +18,7 @@ SMALLEST = 256 + len(SPECIAL_TOKENS)
 def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Iterable[str] = ()) -> Any:
     """Train a `PreTrainedTokenizerFast` on `texts`; the same texts give the same tokenizer.
 
-    whole_words: words that come out as one token each behind a space. ValueError when `vocab_size`
+    whole_words: words that become one token each when they follow a space. ValueError when `vocab_size`
     has no room for them.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, whole_words: Iterable
     return tokenizer
 
 
-# BABILong's headline average; a model trained on one of them can be taught the others.
+# The tasks of BABILong's headline average; a model trained on one of them can be taught the others.
 MAIN_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 
 

@@ -368,7 +368,7 @@ def test_newer_foreign_and_inconsistent_manifests_are_refused(sound: Path, tmp_p
     for number, (changes, match) in enumerate(
         [
             ({"version": 2}, "upgrade memlm"),
-            ({"format": "other"}, "no manifest"),
+            ({"format": "other"}, "not a manifest"),
             ({"chunks": 7}, "counts"),
             ({"parts": [p for p in parts if p["kind"] != "vectors"]}, "counts"),
             ({"parts": [{**main, "file": "../main-0123456789abcdef.faiss"}]}, "names a part"),

@@ -480,7 +480,7 @@ def test_tokens_in_pieces_are_those_of_the_whole(
         assert sample.tokens == len(flat(sample))
 
 
-def test_a_long_record_takes_four_bytes_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_long_record_takes_four_bytes_per_token(tokenizer: PreTrainedTokenizerFast) -> None:
     sample = sample_of("The boats came home and nobody spoke. " * 30_000, tokenizer)
     tracemalloc.start()
     tokens = sample.tokens

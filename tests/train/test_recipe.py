@@ -25,8 +25,8 @@ def recipe(*overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("data.tsks=[qa1]", "data.tsks is no key of a recipe; did you mean 'tasks'"),
-        ("dta.tasks=[qa1]", "dta is no key of a recipe; did you mean 'data'"),
+        ("data.tsks=[qa1]", "data.tsks is not a key of a recipe; did you mean 'tasks'"),
+        ("dta.tasks=[qa1]", "dta is not a key of a recipe; did you mean 'data'"),
         ("training.learning_rat=1", "training.learning_rat .* did you mean 'learning_rate'"),
         ("training.bptt_dept=1", "did you mean 'bptt_depth'"),
         ("curriculum.stages=[{max_segmnts: 2}]", r"stages\.0\.max_segmnts .* 'max_segments'"),

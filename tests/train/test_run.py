@@ -204,7 +204,7 @@ def test_documents_train_a_language_model(
     ("changes", "words"),
     [
         (["model.config.model_type=lama"], "'lama' is unknown; did you mean 'llama'"),
-        (["model.config.hiden_size=8"], r"hiden_size is no field .*'hidden_size'"),
+        (["model.config.hiden_size=8"], r"hiden_size is not a field .*'hidden_size'"),
         (["model.init_std={gaet: 0.1}"], "init_std.gaet matches no weight"),
         (["model.memory.d_mm=8"], "did you mean 'd_mem'"),
         (["curriculum.stages=[{max_segments: 1}]"], "training.max_steps"),
@@ -253,7 +253,7 @@ def test_training_goes_on_from_a_trained_model(finished: tuple[Path, Any], tmp_p
             "model.segment_length=7, but the model of init_from=.* leave it out",
         ),
         ("model.memory=rmt", "model.memory='rmt', but the model"),
-        ("model.memory={name: armt, num_memory_tokens: 77}", "with settings of its own"),
+        ("model.memory={name: armt, num_memory_tokens: 77}", "with their own settings"),
     ],
 )
 def test_what_a_trained_model_is_already_is_not_said_otherwise(

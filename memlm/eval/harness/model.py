@@ -1,6 +1,6 @@
 """The model as lm_eval asks it: each distinct context's whole segments are read into the memory once.
 
-The open rest is scored or continued behind that state. So a request gets what one `model(input_ids)` over
+The open rest is scored or continued from that state. So a request gets what one `model(input_ids)` over
 all its tokens gives.
 """
 
@@ -59,7 +59,7 @@ class HarnessModel(TemplateLM):
     with a state of constant size. device: the model's own, or an accelerator where there is one.
     dtype: "auto" as saved, or a name. max_gen_toks: tokens of an answer where a task does not say.
     add_bos_token: whether contexts begin with the start token; None as the tokenizer does it.
-    prefix_token_id: what stands in front of an empty context; the start token, else the end token.
+    prefix_token_id: what stands before an empty context; the start token, else the end token.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into the results beside the scores."""
+        """What the results record beside the scores."""
         import memlm
 
         config = self.model.config
@@ -194,7 +194,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole documents, all of it behind one prefix token."""
+        """Log-likelihood of whole documents, each after one prefix token."""
 
         def done(index: int, found: tuple[float, bool]) -> None:
             self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, found[0])
@@ -204,7 +204,7 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model says behind every context, up to a stop string, the end token or a limit."""
+        """What the model says after every context, up to a stop string, the end token or a limit."""
         answers: list[str] = [""] * len(requests)
         alike: dict[str, list[TokenRequest]] = {}
         ways: dict[str, Decoding] = {}
@@ -236,7 +236,7 @@ class HarnessModel(TemplateLM):
         done: Callable[[int, tuple[float, bool]], None],
         disable_tqdm: bool,
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, greedy) of (context, continuation) in tokens; `done` hears of each at once."""
+        """(log-likelihood, greedy) of (context, continuation) in tokens; `done` is told of each at once."""
         results = [(0.0, True)] * len(pairs)
         rows = []
         for index, (context, continuation) in enumerate(pairs):
@@ -256,7 +256,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def _whole(self, context: Ids) -> int:
-        """How many tokens of a context are read as whole segments: its last token always stays open,
+        """How many tokens of a context are read as whole segments. Its last token always stays open,
         as it predicts what follows."""
         length = self.model.segment_length
         return (len(context) - 1) // length * length
@@ -273,7 +273,7 @@ class HarnessModel(TemplateLM):
                 yield [row for row, _ in batch], state.select([which for _, which in batch])
 
     def _read(self, prefixes: Sequence[Ids], bar: tqdm) -> MemoryState:
-        """The state behind each prefix, all whole segments, a segment of every row at a time."""
+        """The state after each prefix, which is whole segments, read a segment of every row at a time."""
         length = self.model.segment_length
 
         def segments() -> Iterator[Segment]:
@@ -287,7 +287,7 @@ class HarnessModel(TemplateLM):
     def _score(
         self, rows: Sequence[TokenRequest], state: MemoryState, bar: tqdm
     ) -> list[tuple[float, bool]]:
-        """Predict every row's targets behind its state, a segment at a time."""
+        """Predict every row's targets from its state, a segment at a time."""
         length = self.model.segment_length
         totals = np.zeros(len(rows))
         greedy = np.ones(len(rows), dtype=bool)
@@ -320,7 +320,7 @@ class HarnessModel(TemplateLM):
     def _predictions(
         self, hidden: Tensor, targets: Ids
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Log-likelihood of each target (N,) behind hidden states (N, D), and whether no token is
+        """Log-likelihood of each target (N,) after hidden states (N, D), and whether no token is
         likelier."""
         likelihoods, best = [], []
         for start in range(0, len(targets), POSITIONS):
@@ -336,7 +336,7 @@ class HarnessModel(TemplateLM):
     def _continue(
         self, prompts: Sequence[Ids], state: MemoryState, decoding: Decoding
     ) -> list[str]:
-        """What the model says behind the open rest of each context."""
+        """What the model says after the open rest of each context."""
         ids, mask = self._padded(prompts, left=True)
         ends = self._ends()
         pad = self.tokenizer.pad_token_id
@@ -367,7 +367,7 @@ class HarnessModel(TemplateLM):
         return sorted({self.eot_token_id, *map(int, more)})
 
     def _padded(self, pieces: Sequence[Ids], left: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(B, T) ids and the mask of what is real; no mask where everything is."""
+        """(B, T) ids and the mask of real tokens; None where all are."""
         # Padding is masked everywhere, so any id serves.
         ids, mask = pad_rows(pieces, left=left)
         return self._tensor(ids), None if mask.all() else self._tensor(mask)

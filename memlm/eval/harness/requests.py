@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Names that tasks give to the length of an answer, the first one given counts.
+# Names that tasks give to the length of an answer; the first one given counts.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Settings of sampling that greedy decoding has no use for.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
@@ -20,8 +20,8 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A request in tokens. ids: what the model reads. whole: how many of them come before the segment
-    with the first prediction that counts. targets: what is to be predicted, at the last of ids."""
+    """A request in tokens. ids: what the model reads. whole: how many of those come before the segment
+    with the first prediction that counts. targets: what is to be predicted, at the last of the ids."""
 
     index: int
     ids: Ids
@@ -35,7 +35,7 @@ class TokenRequest:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is generated: where it stops, and what `generate` takes besides."""
+    """How an answer is generated: where it stops, and the other arguments of `generate`."""
 
     stops: tuple[str, ...]
     limit: int
@@ -45,7 +45,7 @@ class Decoding:
 def families_of(rows: Sequence[TokenRequest]) -> list[list[TokenRequest]]:
     """Rows with the same whole segments together, the longest first.
 
-    The order depends on what is in the rows alone, so that batches do not depend on the order of requests.
+    The order depends only on what the rows hold, so batches do not depend on the order of requests.
     """
     known = {row.index: digest_of(row.ids) for row in rows}
     found: dict[bytes, list[TokenRequest]] = {}
@@ -59,7 +59,7 @@ def digest_of(ids: Ids) -> bytes:
 
 
 def decoding_of(given: dict[str, Any], default_limit: int) -> Decoding:
-    """Read a task's `generation_kwargs`. ValueError on what cannot be meant."""
+    """Read a task's `generation_kwargs`. ValueError on what makes no sense."""
     options = dict(given)
     until = options.pop("until", None)
     stops = [until] if isinstance(until, str) else list(until or [])

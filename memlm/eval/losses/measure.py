@@ -1,7 +1,7 @@
-"""Loss by position in long documents, and how much of it the memory of the past takes away.
+"""Loss by position in long documents, and by how much the memory of the past lowers it.
 
 A document is read segment by segment, as the model reads everything, and only one segment's logits
-are held. Beside it the same segments are read from an empty memory, so that the gain is a difference of
+are held. The same segments are also read from an empty memory, so that the gain is a difference of
 the same predictions. A prediction belongs to the position it is made at, the last one read: so in the
 first segment, where nothing is remembered yet, the gain is exactly nothing.
 """
@@ -56,9 +56,9 @@ def perplexity(
 
     haystack: a source, of which `split` is used. bins: the positions at which a new bin starts; None:
     the first segment, the second, the third and fourth, the next four and so on. segment_length: how
-    long the independent windows are in which a model that is none of ours reads. With `out` every
-    batch's documents are appended to `documents.jsonl`, from where a later call with the same settings
-    goes on. ValueError names what cannot work.
+    long the independent windows are in which a model without memory reads. With `out` every batch's
+    documents are appended to `documents.jsonl`, from where a later call with the same settings goes on.
+    ValueError names what cannot work.
     """
     tokens = parse_length(length)
     for name, value, least in (
@@ -77,7 +77,7 @@ def perplexity(
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
     with ExitStack() as stack:
-        # Before it is wrapped, which gives all its modules one mode.
+        # Before the model is wrapped, which gives all its modules one mode.
         stack.enter_context(without_training(model))
         wrapped = _wrap(model, segment_length)
         if wrapped is not model:
@@ -117,7 +117,7 @@ def perplexity(
             _bar(sum(len(texts[i].ids) for b in pending for i in b), progress)
         )
         for batch in pending:
-            # The whole batch again, as before: other neighbours could round otherwise.
+            # The whole batch again, as before: with other rows beside it, a row could round differently.
             rows = _measure(wrapped, [texts[i] for i in batch], edges, bar.update)
             log.append([r for r in rows if not log.has(r["document"], r["digest"])])
         rows = [log.rows[text.index, text.digest] for text in texts]
@@ -135,7 +135,7 @@ def perplexity(
 class SegmentLosses:
     """Nats of the predictions made in one segment of every row; NaN where there is none.
 
-    loss (B, T) float64 behind what was read; alone (B, T) from an empty memory, None when not asked for.
+    loss (B, T) float64 after what was read; alone (B, T) from an empty memory, None when not asked for.
     """
 
     start: int
@@ -164,7 +164,7 @@ def stream_losses(
     longest, size = int(lengths.max()), int(model.config.segment_length)
     if longest == 1:
         return
-    # A segment of a last token alone would predict nothing.
+    # A segment that is only a last token would predict nothing.
     width = longest - 1 if (longest - 1) % size == 0 else longest
     # One token more than is read: the last position of a segment predicts the next's first.
     known = np.zeros((len(rows), width + 1), dtype=np.int64)
@@ -175,7 +175,7 @@ def stream_losses(
     ids = torch.from_numpy(known).to(model.device)
     real = torch.from_numpy(columns < lengths[:, None]).to(model.device)
     read = model.windows(ids[:, :-1], real, bptt_depth=1)
-    # What is not written leaves every segment an empty memory; in the first, that is what is read anyway.
+    # Without writing, every segment reads an empty memory; the first segment does so in any case.
     apart = (
         model.windows(ids[:, size:-1], real[:, size:], bptt_depth=1, write=False)
         if baseline and width > size
@@ -259,7 +259,7 @@ def _measure(
 
 
 def _wrap(model: PreTrainedModel, segment_length: int | None) -> MemLMForCausalLM:
-    """Return a model that reads in segments; one that is not ours reads in independent windows."""
+    """Return a model that reads in segments; one without memory reads in independent windows."""
     from memlm.modeling import MemLMForCausalLM
 
     if isinstance(model, MemLMForCausalLM):
@@ -271,7 +271,7 @@ def _wrap(model: PreTrainedModel, segment_length: int | None) -> MemLMForCausalL
         return model
     if segment_length is None:
         raise ValueError(
-            f"segment_length=None, but model={type(model).__name__} has no segments of its own; "
+            f"segment_length=None, but model={type(model).__name__} does not read in segments; "
             "give segment_length=N to read it in independent windows of N tokens"
         )
     return MemLMForCausalLM.from_base(model, memory="none", segment_length=segment_length)

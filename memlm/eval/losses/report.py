@@ -1,4 +1,4 @@
-"""What loss by position came to: bins, their means over documents, intervals, and a picture."""
+"""The results of loss by position: bins, their means over documents, intervals, and a picture."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def student_t(freedom: int) -> float:
     """Return the 97.5% quantile of Student's t with `freedom` degrees of freedom."""
     if freedom <= len(_T):
         return _T[freedom - 1]
-    # Hill's expansion about the normal quantile: from ten degrees on true to four places.
+    # Hill's expansion about the normal quantile: right to four places from ten degrees on.
     z = 1.959963985
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -258,7 +258,7 @@ def _paired(pairs: Sequence[tuple[float | None, float | None]]) -> Estimate | No
 
 def plot_perplexity(report: PerplexityReport, path: str | os.PathLike[str]) -> None:
     """Draw loss by position, with and without the past, and below it the gain; intervals shaded."""
-    # Without pyplot: no window system is looked for and no global figure is left behind.
+    # Without pyplot, which would look for a window system and keep a global figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -304,7 +304,7 @@ def plot_perplexity(report: PerplexityReport, path: str | os.PathLike[str]) -> N
         fontsize=10,
     )
     panels[-1].set_xlabel("position in the document, tokens")
-    # The last prediction is made at the last position but one; the document ends behind that.
+    # The last prediction is made at the last position but one; the document ends one later.
     ends = [b.end + (b.end == report.overall.end) for b in report.bins]
     labels = [
         f"{format_length(b.start) if b.start else 0} to {format_length(end)}"

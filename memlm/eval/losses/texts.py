@@ -27,8 +27,8 @@ _BLOCK = re.compile(r"(.*)#(\d+)")
 
 @dataclass(frozen=True)
 class Text:
-    """A document to measure. ids (tokens,); sizes (tokens,) bytes of text of each; joined: of how many
-    whole documents it is made."""
+    """A document to measure. ids (tokens,); sizes (tokens,) bytes of text of each token; joined: how many
+    whole documents it is made of."""
 
     index: int
     name: str
@@ -62,7 +62,7 @@ def choose_texts(
         if len(texts) == count:
             return texts
         name, sentences = pieces[number]
-        # No token is made of nothing: this many bytes are needed, and counting them costs little.
+        # Every token takes at least a byte: this many bytes are needed, and counting them costs little.
         if sum(len(sentence.encode()) + 1 for sentence in sentences) < tokens:
             continue
         ids, sizes = _tokenised(sentences, tokenizer, tokens)
@@ -76,7 +76,7 @@ def choose_texts(
             return texts
         if number in long:
             continue
-        # What is left of a document whose beginning filled a text is dropped: texts begin with one.
+        # A text begins with a document: the rest of one whose beginning filled a text is dropped.
         parts.append(_tokenised(sentences, tokenizer, tokens - held))
         names.append(name)
         held += len(parts[-1][0])
@@ -130,11 +130,11 @@ def _bytes_of(text: str, count: int, spans: Sequence[tuple[int, int]] | None) ->
     if not count:
         return []
     if spans is None:
-        # A tokenizer that cannot say what its tokens cover: all alike.
+        # A tokenizer that cannot say what its tokens cover: all get the same.
         ends = [len(text.encode()) * (number + 1) // count for number in range(count)]
     else:
         before = [0, *itertools.accumulate(len(character.encode()) for character in text)]
-        # Tokens that share a character all end behind it; its bytes go to the first of them.
+        # Tokens that share a character all end after it; its bytes go to the first of them.
         ends = list(itertools.accumulate((before[end] for _, end in spans), max))
         ends[-1] = before[-1]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,1 +1,1 @@
-"""What was found: summaries, comparisons, pictures and pages."""
+"""Results: summaries, comparisons, pictures and pages."""

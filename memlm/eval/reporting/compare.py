@@ -1,7 +1,7 @@
 """Compare two runs on the very same samples: differences, how sure they are, and what that means.
 
-The unit is the pair: one sample, answered by both. Only pairs that one run alone has right tell the runs
-apart, so a comparison of pairs sees smaller differences than one of two tables does.
+The unit is the pair: one sample, answered by both. Only pairs that just one run answers rightly tell the
+runs apart, so comparing pairs shows smaller differences than comparing two tables does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from memlm.eval.reporting.report import escape_cell, load_rows, name_runs, perce
 from memlm.eval.statistics import holm, mcnemar, paired_interval, sign_flips
 from memlm.tasks.babilong import parse_length
 
-# What makes two rows the same sample; a key that either run lacks, being older, is not compared.
+# The keys that make two rows the same sample; one that an older run lacks is not compared.
 SAME = ("seed", "question", "target", "fact_offsets", "tokens")
 LEVEL = 0.05
 
@@ -88,8 +88,8 @@ class PairedCell:
 class Comparison:
     """Runs `a` and `b` on the samples both have, by cell and over all of them.
 
-    only_in_a, only_in_b: samples that the other run lacks, which are left out. settings: those the runs
-    were made with that differ, each as (a's, b's), None where a run has none of the name.
+    only_in_a, only_in_b: how many samples the other run lacks, which are left out. settings: those that
+    differ between the runs, each as (a's, b's), None where a run has no setting of that name.
     """
 
     a: str
@@ -217,7 +217,7 @@ def _by_sample(rows: Sequence[Row]) -> dict[tuple[str, str, int], Row]:
 
 
 def _settings(run: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a run was made with; nothing where that is not known, as the pairs decide."""
+    """The settings of a run; none where they are not known, since the pairs are what counts."""
     return recorded(run)
 
 
@@ -266,7 +266,7 @@ def _overall(cells: Sequence[PairedCell], groups: Sequence[Sequence[int]]) -> Pa
     mean = (gained - lost) / n
     alone = gained + lost - n * mean * mean
     together = sum((sum(group) - len(group) * mean) ** 2 for group in groups)
-    # Where nothing varies, nothing tells how the pairs depend: each group then counts once.
+    # Where nothing varies, nothing shows how the pairs depend: each group then counts once.
     effect = max(1.0, together / alone) if alone > 1e-9 else n / len(groups)
     low, high = paired_interval(gained / effect, lost / effect, n / effect)
     p = sign_flips([sum(group) for group in groups])

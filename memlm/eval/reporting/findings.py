@@ -1,4 +1,4 @@
-"""What runs come to side by side: on what they can be compared, and the answer in a sentence."""
+"""Runs side by side: on which tasks they can be compared, and the answer in a sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GUESS_QUESTIONS = 30
 
 
 class Findings:
-    """What a report tells: the runs, on what they can be compared, and the answer in a sentence."""
+    """What a report says: the runs, on which tasks they can be compared, and the answer in a sentence."""
 
     def __init__(self, title: str, runs: Sequence[Run], chance: float | None) -> None:
         self.title = title
@@ -22,7 +22,7 @@ class Findings:
         reports = {run.name: run.report for run in runs}
         every = list(dict.fromkeys(task for run in runs for task in run.report.tasks))
         common = [task for task in every if all(task in r.tasks for r in reports.values())]
-        # Means over different tasks are no comparison, so they are over the tasks all runs share.
+        # Means over different tasks cannot be compared, so they are over the tasks all runs share.
         self.tasks = common or every
         self.comparable = bool(common)
         self.left_out = [task for task in every if task not in self.tasks]
@@ -123,7 +123,7 @@ class Findings:
         return rows
 
     def commands(self) -> list[str]:
-        """The commands that repeat the runs, as far as their settings are known."""
+        """The commands that repeat the runs, for those whose settings are known."""
         return [command for run in self.runs for command in run.commands]
 
 

@@ -38,9 +38,9 @@ def write_report(
 ) -> list[Path]:
     """Write pictures, `report.md` and `report.html` about `runs` into the folder `out`; return their paths.
 
-    A run is the folder of an evaluation or a Report; without a folder there are no samples to draw depths
-    or show wrong answers from. `chance` is what guessing scores, by default what the commonest answer of
-    each task would score on the samples, where these are enough to say.
+    A run is the folder of an evaluation, or a Report, which has no samples to draw depths or show wrong
+    answers from. `chance` is what guessing scores, by default what the commonest answer of each task would
+    score, where the samples are enough to tell.
     """
     if not runs:
         raise ValueError("runs is empty; give at least one {name: folder}")
@@ -100,6 +100,6 @@ def _shortened(text: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    # What is no text, such as half of a surrogate pair in an output, must not stop a report.
+    # Invalid text, such as half of a surrogate pair in an output, must not stop a report.
     content = text.encode("utf-8", "replace")
     write_atomically(path, lambda temporary: temporary.write_bytes(content))

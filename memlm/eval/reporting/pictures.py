@@ -12,7 +12,7 @@ NO_DEPTH = "Not drawn: no sample says which facts support its answer (older runs
 
 
 def draw_pictures(findings: Findings, folder: Path) -> list[str]:
-    """Draw into `folder`; return the names of the pictures that there is something to draw for."""
+    """Draw into `folder`; return the names of the pictures drawn, those there is anything to show in."""
     reports = {run.name: run.report for run in findings.runs}
     plot_heat_map(reports, folder / HEAT)
     plot_lines(findings.shared, folder / LINES, findings.chance, guess=findings.guess)
@@ -20,7 +20,7 @@ def draw_pictures(findings: Findings, folder: Path) -> list[str]:
     if plot_depth({run.name: run.rows for run in findings.runs}, folder / DEPTH):
         drawn.append(DEPTH)
     else:
-        # One of an earlier report would be taken for this one's.
+        # A picture left by an earlier report would be taken for this one's.
         (folder / DEPTH).unlink(missing_ok=True)
     plot_cost(reports, folder / COST)
     return [*drawn, COST]

@@ -1,4 +1,4 @@
-"""Pictures of results, as PNG: what is where, against length, against depth, and at what cost.
+"""Pictures of results, as PNG: accuracy by task and length, against length, against depth; and cost.
 
 Runs are told apart by marker and dashes as well as by colour, so that a picture can be read in grey.
 """
@@ -27,9 +27,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)))
 _GREY = "#666666"
-# Of colours in a heat map: one scale from dark to light, so that it is the same in grey.
+# Colours of a heat map: one scale from dark to light, so that it reads the same in grey.
 _SCALE = "viridis"
-# The picture that every evaluation leaves beside its summary.
+# The picture that every evaluation writes beside its summary.
 PICTURE = "accuracy.png"
 DEPTH_BINS = 10
 # Distances below this many tokens are one bin: few facts stand there.
@@ -47,7 +47,7 @@ class AccuracyBin:
 
 
 def save_with_picture(report: Report, directory: str | os.PathLike[str]) -> list[Path]:
-    """Write `summary.json` and `accuracy.png`, as every evaluation leaves them; return their paths."""
+    """Write `summary.json` and `accuracy.png`, as every evaluation does; return their paths."""
     picture = Path(directory) / PICTURE
     written = report.save(directory)
     plot_heat_map(report, picture)
@@ -64,7 +64,7 @@ def plot_heat_map(reports: Report | Mapping[str, Report], path: str | os.PathLik
     if not runs:
         raise ValueError("reports is empty; give at least one {name: report}")
     lengths = sorted({x for r in runs.values() for x in r.lengths}, key=parse_length)
-    # Where there are hundreds of cells, figures alone are read.
+    # With hundreds of cells there is only room for the figures.
     small = sum(len(report.tasks) for report in runs.values()) <= 60
     tall = 0.5 if small else 0.3
     heights = [max(1, len(report.tasks)) * tall for report in runs.values()]
@@ -441,7 +441,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _dodge(number: int, runs: int) -> float:
-    """How far a run stands beside the tick, so that the intervals of several do not cover each other."""
+    """How far a run is drawn from the tick, so that the intervals of several do not cover each other."""
     return (number - (runs - 1) / 2) * min(0.09, 0.5 / runs)
 
 
@@ -495,7 +495,7 @@ def _count(samples: int) -> str:
 
 
 def _figure(width: float, height: float) -> Figure:
-    # Without pyplot: no window system is looked for and no global figure is left behind.
+    # Without pyplot, which would look for a window system and keep a global figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -506,6 +506,6 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     with warnings.catch_warnings():
-        # A name in a script the font lacks is drawn as boxes; the tables have it in full.
+        # A name in a script that the font lacks is drawn as boxes; the tables have it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

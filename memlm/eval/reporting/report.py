@@ -18,7 +18,7 @@ from memlm.files import write_json
 from memlm.tasks.lengths import format_length, parse_length
 
 SUMMARY = "summary.json"
-# What every line of samples.jsonl must have; runs of older versions may lack anything else.
+# The keys every line of samples.jsonl must have; runs of older versions may lack all others.
 ROW_KEYS = ("task", "length", "index", "correct")
 
 
@@ -27,8 +27,8 @@ class Cell:
     """Results of one task at one length.
 
     `correct` counts by the corrected BABILong metric, `exact` by exact match, `published` by the metric
-    as published. `seconds` is time in the model and its data, `data_seconds` the data's part. `writes` are
-    the segments in which a write gate opened; None without gates.
+    as published. `seconds` is the time for model and data, `data_seconds` the data's part of it. `writes`
+    are the segments in which a write gate opened; None without gates.
     """
 
     task: str
@@ -220,7 +220,7 @@ class Report:
             if not all(isinstance(part, dict) for part in parts):
                 raise TypeError("settings, versions, stories and skipped must be objects")
             report = cls(cells, in_present_words(parts[0]), parts[1], parts[2], skipped=parts[3])
-            _ = report.lengths, report.skipped_notes()  # What is not a length fails here, by name.
+            _ = report.lengths, report.skipped_notes()  # A length that is none fails here, by name.
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{str(path)!r} does not exist; name a finished evaluation") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -255,7 +255,7 @@ class Report:
 def load_rows(directory: str | os.PathLike[str]) -> list[Row]:
     """Read the samples of a run, one dict per line of `samples.jsonl`, whether it has ended or not.
 
-    A last line cut short is skipped; of a sample written twice the later line counts. Keys besides
+    A last line cut short is skipped; of a sample written twice the later line counts. Keys other than
     task, length, index and correct may be absent in runs of older versions.
     """
     path = Path(directory) / SAMPLES

@@ -30,7 +30,7 @@ RENAMED = {
     "retrieval.hops": "hops",
     "prompt_file": "prompt",
 }
-# What `evaluate` can be told and the command cannot, with what the command does.
+# Settings of `evaluate` that the command has no option for, with the values it uses.
 IN_PYTHON = {
     "split": "eval",
     "embedder": HashingEmbedder().fingerprint,
@@ -42,7 +42,7 @@ IN_PYTHON = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run with its samples, of the cells its summary has."""
+    """A run with its samples, those of the cells in its summary."""
 
     name: str
     report: Report
@@ -60,7 +60,7 @@ class Run:
         return cls(name, report, kept)
 
     def wrong(self, task: str) -> list[Row]:
-        """Wrong answers of a task, of different lengths as far as there are."""
+        """Some wrong answers of a task, of as many lengths as possible."""
         rows = [row for row in self.rows if row["task"] == task and not row["correct"]]
         rows.sort(key=lambda row: (parse_length(row["length"]), row["index"]))
         rank: Counter[str] = Counter()
@@ -114,7 +114,7 @@ def _options(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not derived, settings within a setting by dotted names."""
+    """Settings that are not derived from others, nested ones under dotted names."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):

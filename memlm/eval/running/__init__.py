@@ -1,1 +1,1 @@
-"""A model is asked: the runner, its readers and what they read, prompts, the log."""
+"""Asking a model: the runner, its readers and what they read, prompts, and meters."""

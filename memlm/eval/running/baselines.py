@@ -2,8 +2,8 @@
 
 last-tokens: the end of the document alone; full: attention over all of it; window: a sliding window of
 attention (Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index;
-chunks: every chunk by itself, and the surest answer. With its memory: twice, the document read again;
-question-first, the question known before.
+chunks: every chunk by itself, and the surest answer. With the memory: twice, the document read a second
+time; question-first, the question known before reading.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# No baseline: the model that is given is judged itself.
+# No baseline: the given model itself is judged.
 MODEL = "model"
-# Tokens a baseline sees of a model that says nothing of its own.
+# Tokens a baseline sees when the model names no limit.
 DEFAULT_WINDOW = 4096
 
 
@@ -46,9 +46,9 @@ def make_reader(
 ) -> BatchReader:
     """Say how `model` reads: into its memory where it has one, else with all its attention.
 
-    baseline: "model" (or None) for that; a name of `BASELINES`, to read with the base model in that way
-    instead. window: tokens that "last-tokens", "window" and "chunks" see; None is a segment, or what the
-    base's positions allow up to 4,096. A reader may change the model until it is closed.
+    baseline: "model" (or None) for that; or a name of `BASELINES`, to read in that way instead. window:
+    tokens that "last-tokens", "window" and "chunks" see; None is a segment, or what the base's positions
+    allow up to 4,096. A reader may change the model until it is closed.
     """
     baseline = present_word(baseline)
     if baseline not in (MODEL, *BASELINES):
@@ -77,7 +77,7 @@ def make_reader(
 
 
 def present_word(baseline: str | None) -> str:
-    """The present word for a baseline: "model" for None, and with a warning what replaces a former word."""
+    """The present word for a baseline: "model" for None; a former word is replaced, with a warning."""
     if baseline is None:
         return MODEL
     present = FORMER_WORDS["baseline"].get(baseline, baseline)
@@ -94,12 +94,12 @@ def is_memory_model(model: Any) -> bool:
 
 
 def base_of(model: Any) -> Any:
-    """The model of transformers that a memory model wraps; others as they are."""
+    """The model of transformers that a memory model wraps; any other model as it is."""
     return model.base if is_memory_model(model) else model
 
 
 def default_window(model: Any) -> int:
-    """Tokens of a segment; of another model what its positions allow, up to 4,096."""
+    """Tokens of a segment; for a model without memory what its positions allow, up to 4,096."""
     if is_memory_model(model):
         return int(model.config.segment_length)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -115,9 +115,9 @@ def _whole(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchR
 
 
 class WindowReader(MemoryReader):
-    """Baseline "window": at every layer a token sees at most `window` tokens, and half of them at least.
+    """Baseline "window": at every layer a token sees at most `window` tokens, and at least half of them.
 
-    Segments of half a window, behind them the keys and values of as many tokens before.
+    Segments are half a window long, and each sees the keys and values of as many tokens before it.
     """
 
     name = "window"

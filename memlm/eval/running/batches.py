@@ -1,4 +1,4 @@
-"""Batches of samples run through the model: made ready in a thread, read, answered and scored."""
+"""Batches of samples run through the model: prepared in a thread, read, answered and scored."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from memlm.retrieval.base import Embedder
 
-# Tokens made ahead of the model, in a thread.
+# Tokens prepared in a thread before the model needs them.
 AHEAD = 2**20
-# Encoded prompts that are remembered.
+# How many encoded prompts are remembered.
 MEMO = 10_000
 
 
@@ -42,7 +42,7 @@ class Batch:
 
     @property
     def cell(self) -> tuple[str, str]:
-        """The task, and the length as it is written."""
+        """The task, and the length in its written form."""
         return self.task, format_length(self.length)
 
     def keys(self) -> Iterator[tuple[str, str, int]]:
@@ -57,7 +57,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Begin:
-    """What comes before the pieces of a batch. refused: why none come."""
+    """Announces the pieces of a batch. refused: why none follow."""
 
     batch: Batch
     asked: list[Asked]
@@ -70,7 +70,7 @@ def split_into_batches(task: str, length: int, samples: int, batch_size: int) ->
 
 
 class BatchRunner:
-    """Runs batches of samples through the model, made ready in a thread."""
+    """Runs batches of samples through the model, preparing them in a thread."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class BatchRunner:
         self._leading = np.array([] if bare else leading_tokens(tokenizer), dtype=np.int32)
 
     def run(self, todo: Sequence[Batch], log: RunLog, bar: tqdm) -> dict[str, dict[str, str]]:
-        """Answer what is to do; returns the cells that cannot be answered, with the reason."""
+        """Answer the batches in `todo`; return the cells that cannot be answered, with the reason."""
         skipped: dict[str, dict[str, str]] = {}
         if not todo:
             return skipped
@@ -114,7 +114,7 @@ class BatchRunner:
                 if reason is None:
                     try:
                         rows = self._answer(begin, pieces, clock, bar, kept)
-                        # What was there already came from the same batch.
+                        # Samples logged already came from the same batch.
                         log.append([row for row in rows if not log.has(task, length, row["index"])])
                     except TooLong as error:
                         reason = str(error)
@@ -127,23 +127,23 @@ class BatchRunner:
         return skipped
 
     def ask(self, batch: Batch) -> list[Asked]:
-        """The samples of a batch, with what stands around their documents."""
+        """The samples of a batch, with the prompts around their documents."""
         asked = []
         for index in batch.indices:
             sample = self.source.get(batch.task, batch.length, index)
             before, after = self.prompts.parts(batch.task, sample.question, self.tokenizer)
-            behind = self._encode(after)
+            after_ids = self._encode(after)
             passages: tuple[Recalled, ...] = ()
             if self.recall is not None:
                 passages, shown = self.recall(sample)
                 recalled = np.array(encode_parts(self.tokenizer, shown), dtype=np.int32)
-                behind = np.concatenate([recalled, behind])
+                after_ids = np.concatenate([recalled, after_ids])
             start = np.concatenate([self._leading, self._encode([(before, True)])])
-            asked.append(Asked(sample, start, behind, passages))
+            asked.append(Asked(sample, start, after_ids, passages))
         return asked
 
     def _make(self, todo: Sequence[Batch], done: int) -> Iterator[_Begin | BatchPiece]:
-        """All batches and their pieces, of the first one those behind the first `done`."""
+        """All batches and their pieces, leaving out the first `done` pieces of the first batch."""
         for batch in todo:
             asked = self.ask(batch)
             longest = max(one.tokens for one in asked)
@@ -223,7 +223,7 @@ def _pieces_of_batch(feed: Feed[Any]) -> Iterator[BatchPiece]:
 
 @dataclass(frozen=True)
 class Recall:
-    """Recalls passages of a sample's document, indexed for itself alone."""
+    """Recalls passages of a sample's document, each document in a separate index."""
 
     config: RetrievalConfig
     embedder: Embedder
@@ -243,7 +243,7 @@ class Recall:
 
 
 def _recalled_of(asked: Asked) -> dict[str, Any]:
-    """Where the recalled passages stand, and which share of the supporting facts is in them."""
+    """Where the recalled passages stand, and what share of the supporting facts is in them."""
     if not asked.recalled:
         return {}
     story = asked.sample.story

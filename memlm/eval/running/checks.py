@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, refused by name before any work is done where it cannot be."""
+"""Checks of an evaluation's arguments: what cannot work is refused by name before any work is done."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cells_to_evaluate(
     return list(itertools.product(dict.fromkeys(tasks), tokens))
 
 
-# What says how samples are composed, and what it is by default.
+# The settings that say how samples are composed, with their defaults.
 _COMPOSING = {
     "haystack": "builtin",
     "stories": "generated",
@@ -67,7 +67,7 @@ def check_composition(
     data: str | os.PathLike[str] | None,
     **composing: Any,
 ) -> None:
-    """Refuse settings of a composition that is not done here, or not by rules that have them."""
+    """Refuse settings of composition where nothing is composed, or by rules that do not have them."""
     if data is not None:
         for name, value in composing.items():
             if value != _COMPOSING[name]:

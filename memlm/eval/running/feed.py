@@ -1,4 +1,4 @@
-"""Items made ahead of their use by a thread, so that their user seldom waits."""
+"""Items that a thread prepares before they are needed, so that their user seldom waits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 class Feed(Generic[T]):
-    """Iterate over `items`, which a thread takes from their iterator as far ahead as `ahead` allows.
+    """Iterate over `items`, which a thread takes from their iterator in advance, as far as `ahead` allows.
 
     size(item) says how much of `ahead` an item takes; at least one item is always made. `waited` sums the
-    seconds in which the next item was not there. What the iterator raises is raised to the taker, in its
-    place. A context manager: leaving it stops the thread.
+    seconds spent waiting for the next item. What the iterator raises is raised where the next item would
+    have been taken. A context manager: leaving it stops the thread.
     """
 
     def __init__(self, items: Iterator[T], ahead: int, size: Callable[[T], int]) -> None:

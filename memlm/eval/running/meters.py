@@ -1,4 +1,4 @@
-"""What answering a batch takes: seconds, seconds spent waiting for data, and memory."""
+"""What answering a batch costs: seconds, seconds spent waiting for data, and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Clock:
 
 
 class PeakMemory:
-    """The most memory in use meanwhile: of the GPU where the model is on one, else resident."""
+    """The most memory in use inside the context: of the GPU where the model is on one, else resident."""
 
     def __init__(self, device: torch.device) -> None:
         self.bytes = 0

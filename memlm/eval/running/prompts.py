@@ -1,9 +1,9 @@
-"""What stands before and behind a document when a model is asked about it.
+"""The text before and after a document when a model is asked about it.
 
 A model fine-tuned on answers is given the document and the question, as in training. An instruction model
-is told what to do, shown solved examples, and asked behind the document, in its chat format where it has
-one; layout as published (BABILong, arXiv:2406.10149, section 3), wording and examples our own. A YAML file
-may bring other words, the published ones among them:
+is told what to do, shown solved examples, and asked after the document, in its chat format where it has
+one. The layout is the published one (BABILong, arXiv:2406.10149, section 3); wording and examples are our
+own. A YAML file may bring other words, such as the published ones:
 
     template: "{instruction}\\n\\n<context>\\n{context}\\n</context>\\n\\nQuestion: {question}"
     tasks:
@@ -34,12 +34,12 @@ TEMPLATE = (
     "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\n"
     "Question: {question}"
 )
-# Behind the question where no chat format says whose turn it is.
+# Follows the question where no chat format says whose turn it is.
 CUE = "\nAnswer:"
 EXAMPLES = 2
-# No sample of an evaluation is drawn from these.
+# The seed of the examples, from which no sample of an evaluation is drawn.
 EXAMPLES_SEED = 20_240_610
-# Stand for what is put in later; no chat template changes them.
+# Placeholders for what is put in later, which no chat template changes.
 _CONTEXT, _QUESTION = "[[memlm:context]]", "[[memlm:question]]"
 
 _WHO_IS_WHERE = (
@@ -200,14 +200,14 @@ class Prompts:
     def around(
         self, task: str, question: str, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[str, str]:
-        """Return the text before the document and the text behind it."""
+        """Return the text before the document and the text after it."""
         before, after = self.parts(task, question, tokenizer)
         return before, joined(after)
 
     def parts(
         self, task: str, question: str, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[str, list[Part]]:
-        """`around`, the text behind in parts: control tokens are meant in the template alone."""
+        """`around`, the text after the document in parts, as only a template may bring control tokens."""
         if self.style == "answer":
             return "", fill(self.question_template, question=question)
         before, after = self._framed(task, tokenizer)
@@ -228,7 +228,7 @@ class Prompts:
         text = self.template
         for key, value in (words | {"context": _CONTEXT, "question": _QUESTION}).items():
             text = text.replace(f"{{{key}}}", value)
-        # An empty part leaves no gap.
+        # An empty part must not leave a gap.
         while "\n\n\n" in text:
             text = text.replace("\n\n\n", "\n\n")
         text = text.lstrip("\n")
@@ -248,7 +248,7 @@ class Prompts:
         if _QUESTION not in after:
             raise ValueError(
                 f"the prompt of {task} loses the context or the question; the template must hold "
-                "{context} and, behind it, {question}"
+                "{context} and, after it, {question}"
             )
         return before, after
 
@@ -285,7 +285,7 @@ def _read_words(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
     template = found.get("template", TEMPLATE)
     if not isinstance(template, str) or "{context}" not in template.partition("{question}")[0]:
         raise ValueError(
-            f"prompt={str(path)!r}: template must be text that holds {{context}} and, behind it, "
+            f"prompt={str(path)!r}: template must be text that holds {{context}} and, after it, "
             "{question}"
         )
     words: dict[str, dict[str, str]] = {}

@@ -1,7 +1,7 @@
 """How a model is given a document and a question: streamed into its memory, or as a baseline reads it.
 
-A reader works in two halves. `pieces` makes arrays of token ids from samples, in a thread ahead of the
-model; `answer` runs the model over them. So a sample is held whole only where its reader needs that.
+A reader works in two halves. `pieces` makes arrays of token ids from samples, in a thread that runs before
+the model; `answer` runs the model over them. So a sample is held whole only where its reader needs that.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TooLong(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """One sample as a model sees it: ids before the document, the document, ids behind it.
+    """One sample as a model sees it: ids before the document, the document, ids after it.
 
     recalled: passages whose text is part of `after`.
     """
@@ -71,7 +71,7 @@ class Asked:
 class BatchPiece:
     """Tokens of a batch side by side: ids (B, T), mask (B, T) bool, None when all are real.
 
-    last: the prompts to go on from, padded on the left; else a segment, padded on the right.
+    last: these are the prompts to continue, padded on the left; otherwise a segment, padded on the right.
     """
 
     ids: Tokens
@@ -81,7 +81,7 @@ class BatchPiece:
 
 @dataclass(frozen=True)
 class Kept:
-    """A batch half read: the state after its first `done` pieces, and what they wrote by then."""
+    """A batch read in part: the state after its first `done` pieces, and the writes counted so far."""
 
     state: MemoryState
     done: int
@@ -89,8 +89,8 @@ class Kept:
 
 
 class Answers(NamedTuple):
-    """What was said, row by row, and in how many segments of each row a write gate opened; None: no gates
-    were there."""
+    """What was said, row by row, and in how many segments of each row a write gate opened; None without
+    gates."""
 
     texts: list[str]
     writes: list[int] | None = None
@@ -98,7 +98,7 @@ class Answers(NamedTuple):
 
 @dataclass
 class Tape:
-    """A sample's tokens, taken as many as wanted at a time."""
+    """A sample's tokens, taken in order, any number at a time."""
 
     pieces: Iterator[NDArray[np.int32]]
     rest: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
@@ -140,7 +140,7 @@ class BatchReader(ABC):
         """Where the model is."""
 
     def settings(self) -> dict[str, Any]:
-        """What besides the model decides its answers."""
+        """What decides the answers beside the model."""
         return {"baseline": self.name}
 
     def refuse(self, tokens: int, max_new_tokens: int) -> str | None:
@@ -148,7 +148,7 @@ class BatchReader(ABC):
         return None
 
     def resume(self, batch: Sequence[Asked]) -> Kept | None:
-        """What was kept when the reading of this very batch was broken off."""
+        """What was kept when the reading of this same batch was broken off."""
         return None
 
     def close(self) -> None:
@@ -168,12 +168,12 @@ class BatchReader(ABC):
         on_read: Callable[[int], object],
         kept: Kept | None = None,
     ) -> Answers:
-        """Run the model over the pieces of one batch. TooLong when memory runs out meanwhile."""
+        """Run the model over the pieces of one batch. TooLong when memory runs out."""
 
     def _generate(
         self, model: Any, piece: BatchPiece, max_new_tokens: int, **kwargs: Any
     ) -> list[str]:
-        """Continue prompts greedily; what was said up to the first end token."""
+        """Continue prompts greedily; return what was said up to the first end token."""
         import torch
 
         mask = np.ones(piece.ids.shape, dtype=bool) if piece.mask is None else piece.mask
@@ -206,8 +206,8 @@ class BatchReader(ABC):
 class MemoryReader(BatchReader):
     """Reads all whole segments into the model's memory, then the open rest with the question.
 
-    own_segment: for a model that was trained to be asked in a segment of the question's own, the rest is
-    read into its memory, too. keep_in: a folder where the state of an unfinished document is kept now and
+    own_segment: the model was trained to be asked in a segment that holds only the question, so the rest is
+    read into its memory, too. keep_in: a folder where the state of an unfinished document is saved now and
     then, so that a run that was killed goes on in the middle of it.
     """
 
@@ -303,7 +303,7 @@ class MemoryReader(BatchReader):
             return None, self.model.read(window, state, writes)
 
         save_at = time.monotonic() + KEEP_SECONDS
-        # Without a state the model makes the first itself.
+        # Without a state, the model makes the first one itself.
         found = scan(read, segments(), cast("MemoryState", state), bptt_depth=1)
         for _, state in found:
             done += 1
@@ -328,7 +328,7 @@ class MemoryReader(BatchReader):
 
 
 def _identity_of(batch: Sequence[Asked]) -> str:
-    """What tells one batch from another, as text: tasks, questions, lengths and places of facts."""
+    """A text that tells one batch from another: tasks, questions, lengths and places of facts."""
     return json.dumps(
         [[a.sample.task, a.sample.question, a.tokens, list(a.sample.fact_offsets)] for a in batch]
     )
@@ -415,7 +415,7 @@ class WholeReader(BaseReader):
         if self._rows_that_fit(needed) < 1:
             return (
                 f"the keys and values of {needed:,} tokens take "
-                f"{needed * self._bytes_a_token() / 2**30:,.1f} GiB, more than is free"
+                f"{needed * self._bytes_per_token() / 2**30:,.1f} GiB, more than is free"
             )
         return None
 
@@ -457,7 +457,7 @@ class WholeReader(BaseReader):
             on_read(int(mask.sum()))
         return Answers(outputs)
 
-    def _bytes_a_token(self) -> int:
+    def _bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token in all layers."""
         config = self.base.config.get_text_config()
         heads = config.num_attention_heads
@@ -474,4 +474,4 @@ class WholeReader(BaseReader):
             free = torch.cuda.mem_get_info(device)[0]
         else:
             free = psutil.virtual_memory().available
-        return int(FREE_SHARE * free // (tokens * self._bytes_a_token()))
+        return int(FREE_SHARE * free // (tokens * self._bytes_per_token()))

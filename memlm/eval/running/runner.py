@@ -74,22 +74,23 @@ def evaluate(
     model: of memlm, or any causal language model of transformers. tasks: bAbI's, or probes
     (`memlm.tasks.registry.TASKS`). haystack: a source, of which `split` is used. stories: "generated" or a
     folder of bAbI files, of which the test file is preferred. data: samples in the published layout (a hub
-    id or a folder) in place of composed ones. baseline: who reads: "model", the model itself, or in its
-    place the base model in another way (`BASELINES`): "last-tokens", the end of the document alone, "full",
-    attention to all of it, "window", a sliding window, or "retrieval". window: tokens that "last-tokens"
-    and "window" see. prompt: "answer", "instruction", "chat" or a YAML file; None picks "answer" for models
-    of memlm, else "chat" where the tokenizer has a chat template and "instruction" where it has none.
-    position, distance: where facts stand, as in `babilong.compose`. composition: "exact", or "published"
-    for lengths, facts and noise by the published code's rules (`babilong.Composition`). retrieval: passages
-    of the document recalled in front of the question, by an index of its own for every sample; the baseline
-    "retrieval" shows the model nothing else (5 where it is not said). embedder: of that index, a
-    HashingEmbedder by default. max_new_tokens: of an answer; None: what the run in `out` has, else 20.
+    id or a folder) in place of composed ones. baseline: who reads: "model", the given model itself, or a
+    name of `BASELINES`. The base model reads for "last-tokens" (only the end of the document), "full"
+    (attention to all of it), "window" (a sliding window), "chunks" (one chunk after the other) and
+    "retrieval" (recalled passages); the memory model for "twice" (the document twice) and "question-first".
+    window: tokens that "last-tokens", "window" and "chunks" see. prompt: "answer", "instruction", "chat" or
+    a YAML file; None picks "answer" for models of memlm, else "chat" where the tokenizer has a chat
+    template and "instruction" where it has none. position, distance: where facts stand, as in
+    `babilong.compose`. composition: "exact", or "published" for lengths, facts and noise by the published
+    code's rules (`babilong.Composition`). retrieval: how many passages of the document are recalled before
+    the question, from an index made for each sample; the baseline "retrieval" shows the model nothing else,
+    and recalls 5 when this is None. embedder: that of the index, a HashingEmbedder by default.
+    max_new_tokens: tokens of an answer; None is what the run in `out` has, else 20.
 
-    With `out`, each batch is appended to `samples.jsonl`, a later call with the same settings goes on
-    from there (more samples, tasks and lengths may be asked for), and `summary.json` and `accuracy.png`
-    are written at the end, about all that the folder holds. Cells that a baseline cannot take are left
-    out, with the reason in `report.skipped`. ValueError on arguments that cannot work, before any work
-    is done.
+    With `out`, each batch is appended to `samples.jsonl`, and a later call with the same settings goes on
+    from there (more samples, tasks and lengths may be asked for). `summary.json` and `accuracy.png` are
+    written at the end, about all that the folder holds. Cells that a baseline cannot take are left out,
+    with the reason in `report.skipped`. ValueError on arguments that cannot work, before any work is done.
     """
     plan = cells_to_evaluate(tokenizer, tasks, lengths, haystack, stories, data, out, seed)
     if max_new_tokens is None:
@@ -120,7 +121,7 @@ def evaluate(
         recall = Recall(retrieval, embedder or HashingEmbedder(), template)
     own = prompts.style == "answer" and _config(model, "question_segment", "open") == "own"
     with ExitStack() as stack:
-        # The model is lent: it goes back as it was, whatever happens meanwhile.
+        # The model is lent: it goes back as it was, whatever happens.
         stack.enter_context(without_training(model))
         reader = make_reader(model, tokenizer, baseline, window, own, out)
         stack.callback(reader.close)
@@ -146,7 +147,7 @@ def evaluate(
             "max_new_tokens": max_new_tokens,
             "model": fingerprint(model),
         }
-        # What decides nothing, or is in the settings by its digest, but is needed to repeat the run.
+        # Needed to repeat the run, but without influence on it, or in the settings as a digest already.
         about: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype_of(model)}
         if prompts.file is not None:
             about["prompt_file"] = prompts.file
@@ -191,7 +192,7 @@ def _prompts(
         chats = getattr(tokenizer, "chat_template", None) is not None
         prompt = "answer" if is_memory_model(model) else "chat" if chats else "instruction"
     template = _config(model, "question_template", BABILONG_QUESTION_TEMPLATE)
-    # A model of memlm has been trained on documents without a start token.
+    # A model of memlm was trained on documents without a start token.
     bare = is_memory_model(model) and prompt == "answer"
     return Prompts.of(prompt, tokenizer, template, bare)
 
@@ -224,9 +225,9 @@ def _bar(todo: Sequence[Batch], progress: bool) -> tqdm:
 def _cells(
     log: RunLog, wanted: dict[tuple[str, str], int], skipped: dict[str, dict[str, str]]
 ) -> list[Cell]:
-    """What this call asked for, and behind it what the folder holds of earlier calls.
+    """The cells this call asked for, followed by what the folder holds of earlier calls.
 
-    A cell that was given up half-way is no result.
+    A cell that was given up half-way does not count as a result.
     """
     found: dict[tuple[str, str], list[Row]] = {cell: [] for cell in wanted}
     for (task, length, index), row in log.rows.items():

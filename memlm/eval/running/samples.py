@@ -63,18 +63,18 @@ class SampleSource(ABC):
 
     @abstractmethod
     def prepare(self, task: str, length: int, samples: int) -> int:
-        """Make ready, and say how many of the `samples` wanted there are. ValueError: none."""
+        """Prepare a cell, and return how many of the `samples` wanted exist. ValueError when none do."""
 
     @abstractmethod
     def get(self, task: str, length: int, index: int) -> Sampled: ...
 
     def holds(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of an earlier run is about the sample that is here now."""
+        """Whether a row of an earlier run is about the sample this source gives now."""
         return True
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What decides the samples."""
+        """The settings that decide the samples."""
 
     def _note(self, task: str, length: int, note: dict[str, Any]) -> None:
         self.notes.setdefault(task, {})[babilong.format_length(length)] = note
@@ -138,7 +138,7 @@ class Composed(SampleSource):
                 "too_long_left_out": len(self._loaded[task]) - len(fitting),
                 "repeated": samples > len(fitting),
             }
-        # What cannot be composed is refused now, not when its turn comes.
+        # A story that cannot be composed is refused now, not when its turn comes.
         self.get(task, length, 0)
         self._note(task, length, note)
         return samples
@@ -193,7 +193,7 @@ class Composed(SampleSource):
         if task not in self._loaded:
             assert self.folder is not None
             loaded = babi.load_task(self.folder, task)
-            # Neighbours in a file are prefixes of one story: a small sample should not come from few.
+            # Neighbours in a file are prefixes of one story; a small sample should come from many stories.
             order = np.random.default_rng([self.seed, zlib.crc32(task.encode())])
             self._loaded[task] = [loaded[i] for i in order.permutation(len(loaded))]
         fitting = [story for story in self._loaded[task] if self._fits(story, length)]
@@ -214,7 +214,7 @@ class Composed(SampleSource):
 class Published(SampleSource):
     """Ready-made samples in the published layout: a hub id or a folder.
 
-    A file may be larger than memory, so one sample is held at a time, and all are met in order.
+    A file may be larger than memory, so one sample is held at a time, and samples are taken in order.
     """
 
     def __init__(self, data: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,8 @@
-"""Baselines that forget nothing, and those that know the question before they read.
+"""Baselines that forget nothing, or know what to keep.
 
-They say how much of a memory's errors is forgetting: chunks that are read one by one cannot forget, a
-document read twice can be remembered with its end in mind, and who knows the question knows what to keep.
+They show how many of a memory's errors come from forgetting: a model that reads chunks one by one cannot
+forget, one that reads a document twice knows its end the second time, and one that knows the question
+knows what to keep.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes into an embedder and comes out of it, checked: texts, and finite vectors of the right shape."""
+"""Checks of an embedder's input and output: texts, and finite vectors of the right shape."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-# Part of every fingerprint; to be raised when the same settings give other vectors.
+# Part of every fingerprint; raise it when the same settings come to give other vectors.
 VERSION = 1
 
 

@@ -26,20 +26,20 @@ from memlm.retrieval.embedders.fingerprints import VERSION, digest
 # Texts hashed together: their sums should stay in the processor's cache.
 _TEXTS_AT_ONCE = 64
 _WORDS_KNOWN = 1 << 17
-# Words share a count of documents where their hashes agree: with 100,000 words about a third do, and
-# for most of them that is one rare word taken for another.
+# Words whose hashes agree share a count of documents: with 100,000 words about a third do, and in most
+# cases one rare word is then taken for another.
 _SLOTS = 1 << 18
 # Sums of multiples of this are exact, whatever order the words come in.
 _WEIGHT_UNIT = 2.0**-24
 _FUNCTION_WORD_WEIGHT = 0.05
 
-# Scripts written without blanks: every character counts as a word.
+# Scripts written without blanks, of which every character counts as a word.
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]{{1,64}}")
 _ASCII_WORD = re.compile(r"[a-z0-9_]{1,64}")
 
-# What every text is full of, and the words of questions: without a corpus to count in, this is what is
-# known of how little a word tells.
+# Words that every text is full of, and the words of questions: without a corpus to count in, this list
+# stands for how little a word says.
 FUNCTION_WORDS = frozenset(
     "a about above across after afterwards again against ago all almost along already also although "
     "always am among an and another any anybody anyone anything are aren around as ask asked at away "
@@ -63,11 +63,11 @@ class HashingEmbedder:
     """Bags of words, each word a sum of `hashes` signed unit vectors out of `dim`, picked by its hash.
 
     Needs no weights and no corpus: equal words give equal vectors in every process, and nothing that is
-    added later changes them. A word's count is damped to 1 + log; function words of English weigh a
+    added later changes them. A word's count is damped to 1 + log(count); function words of English weigh a
     twentieth. `fit` weighs words by how rare they are in given texts instead, in any language.
 
-    Words that collide move a cosine by about 1 / sqrt(dim) whatever `hashes`; but one hash makes that a
-    few whole false matches, several make it small noise everywhere, and only the former hide a fact.
+    Words that collide move a cosine by about 1 / sqrt(dim) whatever `hashes` is. But with one hash that
+    comes as a few complete false matches, which can hide a fact; with several, as small noise everywhere.
     Recall@1 / @5 of the chunk that answers "Where is NAME?", for 300 facts "NAME went to the PLACE." in
     1,023 chunks of 80 words of the Brown corpus, means of five draws, ties lost, dim 2048:
     hashes 1: .27 / .73, 4: .96 / 1.00, 8: 1.00 / 1.00, 12: 1.00 / 1.00, 12 and `fit`: .99 / 1.00.
@@ -105,7 +105,7 @@ class HashingEmbedder:
             total += len(batch)
         if not total:
             raise ValueError("texts is empty; give the texts to count words in")
-        # Two words of one slot may both be in a text.
+        # Both words of a slot may be in one text.
         counts = np.minimum(counts, total)
         made._set_idf(np.log1p((total - counts + 0.5) / (counts + 0.5)).astype(np.float32))
         return made
@@ -119,7 +119,7 @@ class HashingEmbedder:
             with self._lock:
                 rows, words, counts = self._word_counts(batch)
                 weights, buckets = self._values[words], self._buckets[words]
-            # Whole numbers, so that the order of the words cannot show in the sums.
+            # Whole numbers, so that the order of the words cannot affect the sums.
             values = np.rint(weights * (1.0 + np.log(counts))[:, None] / _WEIGHT_UNIT)
             places = rows[:, None] * self.dim + buckets
             sums = np.bincount(places.ravel(), values.ravel(), len(batch) * self.dim)
@@ -138,7 +138,7 @@ class HashingEmbedder:
         return self.encode(texts)
 
     def encode_query(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The same as `encode`: a question's words are looked for as they are."""
+        """The same as `encode`: a question's words are searched for as they are."""
         return self.encode(texts)
 
     def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -243,7 +243,7 @@ class HashingEmbedder:
         if not new:
             return
         if self._learned > len(self._slots):
-            # To twice the size, so that not every batch copies everything.
+            # Twice the size, so that not every batch copies everything.
             self._buckets, self._values, self._slots = (
                 np.concatenate(
                     [known, np.zeros((2 * self._learned, *known.shape[1:]), known.dtype)]

@@ -20,7 +20,7 @@ from memlm.retrieval.embedders.checks import (
 )
 from memlm.retrieval.embedders.fingerprints import VERSION, digest, parameter_digest
 
-# Letters, digits, signs and a line break: tokenizers that differ, differ here.
+# Letters, digits, signs and a line break: tokenizers that differ at all differ here.
 _PROBE_TEXT = "It's 3.5 miles, he said - naïve café.\n\nMary went to the office."
 
 
@@ -29,9 +29,9 @@ class ModelEmbedder:
 
     model: a live model, used where it is and as it is; one with a `base` (MemLMForCausalLM) stands for
     its base. layer: which hidden states, 0 the embeddings and -1 the last, or "middle". pooling: "mean"
-    over a text's tokens, special ones included, or its "last" token. max_length: tokens of a text that
-    are read, from its beginning (or as `tokenizer.truncation_side` says); by default 512, less where
-    model or tokenizer end before. center: (dim,) vector subtracted before the length is made 1.
+    over a text's tokens, special ones included, or its "last" token. max_length: how many tokens of a text
+    are read, from its beginning (or as `tokenizer.truncation_side` says); by default 512, or the limit of
+    model or tokenizer where that is lower. center: (dim,) vector subtracted before the length is made 1.
 
     Causal models put all texts close together: centre them with `fit`. The fingerprint is that of the
     model when the embedder is made: after training it, make another.
@@ -145,7 +145,7 @@ class ModelEmbedder:
         ids: list[list[int]] = encoded["input_ids"]
         pooled = np.zeros((len(ids), self.dim), dtype=np.float32)
         some = np.array([bool(row) for row in ids], dtype=np.bool_)
-        # Texts of about one length go together, and little is padding.
+        # Texts of about the same length go together, so that there is little padding.
         order = sorted(np.flatnonzero(some).tolist(), key=lambda i: len(ids[i]))
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
@@ -164,7 +164,7 @@ class ModelEmbedder:
         import torch
 
         device = next(self.model.parameters()).device
-        # On the right, whatever the tokenizer's side: positions count from the left.
+        # Padded on the right, whatever the tokenizer's side: positions count from the left.
         rows, real = pad_rows(ids, self.tokenizer.pad_token_id or 0)
         padded, mask = torch.from_numpy(rows).to(device), torch.from_numpy(real).to(device)
         lengths = mask.sum(1)
@@ -177,13 +177,13 @@ class ModelEmbedder:
         if self.pooling == "last":
             chosen = states[torch.arange(len(ids), device=device), lengths - 1]
         else:
-            # Not a product with the mask: padding may hold anything, infinity too.
+            # Not a product with the mask: padding may hold anything, even infinity.
             chosen = states.masked_fill(~mask[:, :, None], 0).sum(1) / lengths[:, None]
         return checked_vectors(chosen.cpu().numpy(), len(ids), self.dim, "ModelEmbedder")
 
     def _make_fingerprint(self) -> str:
         config = self.model.config.to_dict()
-        # These say where a model came from, or what the parameters say themselves.
+        # These say where a model came from, or what the parameters show anyway.
         for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):
             config.pop(name, None)
         tokenizer = self.tokenizer

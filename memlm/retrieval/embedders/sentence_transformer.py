@@ -57,7 +57,7 @@ class SentenceTransformerEmbedder:
             "max_length": getattr(model, "max_seq_length", None),
         }
         if (query_prompt, document_prompt) != (None, None) and hasattr(model, "encode_query"):
-            # Not the vectors of a plain `encode` with this prompt: a Router picks modules by the method.
+            # Differs from a plain `encode` with this prompt: a Router picks modules by the method.
             described["routed"] = True
         text = json.dumps(described, sort_keys=True, default=str)
         self.fingerprint = f"sentence-transformers-{VERSION}:dim={self.dim}:{digest(text.encode())}"

@@ -23,7 +23,7 @@ class Story:
 
 
 def check_task(task: str) -> str:
-    """Return `task` when it names one of the twenty tasks, else raise naming the nearest."""
+    """Return `task` when it names one of the twenty tasks; otherwise ValueError names the nearest."""
     if task in TASKS:
         return task
     nearest = difflib.get_close_matches(str(task), TASKS, n=1, cutoff=0.0)[0]

@@ -1,4 +1,4 @@
-"""Noise text: sources of documents, their sentences, and a tokenised form that costs nothing to cut."""
+"""Noise text: sources of documents, their sentences, and a tokenised form that is cheap to cut."""
 
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.tasks.haystack.documents import Document, Split

@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 VARIABLE = "MEMLM_CACHE"
-# Less is tokenised in about a second. So is "builtin", whose text moreover changes with Python's
+# Less text is tokenised in about a second. So is "builtin", whose text moreover changes with Python's
 # version and options (-OO has no docstrings).
 MIN_CHARACTERS = 1_000_000
-# No build takes this long: what is left of an older one was abandoned.
+# No build takes this long: the temporary files of an older one were abandoned.
 ABANDONED_SECONDS = 24 * 3600
 PROBE = " It's 3.5 miles, he said - naïve café.\n\nMary went to the office."
-# Under this name a file's schema says what it was made of, and the digest of its ids.
+# The key in a file's schema metadata that says what it was made of, and the digest of its ids.
 _SCHEMA_KEY = b"memlm"
 # Entries read through in this process; once is enough, files in use are never written to.
 _verified: set[Path] = set()
@@ -59,7 +59,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Unwritable(Exception):
-    """The disk refused something of the cache's own."""
+    """The disk refused something the cache wanted to write."""
 
 
 def tokenized_haystack(
@@ -71,7 +71,7 @@ def tokenized_haystack(
     max_characters: int = MAX_CHARACTERS,
     cache: str | os.PathLike[str] | None = "auto",
 ) -> TokenHaystack:
-    """Return the sentences of a source's split as tokens, from the disk where they were made before.
+    """Return the sentences of a source's split as tokens, read from disk if they were made before.
 
     The same as `Haystack.open(source, split).tokenized(tokenizer)`, but of a large source neither
     text nor ids are held in memory. cache: a folder; "auto" is $MEMLM_CACHE, else ~/.cache/memlm;
@@ -89,7 +89,7 @@ def tokenized_haystack(
     if folder is not None and wanted is not None:
         entries, key = folder / "haystacks", _digest(wanted)
         for path in _entries(entries, key):
-            known = _open(path, tokenizer, source, min_tokens)
+            known = _open_entry(path, tokenizer, source, min_tokens)
             if known is not None:
                 return known
         documents = read_documents(source, split, max_characters)
@@ -128,18 +128,18 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
         "versions": [tokenizers.__version__, transformers.__version__],
     }
     try:
-        # Control tokens written out are text; entries of before took them for control tokens.
+        # Control tokens written out are text; older entries treated them as control tokens.
         known["split_special_tokens"] = True
         if tokenizer.is_fast:
             backend = json.loads(tokenizer.backend_tokenizer.to_str())
-            # Left over from the last call, and set anew by every call.
+            # Left over from the last call, and set again by every call.
             known["backend"] = {
                 k: backend[k] for k in backend if k not in ("truncation", "padding")
             }
         else:
             known["vocabulary"] = sorted(tokenizer.get_vocab().items())
             known["special"] = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-            # Merges and rules are not to be had from every class; what they do is.
+            # Not every class gives its merges and rules, but their effect can be seen.
             known["probe"] = [list(map(int, ids)) for ids in encode_texts(tokenizer, [PROBE])]
         return _digest(known)
     except Exception:  # A tokenizer of any make may lack any of these, or refuse.
@@ -155,7 +155,7 @@ def _wanted(
 ) -> dict[str, Any] | None:
     """All that an entry depends on; None when the source is not worth keeping or cannot be identified."""
     origin = identity(source)
-    # Second, as a large vocabulary takes a moment.
+    # After the source, as a large vocabulary takes a moment.
     tokenized_by = fingerprint(tokenizer) if origin is not None else None
     if origin is None or tokenized_by is None:
         return None
@@ -214,7 +214,7 @@ def _revision(name: str, config: str | None) -> str | None:
 
 
 def _rules() -> str:
-    """A digest of how documents and sentences are cut: with other rules, another entry."""
+    """A digest of how documents and sentences are cut: other rules give another entry."""
     try:
         modules = (document_rules, sources, tokenised, sentence_rules)
         return _digest([inspect.getsource(module) for module in modules])
@@ -237,10 +237,10 @@ def _entries(folder: Path, key: str) -> list[Path]:
         return []
 
 
-def _open(
+def _open_entry(
     path: Path, tokenizer: PreTrainedTokenizerBase, source: str, min_tokens: int
 ) -> TokenHaystack | None:
-    """Map an entry; None when it cannot be read or is damaged, which then makes room for another."""
+    """Map an entry; None when it cannot be read or is damaged. A damaged one is removed."""
     try:
         if path not in _verified:
             if _file_digest(path) != path.stem.rpartition("-")[2]:
@@ -259,7 +259,7 @@ def _open(
 def _map(
     path: Path, tokenizer: PreTrainedTokenizerBase, source: str, min_tokens: int
 ) -> TokenHaystack:
-    """A haystack whose arrays are views of the file: one batch, so that each column is in one piece."""
+    """A haystack whose arrays are views of the file, which is one batch, so each column is in one piece."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -293,7 +293,7 @@ def _hash() -> Any:
 
 
 class _Column:
-    """Values of a column in a temporary file without a name: it is gone however the process ends."""
+    """Values of a column in a temporary file without a name, which is gone however the process ends."""
 
     def __init__(self, folder: Path, dtype: type[np.generic]) -> None:
         self.dtype = dtype
@@ -339,7 +339,7 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     source: str,
 ) -> TokenHaystack:
-    """Make an entry beside its place, then rename it: nobody ever meets half an entry."""
+    """Make an entry beside its place, then rename it: nobody ever sees half an entry."""
     with _disk():
         folder.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(folder)
@@ -368,7 +368,7 @@ def _write(
     wanted: dict[str, Any],
     made: Iterable[tuple[list[str], NDArray[np.int32], NDArray[np.int64]]],
 ) -> None:
-    """Write sentences as one batch; it begins with its size, so its columns are gathered on disk first."""
+    """Write sentences as one batch, which begins with its size, so columns are gathered on disk first."""
     import pyarrow as pa
 
     with ExitStack() as stack:
@@ -407,7 +407,7 @@ def _write(
 
 
 def _clear_abandoned(folder: Path) -> None:
-    """Remove what builds that were killed have left behind."""
+    """Remove the temporary files of builds that were killed."""
     for path in folder.glob(".*"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:

@@ -32,11 +32,11 @@ def of_split(documents: Iterable[Document], split: Split) -> Iterator[Document]:
         yield from documents
         return
     held_out = split == "eval"
-    # The draw stands once it has sent a document either way; only until then is any kept back.
+    # The draw is kept once it has put a document into each split; until then documents are held back.
     waiting: list[Document] = []
     sides: set[bool] = set()
     for document in documents:
-        side = _mark(document) % 10 == 0
+        side = _draw_of(document) % 10 == 0
         if len(sides) == 2:
             if side == held_out:
                 yield document
@@ -44,18 +44,18 @@ def of_split(documents: Iterable[Document], split: Split) -> Iterator[Document]:
         waiting.append(document)
         sides.add(side)
         if len(sides) == 2:
-            yield from (d for d in waiting if (_mark(d) % 10 == 0) == held_out)
+            yield from (d for d in waiting if (_draw_of(d) % 10 == 0) == held_out)
             waiting = []
     if len(waiting) > 1:
         # Too few documents for the draw to be fair: hold out exactly one.
-        least = min(waiting, key=_mark)
+        least = min(waiting, key=_draw_of)
         yield from (d for d in waiting if (d.name == least.name) == held_out)
 
 
-def _mark(document: Document) -> int:
-    """A number drawn for a document by its name."""
-    mark = hashlib.blake2b(document.name.encode(), digest_size=8).digest()
-    return int.from_bytes(mark, "big")
+def _draw_of(document: Document) -> int:
+    """A pseudo-random number that depends on the document's name alone."""
+    digest = hashlib.blake2b(document.name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def gather(documents: Iterable[Document], words: int) -> Iterator[Document]:

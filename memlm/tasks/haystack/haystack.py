@@ -42,7 +42,7 @@ class Haystack:
         return cls(os.fspath(source), documents)
 
     def sentences(self, rng: np.random.Generator) -> Iterator[str]:
-        """Yield without end: a random document from a random sentence to its end, then another."""
+        """Yield sentences forever: of a random document, from a random one to its end, then of another."""
         while True:
             sentences = self.documents[int(rng.integers(len(self.documents)))].sentences
             yield from itertools.islice(sentences, int(rng.integers(len(sentences))), None)

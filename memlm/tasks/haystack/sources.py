@@ -24,10 +24,10 @@ from memlm.tasks.haystack.documents import (
 )
 from memlm.text import split_sentences
 
-# Reading stops here (some ten million tokens): a document of 10M tokens then repeats little.
+# Reading stops here (some ten million tokens), so that a document of 10M tokens still repeats little.
 MAX_CHARACTERS = 50_000_000
 
-# Fewer files than this are cut into blocks, or a tenth of the files would be none.
+# Fewer files than this are cut into blocks, since a tenth of so few files would be none.
 MIN_FILES_AS_DOCUMENTS = 20
 TEXT_COLUMNS = ("text", "content", "document", "article", "body")
 
@@ -163,7 +163,7 @@ def _docstrings(module: Any, name: str) -> Iterator[str]:
 
 
 def _docstring(value: Any) -> Iterator[str]:
-    # A class's own entry: reading through some deprecated classes warns.
+    # The class's own entry: attribute access on some deprecated classes warns.
     doc = vars(value).get("__doc__") if inspect.isclass(value) else getattr(value, "__doc__", None)
     # Other instances carry their class's docstring, which says nothing about them.
     described = inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)
@@ -221,7 +221,7 @@ def _file_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _hub_texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bool]:
-    """Stream a dataset; a test split of its own serves as eval, else its rows are divided here."""
+    """Stream a dataset; if it has a test split, that serves as eval, else its rows are divided here."""
     name, config, column = parse_hub(source)
     splits = open_dataset(source, name, config)
     held_out = next((key for key in ("test", "validation") if key in splits), None)

@@ -1,4 +1,4 @@
-"""Sentences as tokens: a form of noise that costs nothing to cut."""
+"""Sentences as tokens: a form of noise that is cheap to cut."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SentenceTexts(Sequence[str]):
 class TokenHaystack:
     """The sentences of a haystack as one flat array of token ids.
 
-    Each sentence is tokenised by itself behind one space, so a composed document is the
+    Each sentence is tokenised by itself after one space, so a composed document is the
     concatenation of its sentences' ids; for byte-level BPE that equals tokenising the joined text.
     Sentences under `min_tokens` tokens are left out.
 
@@ -100,7 +100,7 @@ class TokenHaystack:
         offsets: NDArray[np.int64],
         first_sentence: NDArray[np.int64],
     ) -> TokenHaystack:
-        """Make a haystack of what another one was made into; the arrays may be mapped files."""
+        """Make a haystack from the arrays of another one, which may be mapped files."""
         made = cls.__new__(cls)
         made._set(tokenizer, source, min_tokens, False, texts, ids, offsets, first_sentence)
         return made
@@ -132,7 +132,7 @@ class TokenHaystack:
         return hashlib.blake2b(np.ascontiguousarray(self.ids).data, digest_size=8).hexdigest()
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Tokenise a short text as it stands, remembering it: facts come from few sentences."""
+        """Tokenise a short text as it stands, and remember the result: there are few different facts."""
         known = self._memo.get(text)
         if known is None:
             if len(self._memo) >= _MEMO_LIMIT:
@@ -166,16 +166,16 @@ class TokenHaystack:
         """Draw stretches of sentences until they hold `budget` tokens.
 
         Returns the first sentence of each stretch and the sentence after its last, both (runs,).
-        window: stretches are the whole sentences within so many characters from a random one of a
-        random document on, without the sentences that either end cuts or the document ends with, as
-        the published sampler takes them; None: from a random sentence of a random document to its
-        end. A haystack used in order has no stretches to draw, and no window.
+        window: as in the published sampler, a stretch is the whole sentences within this many characters
+        from a random character of a random document on, without sentences cut at either end and without
+        the document's last one. None: from a random sentence of a random document to its end. A haystack
+        used in order draws no stretches, and takes no window.
         """
         firsts: list[NDArray[Any]] = []
         ends: list[NDArray[Any]] = []
         held = 0
         while held < budget:
-            # Never one at a time: a document of 50M tokens takes tens of thousands of stretches.
+            # Many at a time: a document of 50M tokens takes tens of thousands of stretches.
             mean = len(self.ids) / (len(self.first_sentence) - 1)
             count = int((budget - held) / mean) + 16
             if self.in_order:
@@ -189,7 +189,7 @@ class TokenHaystack:
                 first = begin + (start * (end - begin)).astype(np.int64)
             else:
                 first, end = self._within(begin, end, start, window)
-                # Where no sentence is as short as that, the published sampler would draw for ever.
+                # If no sentence is short enough, the published sampler would draw forever.
                 window = window if len(first) else 2 * window
             firsts.append(first)
             ends.append(end)
@@ -206,7 +206,7 @@ class TokenHaystack:
         document, (draws,) to (runs,): draws without such a sentence are left out."""
         opens, closes = self.characters[begin], self.characters[end] - 1
         at = opens + (start * (closes - opens)).astype(np.int64)
-        # A blank in front is the next sentence's, a blank at the end the last one's.
+        # A blank at the start belongs to the next sentence, a blank at the end to the last one.
         first = np.searchsorted(self.characters, at + 1, side="right")
         stop = np.minimum(at + window, closes) - 1
         last = np.searchsorted(self.characters, stop, side="right") - 1
@@ -222,7 +222,7 @@ def tokenise(
 ) -> Iterator[tuple[list[str], NDArray[np.int32], NDArray[np.int64]]]:
     """Yield for every document its sentences of `min_tokens`, their ids joined, and their lengths.
 
-    Documents left without a sentence are passed over; ValueError when all are.
+    Documents left without a sentence are skipped; ValueError when all are.
     """
     if min_tokens < 1:
         raise ValueError(f"min_tokens={min_tokens} must be at least 1")
@@ -231,7 +231,7 @@ def tokenise(
         texts: list[str] = []
         lengths: list[int] = []
         pieces: list[NDArray[np.int32]] = []
-        # A tokenizer's own record of a text is many times the text: never a whole book at once.
+        # A tokenizer's record of a text is many times the size of the text: never a whole book at once.
         for begin in range(0, len(document.sentences), SENTENCES_AT_ONCE):
             batch = document.sentences[begin : begin + SENTENCES_AT_ONCE]
             encoded = encode_texts(tokenizer, [f" {sentence}" for sentence in batch])

@@ -40,7 +40,7 @@ def iterate(
 
     A folder has `data/TASK/LENGTH.json` or `.jsonl`, or `LENGTH/TASK-*.parquet`, each with or without
     `data/`, or a data set card that says what its files are. A hub data set is downloaded once and
-    kept by `datasets`; with `streaming` only what is read is, each time anew.
+    kept by `datasets`; with `streaming` only the samples read are downloaded, again each time.
     """
     check_task(task)
     named = format_length(length)
@@ -60,7 +60,7 @@ def iterate(
 
 
 def _checked(where: str, number: int, row: Any) -> Record:
-    """Return row `number`, counted from 0, with the columns of a sample; ValueError when it has not."""
+    """Return row `number`, counted from 0, with the columns of a sample; ValueError without these."""
     if not isinstance(row, dict):
         raise ValueError(
             f"row {number} of {where} is a {type(row).__name__}, not an object with the columns "
@@ -100,7 +100,7 @@ def _local_rows(folder: Path, task: str, length: str, streaming: bool) -> _Rows:
 
 
 def _json_rows(path: Path) -> _Rows:
-    """Read an array of objects, or objects one after the other, as far as they are taken."""
+    """Read an array of objects, or objects one after the other, only as they are taken."""
     number = 0
     try:
         # Some editors begin a file with a mark of its encoding.
@@ -133,7 +133,7 @@ class _Damaged(Exception):
 
 
 class _Json:
-    """Text of which only what is not yet decoded is held."""
+    """Decodes JSON values from a text, holding only what is not decoded yet."""
 
     def __init__(self, read: Callable[[int], str]) -> None:
         self.read = read
@@ -142,14 +142,14 @@ class _Json:
         self.decoder = json.JSONDecoder()
 
     def more(self) -> bool:
-        # Half as much again as is held: a long row is scanned three times over, not once a piece.
+        # Half as much again as is held: a long row is scanned three times in all, not once per piece.
         found = self.read(max(_READ_CHARACTERS, (len(self.text) - self.at) // 2))
         self.text = self.text[self.at :] + found
         self.at = 0
         return bool(found)
 
     def next(self) -> str:
-        """Pass over blanks; return the character there, "" at the end."""
+        """Skip blanks; return the next character, "" at the end."""
         while True:
             match = _SPACE.match(self.text, self.at)
             self.at = match.end() if match else self.at
@@ -170,7 +170,7 @@ class _Json:
                 value, self.at = self.decoder.raw_decode(self.text, self.at)
                 return value
             except json.JSONDecodeError as error:
-                # A string or a word may go on behind what was read; any other fault will not mend.
+                # A string or a word may go on in text not read yet; reading on cures no other fault.
                 open_ended = error.msg.startswith("Unterminated string")
                 if not open_ended and error.pos < len(self.text) - 16:
                     raise
@@ -185,10 +185,10 @@ def _parquet_rows(paths: Sequence[Path]) -> _Rows:
     for path in paths:
         number = 0
         try:
-            # Through a small buffer, or a whole column of a group of rows is read ahead.
+            # Through a small buffer; otherwise a whole column of a group of rows is read at once.
             with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:
                 names = [name for name in file.schema_arrow.names if name in COLUMNS]
-                # A reader of all groups would keep what it read of each until the end.
+                # One reader of all groups would keep what it read of each until the end.
                 for group in range(file.num_row_groups):
                     for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=names):
                         for row in batch.to_pylist():

@@ -39,7 +39,7 @@ class Record(TypedDict):
 
 
 class RecordSample:
-    """A ready-made sample as an evaluation takes it, read like a composed `Sample`.
+    """A ready-made sample for an evaluation, read like a composed `Sample`.
 
     Where its facts stand is not known, so there are neither `fact_offsets` nor facts in `story`. The
     text follows one space, as a composed document does. Tokens are counted when first asked for.
@@ -82,7 +82,7 @@ class RecordSample:
 
     @functools.cached_property
     def _flat(self) -> NDArray[np.int32]:
-        # In pieces: a tokenizer's own record of a text is many times the text.
+        # In pieces: a tokenizer's record of a text is many times the size of the text.
         parts = [np.zeros(0, dtype=np.int32)]
         pieces = iter(self)
         while batch := list(islice(pieces, _PIECES_AT_ONCE)):
@@ -97,7 +97,7 @@ def _cut_at_blanks(text: str) -> Iterator[str]:
     while len(text) - begin > _PIECE_CHARACTERS:
         end = begin + _PIECE_CHARACTERS
         at = text.rfind(" ", begin + 1, end)
-        # The last blank mostly serves; a run of blanks must stay whole.
+        # Cut at the last blank in most cases; a run of blanks must stay whole.
         found = _CUT.search(text, at if at > 0 else end)
         if found is None:
             break

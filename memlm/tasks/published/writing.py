@@ -1,4 +1,4 @@
-"""Samples written in the published layout, so that a later call may go on."""
+"""Writes samples in the published layout, so that a later call may go on."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from memlm.tasks.published.records import COLUMNS, Format, Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What was written with which settings, so that a later call may go on.
+# The file that says what was written with which settings, so that a later call may go on.
 SETTINGS = "memlm.json"
 CARD = "README.md"
 CARD_MARK = "<!-- Written by `memlm data babilong`, and anew by every call. -->"
 
-# So many stories in a row that do not fit: none will.
+# When this many stories in a row do not fit, none will.
 MAX_REJECTED = 2_000
 
-# Rows are gathered up to here before they are written; one row of 10M tokens is more by itself.
+# Rows are gathered up to this size before they are written; one row of 10M tokens exceeds it by itself.
 BATCH_CHARACTERS = 16_000_000
 BATCH_ROWS = 100
 
@@ -63,10 +63,10 @@ def write(
     format: "json" for `out`/data/TASK/LENGTH.json, "parquet" for
     `out`/LENGTH/TASK-00000-of-00001.parquet. `tokenizer` is what `length` counts in: a tokenizer, a
     hub id or folder, or "words" for words and punctuation marks. `stories` is "generated" or a folder
-    of bAbI files, repeated when they are fewer. position, distance, reserve, composition: as for
-    `compose`; share: as for `facts_fit`. A file is written a row at a time and is there when it is
-    whole; a later call with the same settings leaves it alone, with others it refuses, unless
-    `overwrite`.
+    of bAbI files, repeated when there are too few. position, distance, reserve, composition: as for
+    `compose`; share: as for `facts_fit`. A file is written a row at a time and appears when it is
+    complete. A later call with the same settings leaves it alone; one with other settings is refused,
+    unless `overwrite` is set.
     """
     from memlm.files import write_atomically, write_json
 
@@ -105,7 +105,7 @@ def write(
     for path, task, count, marked in plan:
         if path.exists() and not overwrite:
             continue
-        # Never a file beside the settings of another.
+        # A file must never stand beside the settings of another.
         path.unlink(missing_ok=True)
         entries = _read_settings(out)
         entries[path.relative_to(out).as_posix()] = {"settings": marked, "versions": _versions()}
@@ -163,13 +163,13 @@ def _check_write(
 
 
 def _check_written(out: Path, path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to take a file written with other settings for the one that is wanted."""
+    """Refuse a file that was written with other settings than the wanted ones."""
     if not path.exists():
         return
     name = path.relative_to(out).as_posix()
     entry = _read_settings(out).get(name)
-    # Without an entry, what it was made of is unknown; it is left alone all the same.
-    # Files of version 0.1 say nothing of a composition: there was one.
+    # Without an entry, it is unknown what the file was made of; it is left alone all the same.
+    # Files of version 0.1 do not name a composition: there was only one.
     known = settings if entry is None else {"composition": "exact", **entry["settings"]}
     for key, value in json.loads(json.dumps(settings)).items():
         if known.get(key) != value:
@@ -240,8 +240,8 @@ def _write_parquet(rows: Iterator[Record], temporary: Path) -> None:
     import pyarrow.parquet
 
     schema = pyarrow.schema([(name, pyarrow.string()) for name in COLUMNS])
-    # A page, which is read whole, ends after a batch at the earliest; no text comes twice, so that a
-    # dictionary of them would be a copy.
+    # A page, which is read whole, ends after a batch at the earliest. No text comes twice, so a dictionary
+    # of them would only be a copy.
     with pyarrow.parquet.ParquetWriter(
         temporary, schema, write_batch_size=1, use_dictionary=["question", "target"]
     ) as file:
@@ -356,7 +356,7 @@ def _versions() -> dict[str, str]:
 
 
 def _name(source: str | os.PathLike[str]) -> str:
-    """What a source is called, without where on this machine it lies."""
+    """The name of a source, without its folder on this machine."""
     name = os.fspath(source)
     if name.startswith("hub:") and Path(name.removeprefix("hub:")).exists():
         return f"hub:{Path(name).name}"

@@ -1,6 +1,6 @@
 """Plain values, as YAML has them, into dataclasses and back, with errors that name the key.
 
-pydantic checks types, choices and ranges; which sentence a reader gets is said here.
+pydantic checks types, choices and ranges; the sentences a reader gets are written here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ adapter = cache(TypeAdapter)
 
 
 def bind(hint: Any, values: Any, where: str) -> Any:
-    """`values` as the type `hint`, a dataclass mostly; `where` is their key, "" for a whole recipe.
+    """`values` as the type `hint`, mostly a dataclass; `where` is their key, "" for a whole recipe.
 
     ValueError names the first key that is wrong, its value and what to write: unknown keys before
     others, with the nearest known one.
     """
-    # As JSON: a list is a tuple there and a mapping a dataclass, and nothing else changes its type.
+    # As JSON, in which lists may become tuples and mappings dataclasses, and nothing else changes its type.
     text = json.dumps(values, default=refuse_object)
     try:
         return adapter(hint).validate_json(text, strict=True, extra="forbid")
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False)
-    # A key that is misspelt is missing under its right name, too.
+    # A misspelt key is also missing under its right name, so unknown keys come first.
     error = min(errors, key=lambda error: error["type"] != "unexpected_keyword_argument")
     inner, place = within(hint, error["loc"])
     name = ".".join(map(str, ([where] if where else []) + place))
@@ -38,12 +38,12 @@ def bind(hint: Any, values: Any, where: str) -> Any:
     if kind == "unexpected_keyword_argument":
         known = list(get_type_hints(inner))
         raise ValueError(
-            f"{name} is no key of a recipe; {did_you_mean(str(error['loc'][-1]), known)}"
+            f"{name} is not a key of a recipe; {did_you_mean(str(error['loc'][-1]), known)}"
         )
     if kind == "missing":
         raise ValueError(f"{name} is missing; give a {type_name(inner)}")
     if kind == "value_error":
-        # A check between fields: say which section's.
+        # A check between fields: name its section.
         cause = error["ctx"]["error"]
         raise ValueError(f"{name}: {cause}" if name else str(cause)) from cause
     if is_dataclass(inner):
@@ -67,8 +67,8 @@ def refuse_object(value: Any) -> Any:
 def within(hint: Any, location: Sequence[str | int]) -> tuple[Any, list[str | int]]:
     """The type at pydantic's `location` in `hint`, and the keys that lead there.
 
-    The owner's, where its last key is unknown. Of a choice between types the choice itself: behind its
-    key pydantic says which of them it tried.
+    Where the last key is unknown, the type of the dataclass it was looked for in. For a choice between
+    types, the choice itself: after its key, pydantic's location names the type it tried.
     """
     place: list[str | int] = []
     for key in location:

@@ -128,12 +128,12 @@ class Recipe:
     def asking(self) -> tuple[Literal["own", "open"], str]:
         """How the finished model is asked: the question's segment, and the template of passages.
 
-        As the last stage asked it, and as the last that recalled passages showed them.
+        The first is that of the last stage, the second that of the last stage that recalled passages.
         """
         stages = [self.options_of(stage, "") for stage in self.curriculum.stages]
         last = stages[-1]
         shown = next((options for options in reversed(stages) if options.retrieval), last)
-        # In a story without passages, the question is the last words of the document itself.
+        # In a story without passages, the question is the end of the document itself.
         own = last.layout != "story" or bool(last.retrieval)
         return "own" if own else "open", shown.recall_template
 
@@ -198,7 +198,7 @@ class Recipe:
                 raise FileNotFoundError(f"data.haystack: {error}") from error
 
     def differences(self, other: Recipe) -> list[str]:
-        """Where `other` differs, as "key: mine, there theirs"; keys that may differ are left out."""
+        """How `other` differs, as "key: mine, there theirs"; keys that may differ are left out."""
         mine, theirs = dotted(self.to_dict()), dotted(other.to_dict())
         keys = [*mine, *(key for key in theirs if key not in mine)]
         return [

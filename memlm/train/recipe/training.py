@@ -1,6 +1,6 @@
 """The training section: fields of MemLMTrainingArguments, read from sources and not imported.
 
-Importing them would take transformers and torch, seconds in which a mistyped key should be reported.
+Importing them would load transformers and torch, which takes seconds; a mistyped key is reported at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_training(values: dict[str, Any]) -> None:
             )
         if key not in known:
             raise ValueError(
-                f"training.{key} is no field of MemLMTrainingArguments; {did_you_mean(key, list(known))}"
+                f"training.{key} is not a field of MemLMTrainingArguments; {did_you_mean(key, list(known))}"
             )
         kinds = [part.strip() for part in known[key].split("|")]
         if all(kind in SIMPLE_TYPES for kind in kinds):

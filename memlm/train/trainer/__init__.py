@@ -1,7 +1,7 @@
 """transformers' Trainer with truncated backpropagation through the segments of a document.
 
-arguments: what one may tell it. plan: a batch as segments, questions and windows. window: one window
-through the model. tally: answers right. checkpoint: where the data stand. trainer: the Trainer.
+arguments: its TrainingArguments. plan: a batch as segments, questions and windows. window: one window
+through the model. tally: right answers. checkpoint: the position in the data. trainer: the Trainer.
 """
 
 from memlm.train.trainer.arguments import MemLMTrainingArguments

@@ -1,4 +1,4 @@
-"""What MemLMTrainer may be told: transformers' TrainingArguments, and how gradients flow.
+"""The arguments of MemLMTrainer: transformers' TrainingArguments, and how gradients flow.
 
 The recipe reads the fields below from this source without importing it, so their defaults and help
 are plain literals.
@@ -39,7 +39,7 @@ class MemLMTrainingArguments(TrainingArguments):
         default="zero",
         metadata={
             "help": "what a document's memory starts from in training: 'zero', nothing; 'pass', what "
-            "another row's document left; 'carry', what the row's own last one left; 'fitted', noise like "
+            "another row's document left; 'carry', what the same row's last one left; 'fitted', noise like "
             "what was left. So a memory meets the states of documents far longer than those of training"
         },
     )
@@ -86,11 +86,11 @@ class MemLMTrainingArguments(TrainingArguments):
                 "deepspeed steps its optimiser at every backward, and a document has one per window of "
                 "bptt_depth segments; use DDP or FSDP, and leave deepspeed out"
             )
-        # The batches hold more than the columns of a data set the Trainer would keep.
+        # The batches hold columns that the Trainer would otherwise remove.
         self.remove_unused_columns = False
-        # Every window gives every parameter a gradient, and a memory model has no buffers that
-        # change: both searches cost time, and the second breaks when processes run unlike numbers
-        # of windows.
+        # Every window gives every parameter a gradient, and a memory model has no buffers that change, so
+        # DDP need not look for either: both cost time, and the second breaks when processes run different
+        # numbers of windows.
         for name in ("ddp_find_unused_parameters", "ddp_broadcast_buffers"):
             if getattr(self, name) is None:
                 setattr(self, name, False)

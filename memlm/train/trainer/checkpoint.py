@@ -1,4 +1,4 @@
-"""Where the data and the curriculum stand, kept beside the Trainer's own files in a checkpoint.
+"""The positions of data and curriculum, kept beside the Trainer's own files in a checkpoint.
 
 curriculum.json is the same for all processes; stream-RANK.json and memory-RANK-SLOT.safetensors, the
 memories of documents that later batches read on, are one process's own.
@@ -18,14 +18,14 @@ CURRICULUM_FILE = "curriculum.json"
 
 
 def save_position(folder: Path, stream: TrainingStream, rank: int, *, curriculum: bool) -> None:
-    """Write where `stream` stands. curriculum: whether this process writes what all processes share."""
+    """Write the position of `stream`. curriculum: whether this process writes what all processes share."""
     if curriculum:
         write_json(folder / CURRICULUM_FILE, stream.curriculum.state_dict())
     write_json(folder / f"stream-{rank}.json", stream.state_dict())
 
 
 def load_position(folder: Path, stream: TrainingStream, rank: int) -> None:
-    """Put `stream`, which is dealt already, where it stood.
+    """Put `stream`, for which `deal` was called already, back to where it stood.
 
     FileNotFoundError when another kind of trainer, or fewer processes, wrote the checkpoint.
     """

@@ -1,7 +1,7 @@
 """What a document's memory starts from in training: nothing, or what other documents left.
 
-A memory that has only seen the states of short documents fails beyond the trained length, since those of
-long ones are unlike them. Starting from states that were left elsewhere shows it such states at no cost
+A memory that has only seen the states of short documents fails beyond the trained length, since the states
+of long ones are unlike them. Starting from states that were left elsewhere shows it such states at no cost
 (state passing and carried states of Buitrago and Gu 2025, *Understanding and Improving Length
 Generalization in Recurrent Models*; Hwang et al. 2024, *TransformerFAM*, appendix B).
 """
@@ -18,7 +18,7 @@ INITIAL_STATES = ("zero", "pass", "carry", "fitted")
 
 
 def check_initial_state(kind: str, probability: float, rows: int) -> None:
-    """ValueError on a way to start that there is not. rows: of a batch, per device."""
+    """ValueError on an unknown or impossible way to start. rows: of a batch, per device."""
     if kind not in INITIAL_STATES:
         names = ", ".join(map(repr, INITIAL_STATES))
         raise ValueError(f"initial_state={kind!r} is unknown; use one of {names}")
@@ -32,7 +32,7 @@ def check_initial_state(kind: str, probability: float, rows: int) -> None:
 
 
 def check_fits(kind: str, start: MemoryState) -> None:
-    """ValueError when states like `start` cannot be drawn anew."""
+    """ValueError when states like `start` cannot be drawn at random."""
     counted = [name for name, value in start.tensors.items() if not value.is_floating_point()]
     if kind == "fitted" and counted:
         raise ValueError(
@@ -48,12 +48,12 @@ def initial_state(
     left: MemoryState | None,
     seed: tuple[int, ...],
 ) -> MemoryState:
-    """The states that documents of a batch start from: `fresh` (rows B), or with `probability` another.
+    """The states that documents of a batch start from: `fresh` (rows B), or, with `probability`, others.
 
     left: the states at the end of an earlier batch, of any number of rows; None before there is one.
-    "carry" goes on from the row's own, "pass" from another row's, "fitted" draws every number from a
-    normal distribution with the mean and the deviation of the rows', cut at their extremes. Detached.
-    seed: of what is drawn.
+    "carry" goes on from the row's own state, "pass" from another row's, "fitted" draws every number from a
+    normal distribution with the mean and standard deviation over the rows, cut at their extremes. Detached.
+    seed: of the random draws.
     """
     if kind == "zero" or left is None or not probability:
         return fresh
@@ -69,7 +69,7 @@ def initial_state(
     else:
         source = torch.arange(rows) % left.batch_size
         if kind == "pass":
-            # Round a circle by a random step: nobody gets their own.
+            # Rows rotated by a random step: no row gets its own state.
             step = torch.randint(1, max(left.batch_size, 2), (), generator=generator)
             source = (source + step) % left.batch_size
         other = left.select(source)

@@ -1,4 +1,4 @@
-"""A batch as a plan: its segments, the questions behind them, and the windows it is run in."""
+"""A batch as a plan: its segments, the questions after them, and the windows it is run in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memlm.segment import (
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions behind one segment: ids, mask, labels (Q, T), rows (Q,) of the batch."""
+    """Questions after one segment: ids, mask, labels (Q, T), rows (Q,) of the batch."""
 
     ids: Tensor
     mask: Tensor
@@ -33,7 +33,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class AskedSegment(Segment):
-    """A segment of a training batch, with the questions asked of the memory behind it."""
+    """A segment of a training batch, with the questions asked of the memory after it."""
 
     questions: Questions | None = None
 
@@ -52,8 +52,8 @@ class AskedSegment(Segment):
 class BatchPlan:
     """How a batch is run: its segments in windows of `depth` segments, the first window of `first`.
 
-    learned: numbers of the windows with a target. scale: factor on the loss; 0 where the only target
-    was put in for the other processes' sake.
+    learned: numbers of the windows with a target. scale: factor on the loss; 0 where the only target was
+    put in so that this process takes part in the other processes' reduction.
     """
 
     segments: list[AskedSegment]
@@ -64,8 +64,8 @@ class BatchPlan:
 
     @property
     def call_pattern(self) -> list[tuple[int, bool, bool, bool]]:
-        """What decides the model's calls, per segment: its window's number, and whether that is learned
-        from, the segment has targets of its own, and questions stand behind it.
+        """What decides the model's calls, per segment: its window's number, whether that window is learned
+        from, whether the segment itself has targets, and whether questions follow it.
         """
         found = []
         for index, segment in enumerate(self.segments):
@@ -95,7 +95,7 @@ def plan_batch(
 ) -> BatchPlan:
     """Cut a batch into segments of `length` tokens and windows of `depth` segments; None: one window.
 
-    What follows the last target is not learned from, and is read only when a later batch reads on.
+    What follows the last target is not learned from, and is read only when a later batch continues it.
     With the anchor "end", windows are counted back from that target. train: a batch without a target
     gets one that counts nothing, since all processes reduce gradients once per batch.
     """
@@ -120,9 +120,9 @@ def window_number(segment: int, depth: int, first: int) -> int:
 
 
 def cut_batch(batch: dict[str, Any], length: int) -> list[AskedSegment]:
-    """A batch as segments of `length` tokens, each with the questions behind it.
+    """A batch as segments of `length` tokens, each with the questions after it.
 
-    ValueError when a question stands behind a segment that the batch does not have.
+    ValueError when a question follows a segment that the batch does not have.
     """
     ids, mask, targets = pack_batch(batch)
     asked: dict[int, Questions] = {}
@@ -140,7 +140,7 @@ def cut_batch(batch: dict[str, Any], length: int) -> list[AskedSegment]:
     count = -(-ids.shape[1] // length)
     if asked and max(asked) >= count:
         raise ValueError(
-            f"a question stands behind segment {max(asked)}, but the batch has {count} segments; "
+            f"a question follows segment {max(asked)}, but the batch has {count} segments; "
             f"give 0 to {count - 1}"
         )
     return [
@@ -152,7 +152,7 @@ def cut_batch(batch: dict[str, Any], length: int) -> list[AskedSegment]:
 def pack_batch(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
     """ids, mask and shifted targets (B, n), real tokens first; the mask None when all are real.
 
-    Documents packed into one row (`documents_in`) get rows of their own. ValueError without labels,
+    Documents packed into one row (`documents_in`) get a row each. ValueError without labels,
     and for questions about packed rows.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -166,7 +166,7 @@ def pack_batch(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
     if documents is not None and "question_at" in batch:
         raise ValueError(
             "question_at counts rows of one document, but position_ids, seq_idx or cu_seq_lens_q put "
-            "several into a row; give each a row of its own"
+            "several into a row; give each its own row"
         )
     if real is not None or documents is not None:
         packing = Packing.of(torch.ones_like(ids) if real is None else real, documents)
@@ -187,7 +187,8 @@ def count_targets(batch: dict[str, Any]) -> int:
 def split_calls(window: Sequence[AskedSegment], whole: bool) -> Iterator[list[AskedSegment]]:
     """A window's segments, grouped into those that the model reads in one call.
 
-    A call ends where a question is asked; not `whole`, shorter than the model's own: with each segment.
+    A call ends where a question is asked, and, without `whole` (for segments shorter than the model's
+    own), after each segment.
     """
     call: list[AskedSegment] = []
     for segment in window:

@@ -13,7 +13,7 @@ from memlm.segment import IGNORE
 
 @dataclass
 class Tally:
-    """What was learned from: answers right, answers asked, real tokens read."""
+    """Counts over what was learned from: answers right, answers asked, real tokens read."""
 
     right: int = 0
     asked: int = 0

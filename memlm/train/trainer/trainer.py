@@ -1,4 +1,4 @@
-"""The Trainer: only how a batch is run is different from transformers' own.
+"""The Trainer: it differs from transformers' own only in how a batch is run.
 
 A batch runs window by window, with a backward after each and one optimiser step over the document.
 Arguments, callbacks, trackers, checkpoints and `accelerate launch` are the Trainer's own.
@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class StepReport:
-    """What memories asked for besides the loss, the batches and steps left out, and the steps summed."""
+    """Sums over steps: the memories' auxiliary losses, batches and steps left out, and the steps."""
 
     auxiliary: Tensor | float = 0.0
     skipped: int = 0
@@ -57,7 +57,7 @@ class StepReport:
 
 
 class BeforeStep(TrainerCallback):
-    """Tells a trainer that a step's gradients are complete."""
+    """Tells the trainer that a step's gradients are complete."""
 
     def __init__(self, trainer: MemLMTrainer) -> None:
         self.trainer = trainer
@@ -99,7 +99,7 @@ class MemLMTrainer(Trainer):
             )
         self._stream = stream if isinstance(stream, TrainingStream) else None
         if self._stream is not None:
-            # The stream starts where it stood; skipping batches would read them again.
+            # The stream itself goes on from its position; the Trainer would skip the same batches again.
             self.args.ignore_data_skip = True
             windowed = isinstance(self._stream.source, Windows)
             if self.args.window_step == "window" and not windowed:
@@ -114,7 +114,7 @@ class MemLMTrainer(Trainer):
         self._memory_options: dict[str, Any] = {}
         if self._stream is not None:
             for stage in self._stream.curriculum.stages:
-                # Refused now rather than when the stage begins.
+                # A bad option is refused now rather than when its stage begins.
                 self._model.memory.with_options(stage.memory)
         self._carried: dict[int, MemoryState] = {}
         # Rows of segments learned from in the present step, over all its batches and processes; None
@@ -153,7 +153,7 @@ class MemLMTrainer(Trainer):
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            # Its own: a loader draws a seed when it starts, which would move a resumed run's
+            # Its own generator: a loader draws a seed when it starts, which would change a resumed run's
             # dropout.
             generator=torch.Generator(),
         )
@@ -171,10 +171,10 @@ class MemLMTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
-        # Targets of questions count as well; a document counts once, however it is windowed.
+        # Targets of questions count as well; a document counts once, whatever its windows.
         count = sum(count_targets(batch) for batch in batch_samples)
         if len(batch_samples) == 1 and self.args.world_size == 1:
-            self._learned_rows = None  # The batch's own, which is found when it is run.
+            self._learned_rows = None  # The batch's own number, found when it is run.
             return torch.tensor(count, device=device)
         rows = sum(int(self._plan(batch, train=True).learned_rows) for batch in batch_samples)
         counts = torch.tensor([[count, rows]], device=device)
@@ -249,19 +249,19 @@ class MemLMTrainer(Trainer):
     ) -> tuple[Tensor, Tally]:
         """Run all windows of a batch, with a backward after each that is learned from.
 
-        Returns summed cross-entropy divided by `count`, and the answers counted. What memories ask for
-        besides enters the gradients alone.
+        Returns summed cross-entropy divided by `count`, and the answers counted. The memories' auxiliary
+        loss only enters the gradients.
         """
         plan = self._plan(batch, train=train)
         self._check_in_step(plan)
         length = batch.get("segment_length") or self._model.segment_length
         continued = batch.get("continued")
-        # Documents packed into one row have rows of their own.
+        # Documents packed into one row get a row each.
         rows = len(plan.segments[0].ids if plan.segments else batch["input_ids"])
         tally = Tally(tokens=sum(count_tokens(segment) for segment in plan.segments))
         state = self._state_before(continued, rows, train=train)
         scale = plan.scale
-        # A mean over all that is learned from, and no share of all targets.
+        # The auxiliary loss is a mean over all rows learned from, not a share of all targets.
         weight = self._auxiliary_weight / self._rows_learned_from(plan) if train else 0.0
         if train and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes, but `count` is the sum over them.
@@ -300,13 +300,13 @@ class MemLMTrainer(Trainer):
             return (None if loss is None else loss.detach(), result.tally), result.state
 
         try:
-            for (loss, answered), behind in scan(
+            for (loss, answered), after in scan(
                 run_and_learn, plan.segments, state, plan.depth, plan.first
             ):
                 if loss is not None:
                     total = total + loss
                 tally.add(answered)
-                state = behind
+                state = after
         except FloatingPointError as error:
             self._leave_out(error)
             if not train:
@@ -319,7 +319,7 @@ class MemLMTrainer(Trainer):
         return total, tally
 
     def _check_in_step(self, plan: BatchPlan) -> None:
-        """Refuse what FSDP, which gathers weights at every call, would wait for without end."""
+        """Refuse a batch at which FSDP, which gathers weights at every call, would wait forever."""
         if not self._sharded:
             return
         mark = torch.tensor([crc32(repr(plan.call_pattern).encode())], device=self.args.device)
@@ -327,7 +327,7 @@ class MemLMTrainer(Trainer):
         if bool((marks != marks[0]).any()):
             raise ValueError(
                 f"the processes' documents at step {self.state.global_step} differ in how many segments "
-                "they have or behind which of them are targets and questions, and under FSDP every "
+                "they have or in which of them have targets and questions, and under FSDP every "
                 "process must run the same calls; give all documents the same (min_segments = "
                 "max_segments, one ask_every), or use DDP"
             )
@@ -346,16 +346,16 @@ class MemLMTrainer(Trainer):
         return plan.learned_rows if self._learned_rows is None else self._learned_rows
 
     def _leave_out(self, error: FloatingPointError) -> None:
-        """Count a batch that is left out from here on. Raises `error` where that would not help."""
+        """Count a batch, the rest of which is left out. Raises `error` where that would not help."""
         sound = all(bool(p.isfinite().all()) for p in self._model.parameters())
-        # Weights that overflowed would spoil every batch to come.
+        # Weights that overflowed would spoil every later batch.
         if not self._may_skip or not sound:
             raise error
         self._step_report.skipped += 1
         logger.warning(f"A batch of step {self.state.global_step} is left out: {error}")
 
     def _reduce_nothing(self, model: nn.Module, ids: Tensor) -> None:
-        """Take part in the gradients' reduction with zeros: other processes wait for it."""
+        """Take part in the gradients' reduction with zeros, which other processes wait for."""
         if self.args.world_size > 1:
             loss = model(ids, shift_labels=ids, logits_to_keep=None, write=False).loss
             self.accelerator.backward(loss * 0.0)
@@ -363,7 +363,7 @@ class MemLMTrainer(Trainer):
     def _state_before(self, continued: Tensor | None, rows: int, *, train: bool) -> MemoryState:
         """The memory a batch starts with: what the last one left in rows `continued` (B,), else fresh.
 
-        What is fresh is empty, or as the argument `initial_state` has it.
+        A fresh memory is empty, or what the argument `initial_state` says.
         """
         fresh, left = self._model.init_state(rows), self._carried.get(self._slot)
         if train:
@@ -380,7 +380,7 @@ class MemLMTrainer(Trainer):
         """`state` (rows B), where rows that hold infinities or NaNs are put back to the start."""
         if not self.args.skip_nonfinite or not state.tensors:
             return state
-        # A sum is as good a witness as every value, and one pass over the state.
+        # A sum shows infinities and NaNs as well as every value does, in one pass over the state.
         rows = state.batch_size
         sums = [value.reshape(rows, -1).sum(dim=1).float() for value in state.tensors.values()]
         sound = torch.stack(sums).isfinite().all(dim=0)
@@ -389,9 +389,9 @@ class MemLMTrainer(Trainer):
         return state.where(sound, self._model.init_state(state.batch_size)).detach()
 
     def before_step(self) -> None:
-        """Drop a gradient that is not finite, in all processes alike, and add up their reports."""
+        """Drop a gradient that is not finite, in all processes alike, and add up the processes' reports."""
         report, self._step_report, dropped = self._step_report, StepReport(), False
-        # A loss scaler looks for itself, lowers its scale and leaves the step out.
+        # A loss scaler checks by itself, lowers its scale and leaves the step out.
         if self.args.skip_nonfinite and self.accelerator.scaler is None:
             gradients = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
             dropped = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
@@ -411,7 +411,7 @@ class MemLMTrainer(Trainer):
 
     @property
     def _auxiliary_weight(self) -> float:
-        """The weight the present stage gives to what memories ask for besides."""
+        """The weight of the memories' auxiliary loss in the present stage."""
         if self._stream is None:
             return 1.0
         curriculum = self._stream.curriculum
@@ -419,7 +419,7 @@ class MemLMTrainer(Trainer):
 
     @property
     def _slot(self) -> int:
-        """Which batch of its step comes next, by number: each has documents of its own."""
+        """The number of the next batch within its step: each has its own documents."""
         return 0 if self._stream is None else self._stream.batches % self._stream.accumulation
 
     def _gradient_context(
@@ -428,13 +428,13 @@ class MemLMTrainer(Trainer):
         """How a window runs: without gradients, with them unreduced, or, at the `last`, reduced."""
         if not learn:
             return torch.no_grad()
-        # FSDP keeps whole gradients while it is not synchronising.
+        # FSDP keeps unsharded gradients while it is not synchronising.
         return nullcontext() if last or self._sharded else self.accelerator.no_sync(model)
 
     # The curriculum, and where the data stand.
 
     def _set_memory_options(self) -> None:
-        """Give the memories the options that stages have set up to now, after resuming as well."""
+        """Give the memories the options that the stages have set so far, after resuming as well."""
         if self._stream is None:
             return
         options = self._stream.curriculum.memory_options_at(self._stream.step)
@@ -443,7 +443,7 @@ class MemLMTrainer(Trainer):
             self._memory_options = options
 
     def _follow_curriculum(self, cursor: Tensor) -> None:
-        """Note that a batch was trained on; behind the last of a step, follow the curriculum."""
+        """Record that a batch was trained on; after the last of a step, follow the curriculum."""
         assert self._stream is not None
         step = self._stream.step
         self._stream.consumed(cursor)
@@ -460,7 +460,7 @@ class MemLMTrainer(Trainer):
             self.control.should_training_stop = True
 
     def _answers_everywhere(self, tally: Tally) -> tuple[int, int]:
-        """Answers right and asked, over all processes, which thus decide alike."""
+        """Answers right and asked, summed over all processes, so that these decide alike."""
         if self.args.world_size == 1:
             return tally.right, tally.asked
         pair = torch.tensor([[tally.right, tally.asked]], device=self.args.device)
@@ -480,7 +480,7 @@ class MemLMTrainer(Trainer):
                 return stream.curriculum.learning_rate_at(stream.step, peak) / (peak or 1.0)
 
             if peak == 0:
-                # Nothing is a share of nothing: stages with a rate of their own bring all of it.
+                # The factor is then the stage's rate itself.
                 for group in optimizer.param_groups:
                     group["initial_lr"] = 1.0
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -488,8 +488,8 @@ class MemLMTrainer(Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to the training log: what memories asked for, the batches and steps left out, the stage,
-        the share of answers right, and tokens per second.
+        """Add to the training log: the memories' auxiliary loss, the batches and steps left out, the stage,
+        the share of right answers, and tokens per second.
         """
         if "loss" in logs:
             if self._stream is None:
@@ -499,7 +499,7 @@ class MemLMTrainer(Trainer):
             logs["tokens_per_second"] = tokens / max(now - self._logged_at, 1e-9)
             report, self._log_report = self._log_report, StepReport()
             if not isinstance(report.auxiliary, float) or report.auxiliary:
-                # Beside the loss, which is cross-entropy alone, as in evaluation.
+                # Logged apart from the loss, which is cross-entropy alone, as in evaluation.
                 logs["auxiliary_loss"] = float(report.auxiliary) / max(report.steps, 1)
             if report.skipped:
                 logs["skipped"] = report.skipped

@@ -1,4 +1,4 @@
-"""One window of segments through the model: its loss, what its memories ask for, the state behind it."""
+"""One window of segments through the model: its loss, its auxiliary loss, and the state after it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from memlm.train.trainer.tally import Tally, tally_answers
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What a window gives.
+    """The outcome of a window.
 
     loss: cross-entropy of its targets and its questions, a scalar; None where there are neither.
-    auxiliary: what its memories ask for besides, a scalar summed over rows; None where nothing.
-    tally: answers right and asked. state: the memory behind its last segment.
+    auxiliary: the memories' auxiliary loss, a scalar summed over rows; None where there is none.
+    tally: answers right and asked. state: the memory after its last segment.
     """
 
     loss: Tensor | None
@@ -40,7 +40,7 @@ def run_window(
     model_length: int,
     head: nn.Module | None,
 ) -> WindowResult:
-    """Run a window's segments and the questions behind them.
+    """Run a window's segments and the questions after them.
 
     count: targets that the summed loss is divided by. length: tokens per segment of this batch;
     model_length: of the model. head: the module whose logits are counted as answers; None: no count.
@@ -48,7 +48,7 @@ def run_window(
     total: Tensor | None = None
     auxiliary: Tensor | None = None
     tally = Tally()
-    # Segments shorter than the model's own end with a call each.
+    # Segments shorter than the model's own each need a call.
     whole = length == model_length
     for segments in split_calls(window, whole):
         ids, mask, labels = join_segments(segments)
@@ -61,7 +61,7 @@ def run_window(
                 logits_to_keep=None,
             )
         state = out.memory_state
-        # Without targets of its own a segment still has what its memories ask for.
+        # A segment without targets still has the memories' auxiliary loss.
         cost = out.auxiliary_loss
         if cost is not None:
             cost = cost * sum(segment.rows for segment in segments)
@@ -121,7 +121,7 @@ def collect_predictions(head: nn.Module | None) -> Iterator[list[Tensor] | None]
     def collect(module: nn.Module, given: Any, logits: Tensor) -> None:
         found.append(logits.detach().argmax(dim=-1).flatten())
 
-    # Removed before backward: recomputation would ask the head once more.
+    # Removed before backward: recomputation would run the head once more.
     handle = head.register_forward_hook(collect)
     try:
         yield found

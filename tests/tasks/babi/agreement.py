@@ -133,31 +133,32 @@ def _smirnov(
 OUT = Path(__file__).parents[3] / "docs" / "babi.md"
 TEXT = """# Our bAbI stories and the original ones
 
-The twenty tasks of bAbI ([Weston et al. 2015](https://arxiv.org/abs/1502.05698)) are generated here
-without end, by seed, and solved symbolically by a reader that shares no code with the generators.
-Against the original en-10k training files ({theirs:,} questions at hand), with {ours:,} questions
-of ours per task:
+bAbI's twenty tasks ([Weston et al. 2015](https://arxiv.org/abs/1502.05698)) are generated here from a
+seed, without end, and solved symbolically by a reader that shares no code with the generators. The table
+compares the original en-10k training files ({theirs:,} questions at hand) with {ours:,} questions of
+ours per task:
 
 {table}
 
-- **solved**, **from supporting facts**: original questions that our solver answers as the original
-  does, from all facts, and from the supporting ones alone. Sentences that do not parse leave their
-  question out: {unparsed}.
+- **solved**, **from supporting facts**: how many original questions our solver answers as the original
+  does, from all facts and from the supporting ones alone. Questions left out because a sentence does
+  not parse: {unparsed}.
 - **ours**: the share of our questions that the solver answers as the generator does, from all facts
   and from the supporting ones alone. **words**: whether both vocabularies are the same.
-- **facts**, **questions**, **answers**, **support**: total variation between ours and theirs of the
-  words of facts, of the words of questions, of answers, and of the number of supporting facts;
-  within {shares}.
-- **length**, **distance**: Kolmogorov-Smirnov distance of the number of facts in a story, and of
-  how many facts before the question the supporting ones stand; within {gaps}.
+- **facts**, **questions**, **answers**, **support**: total variation between our distribution and
+  theirs, of the words of facts, the words of questions, the answers, and the number of supporting
+  facts; the limit is {shares}.
+- **length**, **distance**: Kolmogorov-Smirnov distance between the distributions of the number of
+  facts in a story, and of the number of facts between a supporting one and the question; the limit
+  is {gaps}.
 
-In one original story of qa5 Bill gives Jeff two things, and two of its questions still want the
-first; elsewhere in the file the later gift is right, and it is so here. The originals' thousand
-questions are a draw themselves: qa2's answers are as far from even ones as from ours, and other
-seeds of ours differ from them by 0.045 in the median.
+In one original story of qa5 Bill gives Jeff two things, and two of its questions still want the first
+as the answer. Elsewhere in the file the later gift is right, and so it is here. The originals' thousand
+questions are a random draw themselves: the answers of qa2 are as far from a uniform distribution as
+from ours, and with other seeds ours differ from them by 0.045 in the median.
 
-Written by `python -m tests.tasks.babi.agreement FOLDER`; the test suite checks the same where the
-files are at hand (`MEMLM_SHARED_DATA`).
+This page is written by `python -m tests.tasks.babi.agreement FOLDER`. The test suite checks the same
+where the files are at hand (`MEMLM_SHARED_DATA`).
 """
 
 

@@ -1,7 +1,7 @@
 """Endless seeded stories in the forms and proportions of bAbI's en-10k files.
 
-Each question is yielded as a `Story` of its own: the facts so far, earlier questions left out. The
-generators keep their own books for answers; the solver checks them independently.
+Each question is yielded as its own `Story`: the facts so far, without earlier questions. The generators
+keep track of the answers themselves; the solver checks them independently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from memlm.tasks.babi.generators import events, kinds, motives, places, relations
 from memlm.tasks.babi.story import Story, check_task
 
-# A teller yields the questions of one story, given the task's name and where its chances come from.
+# A teller yields the questions of one story, given the task's name and a source of randomness.
 Teller = Callable[[str, random.Random], Iterator[Story]]
 
 _TELLERS: dict[str, Teller] = (

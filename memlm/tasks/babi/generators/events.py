@@ -1,8 +1,8 @@
 """qa1 to qa3 and qa5 to qa8: actors who move about, carry things and hand them over.
 
-A story runs until its fifth question, with a question tried after every two facts. The originals ask
-only about what the last five facts touched; where several subjects are that recent, each is as likely
-as the others. Where an answer follows from older facts only, they stay silent.
+A story runs until its fifth question, and a question is tried after every two facts. The originals ask
+only about what the last five facts touched; where several subjects are that recent, all are equally
+likely. Where an answer follows only from older facts, nothing is asked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUMBERS = ("none", "one", "two", "three")
 
 # (question, answer, supporting facts)
 Asked = tuple[str, str, list[int]]
-# What finds something to ask, given the world and all that has happened in it.
+# Finds something to ask, given the world and all that has happened in it.
 Ask = Callable[[World, list[Event]], Asked | None]
 
 DIALECTS = {
@@ -35,7 +35,7 @@ DIALECTS = {
 
 
 def _tell_events(task: str, rng: random.Random, ask: Ask) -> Iterator[Story]:
-    """Tell one story, asking after every second fact whatever `ask` finds to ask."""
+    """Tell one story, and after every second fact ask what `ask` finds, if anything."""
     world = World(DIALECTS[task], rng)
     events: list[Event] = []
     facts: list[str] = []
@@ -71,7 +71,7 @@ def _handlings(events: list[Event]) -> dict[str, list[int]]:
 
 def _whereabouts_of_actor(world: World, events: list[Event]) -> Asked:
     last = {event.actor: index for index, event in enumerate(events)}
-    # A fit to the rule of recent facts from before it was known; a seed's stories must stay the same.
+    # Fitted before the rule of recent facts was known, and kept: a seed's stories must stay the same.
     newest = world.rng.random() < 0.17
     actor = events[-1].actor if newest else world.rng.choice(sorted(last))
     return f"Where is {actor}?", events[last[actor]].thing, [last[actor]]
@@ -128,7 +128,7 @@ def _giving(world: World, events: list[Event]) -> Asked | None:
         (f"Who received the {thing}?", receiver),
         (f"Who did {giver} give the {thing} to?", receiver),
     ]
-    # The originals ask this of an outdated gift too (2 of 1000), where a reader must answer the later.
+    # The originals ask this about an outdated gift too (2 of 1000); the later gift is the right answer.
     if not any(
         (e.kind, e.actor, e.receiver) == ("give", giver, receiver) for e in events[last + 1 :]
     ):
@@ -138,7 +138,7 @@ def _giving(world: World, events: list[Event]) -> Asked | None:
 
 
 def _presence(world: World, events: list[Event]) -> Asked | None:
-    """Ask whether an actor is at a place: their own or any other, as often."""
+    """Ask whether an actor is at a place: their own half of the time, else another."""
     last = {event.actor: index for index, event in enumerate(events) if event.kind == "move"}
     recent = sorted(actor for actor, index in last.items() if _is_recent(events, index))
     if not recent:

@@ -1,4 +1,4 @@
-"""qa15 and qa16: what is told of kinds of animals holds for each of them."""
+"""qa15 and qa16: what is told about a kind of animal holds for every animal of the kind."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FEAR_QUESTIONS = 4
 COLOURED = ("Bernhard", "Brian", "Greg", "Julius", "Lily")
 ANIMALS = ("frog", "lion", "rhino", "swan")
 COLOURS = ("gray", "green", "white", "yellow")
-# How many animals the kind asked about has, the asked one among them: the original never asks about
-# one of three.
+# How many animals the kind asked about has, including the one asked about: the original never asks about
+# a kind of three.
 ASKED_SIZES = (2, 4, 5)
 
 
@@ -48,7 +48,7 @@ def _order_of_fears(rng: random.Random) -> tuple[dict[str, str], list[str]]:
 
 
 def _colours(task: str, rng: random.Random) -> Iterator[Story]:
-    """Tell kinds and colours of five animals but for one colour, which is asked.
+    """Tell the kinds and colours of five animals except one colour, which is asked for.
 
     The answer is the colour of the animal of the same kind whose kind was told last. As in the
     original, one story of twelve has other animals of that kind in other colours.
@@ -70,7 +70,7 @@ def _colours(task: str, rng: random.Random) -> Iterator[Story]:
             continue
         known.append(name)
         facts.append(f"{name} is a {kinds[name]}.")
-        # Whoever joins a kind changes the colour of all of it that has not been told.
+        # An animal that joins a kind changes the colour of all its members whose colour was not told.
         drawn = rng.choice(COLOURS)
         colours |= {n: drawn for n in known if kinds[n] == kinds[name] and n not in told}
     peer = next(n for n in reversed(known) if n != asked and kinds[n] == kinds[asked])

@@ -19,7 +19,7 @@ CURES = {
 
 
 def _motives(task: str, rng: random.Random) -> Iterator[Story]:
-    """Let everyone feel, go and take, a question after each fact, until nothing is left to do.
+    """Let everyone feel, go and take, with a question after each fact, until nothing is left to do.
 
     Of two in the same state only the first finds the thing.
     """

@@ -1,8 +1,8 @@
 """qa9 to qa14: actors who only move about, told with negations, alternatives, pronouns and times.
 
 A story asks five questions, one after every two sentences. The originals never draw an actor to ask about:
-they draw one of the last five things that happened and ask about whoever did it, so that the newest
-and the busiest are asked about most and nobody idle for longer is.
+they draw one of the last five happenings and ask about whoever did it. So the newest and the busiest actors
+are asked about most, and those idle for longer are never asked about.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TIMES = ("yesterday", "this morning", "this afternoon", "this evening")
 
 
 class Walkers:
-    """Where everybody stands; at first somewhere that no sentence tells."""
+    """Where everybody stands; at first somewhere that no sentence mentions."""
 
     def __init__(
         self, actors: tuple[str, ...], places: tuple[str, ...], rng: random.Random
@@ -37,10 +37,10 @@ class Walkers:
         self.place = {actor: rng.choice(places) for actor in actors}
 
     def draw(self, count: int) -> tuple[tuple[str, ...], str]:
-        """Draw who goes where next: somewhere that is new to each of them."""
+        """Draw who goes where next: to a place where none of them is now."""
         while True:
             actors, place = tuple(self.rng.sample(self.actors, count)), self.rng.choice(self.places)
-            # Drawn again as a whole: those who already stand together go together a little more often.
+            # Both draws are repeated together: those who stand together go together a little more often.
             if all(self.place[actor] != place for actor in actors):
                 return actors, place
 
@@ -94,7 +94,7 @@ def _went(rng: random.Random, who: str, place: str) -> str:
 
 
 def _turn_of_hints(walkers: Walkers, start: int, hint: Callable[..., Step]) -> list[Step]:
-    """Tell every second move as such, every fourth by where it led, the others by `hint`."""
+    """Tell a half of the moves as moves, a quarter by where they led, the others by `hint`."""
     steps = []
     for index in range(start, start + FACTS_PER_TURN):
         (actor,), place = walkers.draw(1)
@@ -112,7 +112,7 @@ def _turn_of_hints(walkers: Walkers, start: int, hint: Callable[..., Step]) -> l
 
 
 def _denial(walkers: Walkers, actor: str, left: str, reached: str, index: int) -> Step:
-    """Tell only that the actor left: who is denied to be somewhere has always just been there."""
+    """Tell only that the actor left: a denial is always about the place the actor has just left."""
     fact = f"{actor} is {walkers.rng.choice(('not', 'no longer'))} in the {left}."
     return Step((actor,), reached, fact, (index,), denied=left)
 
@@ -126,7 +126,7 @@ def _alternative(walkers: Walkers, actor: str, left: str, reached: str, index: i
 
 
 def _ask_whether(walkers: Walkers, actor: str, latest: Step) -> tuple[str, str]:
-    """Ask for the true place every other time; after a denial, which hides it, for the place denied."""
+    """Ask about the true place half of the time; after a denial, which hides it, about the place denied."""
     if latest.denied:
         return f"Is {actor} in the {latest.denied}?", "no"
     true = latest.reached
@@ -143,7 +143,7 @@ def _ask_where(walkers: Walkers, actor: str, latest: Step) -> tuple[str, str]:
 
 
 def _turn_of_pairs(walkers: Walkers, start: int) -> list[Step]:
-    """Tell of two who go together, then of two again, not always the same."""
+    """Tell of two who go together, then of two again, not always the same ones."""
     steps = []
     for index in range(start, start + FACTS_PER_TURN):
         actors, place = walkers.draw(2)

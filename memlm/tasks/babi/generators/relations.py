@@ -1,4 +1,4 @@
-"""qa4, qa17, qa18 and qa19: where things stand to each other, and which is the bigger."""
+"""qa4, qa17, qa18 and qa19: how things are placed relative to each other, and which is bigger."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTAINERS = ("box", "chest", "container", "suitcase")
 POSITION_QUESTIONS = 8
 SIZE_QUESTIONS = 5
 FACTS_PER_BLOCK = 5
-# So often the original tries to find a question about sizes before it tells another block of facts.
+# How often the original tries to find a question about sizes before it tells another block of facts.
 TRIES = 20
 DECOYS = 3
 
@@ -61,7 +61,7 @@ def _directions(task: str, rng: random.Random) -> Iterator[Story]:
 
 
 def _positions(task: str, rng: random.Random) -> Iterator[Story]:
-    """Tell of two shapes beside a third; ask how the two stand to each other."""
+    """Tell of two shapes beside a third; ask how the two are placed relative to each other."""
     middle, *ends = rng.sample(SHAPES, 3)
     spots = dict(zip(ends, rng.sample(sorted(POSITIONS.values()), 2), strict=True))
     facts = []
@@ -75,7 +75,7 @@ def _positions(task: str, rng: random.Random) -> Iterator[Story]:
         first, second = rng.sample(range(2), 2)
         (x, y), (to_x, to_y) = spots[ends[first]], spots[ends[second]]
         holding = {r for r, (a, b) in POSITIONS.items() if (x - to_x) * a + (y - to_y) * b > 0}
-        # Yes and no are drawn first: two shapes in one row leave three relations to deny.
+        # Yes or no is drawn first: for two shapes in one row there are three relations to deny.
         answer = rng.choice(("yes", "no"))
         relation = rng.choice([r for r in POSITIONS if (r in holding) == (answer == "yes")])
         question = f"Is the {ends[first]} {relation} the {ends[second]}?"
@@ -87,7 +87,7 @@ def _relation(offset: Place) -> str:
 
 
 def _sizes(task: str, rng: random.Random) -> Iterator[Story]:
-    """Compare things by twos, a block of facts at a time, until five questions in a row are found."""
+    """Compare things in pairs, a block of facts at a time, until five questions in a row are found."""
     things = [*CHOCOLATES, *rng.sample(CONTAINERS, len(CONTAINERS))]
     told: list[tuple[int, int]] = []  # (the bigger, the smaller)
     facts: list[str] = []
@@ -128,7 +128,7 @@ def _chain(told: list[tuple[int, int]], rng: random.Random) -> tuple[str, int, i
 
 
 def _paths(task: str, rng: random.Random) -> Iterator[Story]:
-    """Tell of a path of two steps and of three places beside it; ask for the way."""
+    """Tell of a path of two steps and of three places beside it; ask for the path."""
     names = rng.sample(PLACES, len(PLACES))
     spots, links = _map(rng)
     told = _walk_links(links, rng)

@@ -1,6 +1,6 @@
 """A small world of actors, places and objects, told in bAbI's sentences.
 
-Everyone and everything starts at a place that no sentence tells, so an object may be taken before
+Everyone and everything starts at a place that no sentence mentions, so an object may be taken before
 any place is known, as happens in bAbI's own stories.
 """
 
@@ -40,9 +40,9 @@ class Event:
 class Dialect:
     """How one task mixes and words its events.
 
-    `handles` and `gives` say how likely an actor who can is to take or put down something, and to hand
-    something over, for each time that they move. `got_there` and `dropped_there` are the shares of
-    such events whose sentence ends in "there". All were measured on the original stories.
+    `handles` and `gives` say how often an actor who can do so takes or puts down something, and hands
+    something over, relative to how often they move. `got_there` and `dropped_there` are the shares of such
+    events whose sentence ends in "there". All were measured on the original stories.
     """
 
     actors: tuple[str, ...]
@@ -72,7 +72,7 @@ class World:
         moves = len(self.dialect.actors)
         handling, giving = self._handlings(), self._gifts()
         handles, gives = self.dialect.handles * len(handling), self.dialect.gives * len(giving)
-        # Where more can be done, less moving goes on.
+        # The more else can be done, the less actors move.
         drawn = self.rng.random() * (moves + handles + gives)
         if drawn < moves:
             return self._move()
@@ -96,7 +96,7 @@ class World:
     def _handlings(self) -> list[list[Event]]:
         """Return what each actor can take, and what each can put down.
 
-        Each is drawn as one, so that whoever has or sees much does not handle things more often.
+        Each list is drawn as one choice, so whoever has or sees much does not handle things more often.
         """
         found = []
         for actor in self.dialect.actors:

@@ -2,7 +2,7 @@
 
 It shares no code with the generators: it parses the words, replays what happened and deduces what
 was not said, so that the supporting facts of a question are enough to answer it. The form of the
-question tells which reader is asked.
+question decides which reader answers it.
 """
 
 from __future__ import annotations

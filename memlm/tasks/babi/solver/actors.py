@@ -1,7 +1,7 @@
 """Who is where with what: qa1 to qa3 and qa5 to qa14.
 
 A drop by someone never seen taking the object proves that they carried it all along; taking an object
-from a known place proves where the taker stands; who gives and who receives stand together.
+from a known place proves where the taker stands; giver and receiver stand together.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Trail = list[str | None]
 class KnownWorld:
     """What follows from the happenings, taken in the order of their times.
 
-    had: what each actor ever carried, in the order in which they first did. either and without: places
-    where somebody may be, and where somebody is not, while the end of the trail is None.
+    had: what each actor ever carried, in the order in which they first did. either: the places where
+    somebody may be, and without: those where they are not, while the end of their trail is None.
     """
 
     trails: dict[str, Trail] = field(default_factory=dict)
@@ -83,11 +83,11 @@ class KnownWorld:
             _append(self.object_trails.setdefault(thing, []), [place])
 
     def _lose(self, actor: str) -> None:
-        """Let an actor be somewhere that was not told; whatever was known of it is out of date."""
+        """Let an actor be at a place that was not told; whatever was known about it is out of date."""
         self._stand(actor, None)
 
     def _deny(self, actor: str, place: str) -> None:
-        """Take in that an actor is not at a place, which may leave one of two."""
+        """Record that an actor is not at a place, which may leave one of two."""
         stands = _last(self.trails.get(actor))
         left = [other for other in self.either.get(actor, ()) if other != place]
         if stands == place:
@@ -118,12 +118,12 @@ class KnownWorld:
             had.append(thing)
 
     def _meet(self, actors: tuple[str, ...], thing: str) -> None:
-        """Let those who handle a thing share the place known of one of them, the first believed."""
+        """Let those who handle a thing share the first place that is known for one of them."""
         trails = [self.trails.get(actor) for actor in actors]
         known = (_last(trail) for trail in (*trails, self.object_trails.get(thing)))
         place = next((place for place in known if place is not None), None)
         for actor in actors:
-            # One never named as a subject is spoken of now.
+            # Somebody who was never the subject of a sentence is known from now on.
             self.trails.setdefault(actor, [])
             if place is not None:
                 self._stand(actor, place)

@@ -1,7 +1,7 @@
 """What holds for an animal because of its kind: qa15 (fears are told of kinds) and qa16 (colours).
 
-In qa16 a colour is concluded from another animal of the kind. Where those differ, the original takes
-the one of the animal whose kind was told last, whatever the majority and whichever colour was told
+In qa16 a colour is concluded from another animal of the kind. Where these differ, the original takes
+the colour of the animal whose kind was told last, whatever the majority says and whichever colour was told
 last; this explains every original question.
 """
 

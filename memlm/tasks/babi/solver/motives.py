@@ -1,8 +1,8 @@
 """Why somebody went or took something, and where they will go: qa20.
 
 Each state of mind has a place where it is cured and a thing that cures it. An act is explained by the
-newest fitting state that was told before it; when the act itself is not among the facts, by the newest
-fitting state of all.
+newest fitting state that was told before it, or, when the act itself is not among the facts, by the newest
+fitting state overall.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Reading:
         return True
 
     def newest_fitting(self, name: str, wanted: str) -> str | None:
-        """The newest state of mind that a place or thing cures."""
+        """The newest state of mind that the wanted place or thing cures."""
         fitting = [state for state in self.states.get(name, []) if wanted in _CURES[state]]
         return fitting[-1] if fitting else None
 

@@ -1,9 +1,9 @@
-"""How things stand to each other: qa4 and qa19 (places), qa17 (shapes) and qa18 (sizes).
+"""How things relate to each other: qa4 and qa19 (places), qa17 (shapes) and qa18 (sizes).
 
-A neighbour of qa4 and qa19 stands exactly one step away, and a path goes only where a neighbour was
-told. A shape of qa17 told to be above another stands one step straight above it; of two shapes that
-stand aslant both relations hold (above and to the left, say), of two in one row neither is above.
-Sizes of qa18 are transitive, and to fit inside a thing is to be smaller.
+In qa4 and qa19 a neighbour is exactly one step away, and a path uses only neighbours that were told. In
+qa17 a shape told to be above another is one step straight above it; for two shapes placed diagonally both
+relations hold (above and to the left, say), and of two in one row neither is above. In qa18 sizes are
+transitive, and to fit inside a thing is to be smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STEPS = {"above": (0, 1), "below": (0, -1), "to the left of": (-1, 0), "to the 
 class Reading:
     """What has been read so far, in told order.
 
-    neighbours: place -> the directions it has neighbours in, with them; steps: shape -> the shapes told
+    neighbours: place -> its neighbours, by direction; steps: shape -> the shapes told
     beside it, with the step that leads there; smaller: thing -> the things told to be smaller.
     """
 
@@ -59,7 +59,7 @@ def _neighbour(reading: Reading, direction: str, place: str) -> str | None:
 
 
 def _path(reading: Reading, start: str, goal: str) -> str | None:
-    """The initials of the directions of the shortest walk; of equals the first found."""
+    """The initials of the directions of the shortest walk; of equally short ones the first found."""
     walks: dict[str, list[str]] = {start: []}
     waiting = deque([start])
     while waiting and goal not in walks:
@@ -72,7 +72,7 @@ def _path(reading: Reading, start: str, goal: str) -> str | None:
 
 
 def _stands(reading: Reading, subject: str, relation: str, other: str) -> str | None:
-    """Whether `subject` stands in `relation` to `other`; None when nothing links them."""
+    """Whether `relation` holds between `subject` and `other`; None when nothing links them."""
     offsets = {other: (0, 0)}
     waiting = deque([other])
     while waiting:

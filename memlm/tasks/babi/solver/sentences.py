@@ -1,6 +1,6 @@
-"""The grammar of bAbI's actors: a sentence becomes what happened or held, to whom, and when.
+"""The grammar of bAbI's sentences about actors: what happened, or was the case, to whom, and when.
 
-Names, places and objects are whatever stands where the grammar wants one; only verbs and other small
+Names, places and objects are whatever stands where the grammar expects one; only verbs and other small
 words are listed.
 """
 
@@ -35,7 +35,7 @@ _FORMS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
 
 @dataclass(frozen=True)
 class Happening:
-    """One sentence: `what` holds its places or its object, for a gift the receiver as well.
+    """One sentence: `what` holds its places or its object, and for a gift the receiver as well.
 
     `time` counts from yesterday on; a sentence that names no time goes with the one before it.
     """
@@ -47,7 +47,7 @@ class Happening:
 
 
 class Listener:
-    """Understands sentences one after another: pronouns and times lean on the ones before."""
+    """Understands sentences one after another: pronouns and times refer to earlier ones."""
 
     def __init__(self) -> None:
         self._time = 0
@@ -73,7 +73,7 @@ class Listener:
         return None
 
     def _resolve(self, subject: str) -> tuple[str, ...] | None:
-        """Say whom a subject names; None for a pronoun that nobody before it fits."""
+        """Return whom a subject names; None for a pronoun that fits nobody named before."""
         pronoun = subject.lower()
         if pronoun in ("he", "she", "they"):
             return self._meant.get(pronoun)
