@@ -139,7 +139,7 @@ def test_the_command_that_repeats_a_run_has_every_option_that_decides_it(
         ],
         [
             *("--lengths", "1k", "--haystack", str(noise), "--composition", "published"),
-            *("--baseline", "window", "--window", "24"),
+            *("--baseline", "window", "--window", "24", "--write-threshold", "0.25"),
         ],
         ["--lengths", "150", "--haystack", str(noise), "--distance", "60", "--baseline", "none"],
         ["--lengths", "0k", "--data", str(tmp_path / "data"), "--baseline", "retrieval"],

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 
 from memlm.memory import config_from_dict
-
-# The options of memories that change a finished model's answers; the others matter in training only.
-ANSWERING = ("write_threshold",)
+from memlm.memory.parts.gates import GatedConfig
 
 
 @contextmanager
@@ -41,20 +39,16 @@ def fingerprint(model: Any) -> str:
         known.update(f"{name}{tuple(parameter.shape)}{ends}".encode())
     length = getattr(model.config, "segment_length", None)
     segments = "" if length is None else f"/segment_length={length}"
-    return f"{type(model).__name__}{segments}{_options(model)}/{known.hexdigest()}"
+    # Options that change a finished model's answers.
+    thresholds = "".join(f"/write_threshold={value}" for value in write_thresholds(model) if value)
+    return f"{type(model).__name__}{segments}{thresholds}/{known.hexdigest()}"
 
 
-def _options(model: Any) -> str:
-    """Options that change a finished model's answers, where they are not the default."""
-    found = []
-    for described in getattr(model.config, "memory", None) or []:
-        config = config_from_dict(described)
-        default = type(config)()
-        for name in ANSWERING:
-            value = getattr(config, name, None)
-            if value != getattr(default, name, None):
-                found.append(f"/{name}={value}")
-    return "".join(dict.fromkeys(found))
+def write_thresholds(model: Any) -> list[float]:
+    """The different thresholds of the model's memories with write gates; none where there are none."""
+    configs = map(config_from_dict, getattr(model.config, "memory", None) or [])
+    found = [config.write_threshold for config in configs if isinstance(config, GatedConfig)]
+    return list(dict.fromkeys(found))
 
 
 def dtype_of(model: Any) -> str:

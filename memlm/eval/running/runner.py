@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.eval.log import SAMPLES, Row, RunLog, recorded
-from memlm.eval.provenance import dtype_of, fingerprint, versions, without_training
+from memlm.eval.provenance import (
+    dtype_of,
+    fingerprint,
+    versions,
+    without_training,
+    write_thresholds,
+)
 from memlm.eval.reporting.plots import save_with_picture
 from memlm.eval.reporting.report import Cell, Report
 from memlm.eval.running.baselines import MODEL, is_memory_model, make_reader
@@ -151,6 +157,9 @@ def evaluate(
         about: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype_of(model)}
         if prompts.file is not None:
             about["prompt_file"] = prompts.file
+        thresholds = write_thresholds(model)
+        if len(thresholds) == 1 and thresholds[0]:
+            about["write_threshold"] = thresholds[0]
         runner = BatchRunner(reader, source, prompts, tokenizer, max_new_tokens, recall)
         log = stack.enter_context(RunLog(out, settings))
         _check_log(log, source, counts)
