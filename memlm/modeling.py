@@ -6,17 +6,18 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from memlm.arguments import REFUSED, packed, refuse
 from memlm.attach import AttachedMemory, MemoryStack, check_attention
 from memlm.backbone import Backbone, new_base
+from memlm.body import Body
 from memlm.config import FORMAT_VERSION, MemLMConfig
 from memlm.generation import MemoryGenerationMixin
 from memlm.logits import Collector, Nothing, Sum, collector, summed_cross_entropy
@@ -36,32 +37,6 @@ __all__ = ["LogitsNotMade", "MemLMForCausalLM", "MemLMOutput"]
 MEMORY_NAMES = r"^memory\."
 # Cross-entropy summed over targets, and what the memories' changes of state cost.
 Losses = tuple[Tensor | None, Tensor | None]
-
-
-def _as_they_are(hidden: Tensor) -> Tensor:
-    return hidden
-
-
-class _Body:
-    """What transformers calls `base_model`: the model without its head, memories included."""
-
-    def __init__(self, model: MemLMForCausalLM) -> None:
-        self._model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
-        # The class's own forward: the caller may have put another in its place on the instance.
-        kwargs |= {"logits_to_keep": 0, "head": _as_they_are}
-        out = cast(MemLMOutput, MemLMForCausalLM.forward(self._model, *args, **kwargs))
-        if out.auxiliary_loss is not None:
-            raise ValueError(
-                "this trainer takes hidden states and computes its own loss, without what the "
-                "memories add to it (write_cost, reconstruction_weight) or the base's routers do "
-                "(router_aux_loss_coef); set that to 0, or use memlm.train.MemLMTrainer"
-            )
-        return BaseModelOutput(last_hidden_state=out.logits)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model.base, name)
 
 
 class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
@@ -207,7 +182,8 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
 
         Trainers that compute their own losses (trl) call it. Its attributes are those of `base`.
         """
-        return _Body(self)
+        # The class's own forward: somebody may have put another in its place on the instance.
+        return Body(self, partial(MemLMForCausalLM.forward, self))
 
     def get_decoder(self) -> nn.Module:
         return self.base.get_decoder()
