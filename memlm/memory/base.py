@@ -23,7 +23,7 @@ Site = Literal["model", "layer", "attention", "heads", "recurrence"]
 class QKV(NamedTuple):
     """Queries (B, H, T, dh), keys and values (B, G, T, dh): what passes at the site "heads".
 
-    Queries and keys carry no position yet (and bring no rotary angle): `inner` turns them by their place,
+    Queries and keys carry no position yet (and bring no rotary angle): `inner` rotates them by their place,
     keys put in front included.
     """
 
@@ -115,7 +115,7 @@ class Dims:
     num_kv_heads: int
     head_dim: int
     segment_length: int
-    # Whether attention turns queries and keys by their place; otherwise places are in the embeddings.
+    # Whether attention rotates queries and keys by their place; otherwise places are in the embeddings.
     rotary: bool = True
     # The longest sequence the base was built for, None when it names no limit.
     max_positions: int | None = None
@@ -124,7 +124,7 @@ class Dims:
 
     @property
     def spare_positions(self) -> int | None:
-        """Places beside the segment's for keys to be turned to; None: as many as one likes."""
+        """Places beside the segment's that keys may be rotated to; None: as many as one likes."""
         if self.max_positions is None or not self.rotary:
             return None
         return max(0, self.max_positions - self.segment_length)

@@ -1,8 +1,8 @@
 """Compressive Transformer: what leaves the cached past is compressed, not dropped (Rae et al. 2019).
 
-Each layer keeps the keys and values of the last `memory_length` tokens and, behind them,
+Each layer keeps the keys and values of the last `memory_length` tokens and, older than these,
 `compressed_length` slots, each made from `compression_rate` tokens that left. Attention sees both, and the
-segment. Keys are kept without position and turned where they are read, as in Transformer-XL here.
+segment. Keys are kept without position and rotated where they are read, as in Transformer-XL here.
 
 The convolution is trained by reconstruction alone (section 3.2): its loss compares what the segment's
 queries attend to in the old keys and values and in their compression, and its gradient reaches nothing
@@ -41,7 +41,7 @@ class CompressiveConfig(MemoryConfig):
     """Options of the Compressive Transformer.
 
     memory_length: tokens kept as they are; None picks a segment, rounded down to the compression rate.
-    compressed_length: slots behind them; None picks as many as memory_length; both pick fewer where the
+    compressed_length: slots for older ones; None picks as many as memory_length; both pick fewer where the
     base model's positions leave no room. compression_rate: tokens per
     slot; it divides memory_length. compression: "conv" (a strided convolution, starting as the mean),
     "mean", "max", or "most-used" (the tokens that the segments' queries attended to most).

@@ -241,7 +241,7 @@ class GatedDelta(GatedMemory):
     def branch(
         self, x: Tensor, state: GatedDeltaState, mask: Tensor | None
     ) -> tuple[Tensor, GatedDeltaState]:
-        """What the memory answers to `x` (B, T, D), and the state behind it."""
+        """What the memory answers to `x` (B, T, D), and the state after it."""
         order, real = real_first_order(mask)
         x = tokens_in(order, x)
         projections = (self.q_proj, self.k_proj, self.v_proj)

@@ -123,7 +123,7 @@ class GatedDeltaHeads(GatedMemory):
     def recall(
         self, x: QKV, state: GatedDeltaHeadsState, mask: Tensor | None
     ) -> tuple[Tensor, GatedDeltaHeadsState]:
-        """What the memory answers to the queries (B, H, T, dh), and the state behind the keys."""
+        """What the memory answers to the queries (B, H, T, dh), and the state after the keys."""
         wide = state.memory.dtype
         k = x.k.to(wide)
         logits = torch.einsum("bgtd,ngd->nbgt", k, self.gates.to(wide))

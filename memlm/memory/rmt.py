@@ -1,4 +1,4 @@
-"""RMT: memory tokens before and behind each segment (Bulatov, Kuratov, Burtsev 2022, section 3.2).
+"""RMT: memory tokens before and after each segment (Bulatov, Kuratov, Burtsev 2022, section 3.2).
 
 The decoder reads [M; x; M]: tokens see the leading (read) copy, the trailing (write) copy sees
 everything, and its last hidden states are the next segment's M. Without writing, the trailing copy is

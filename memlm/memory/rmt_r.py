@@ -5,7 +5,7 @@ one head of cross-attention, an MLP follows, and what comes out, R, is read besi
 sees [M; R; x; M], or [R; x; M], and its last hidden states at the trailing copy are the next memory.
 
 Norms, skips, the MLP, and the vectors read while nothing is past follow the authors' published code
-(language_modeling_mem_retrieve.py). It keeps every state; here the bank has `bank_size` places, and behind
+(language_modeling_mem_retrieve.py). It keeps every state; here the bank has `bank_size` places, and beyond
 it an optional archive, out of which the best few are picked.
 """
 
@@ -44,7 +44,7 @@ class RMTRConfig(MemoryConfig):
 
     num_memory_tokens: vectors carried from segment to segment, and recalled; None picks 16, or half a
     segment. bank_size: past states that are attended, the last ones; gradients flow into them. The
-    default is the number of segments the paper trains with. archive_size: older states kept behind the
+    default is the number of segments the paper trains with. archive_size: older states kept beyond the
     bank, without gradient; 0 forgets them. recall: how many of these are attended together with the bank.
     attention: "softmax" over the past vectors, or "top-1", the best one alone for each of the memory's.
     read_memory: whether tokens see the memory itself beside what it recalls. biases: of the attention's

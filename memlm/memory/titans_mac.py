@@ -1,7 +1,7 @@
 """Titans, memory as a context: attention sees what the memory says to the segment (section 4.1).
 
 Before a layer's attention the memory of the past segments is asked with every token; the answers stand
-before the segment, behind the persistent tokens, and attention runs over all of it: [P; h; x]. A token
+before the segment, after the persistent tokens, and attention runs over all of it: [P; h; x]. A token
 sees the answers to its own and to earlier tokens of its segment, at those tokens' places, so that nothing
 leaks back. What attention returns is written to the memory, which is read once more: o = y + gate * M(y).
 

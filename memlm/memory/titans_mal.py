@@ -1,6 +1,6 @@
 """Titans, memory as a layer: the memory stands before a layer of the base model (section 4.3).
 
-x + M(x) goes into the layer, the persistent tokens in front of it. As in the paper's figure the memory is a
+x + M(x) goes into the layer, the persistent tokens before it. As in the paper's figure the memory is a
 residual block of its own; what it does not know passes by.
 """
 

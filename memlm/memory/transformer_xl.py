@@ -1,7 +1,7 @@
 """Transformer-XL: attention sees the keys and values of the tokens before the segment (Dai et al. 2019).
 
 The paper caches hidden states and projects them again at every segment; here their keys and values are
-kept, which spares the projection. They are kept without position and turned by the backbone when they are
+kept, which spares the projection. They are kept without position and rotated by the backbone when they are
 read: positions count from the oldest that is held, so no position grows with the document. A base with
 absolute positions has them in its embeddings, and gets a learned offset for each place in the memory.
 

@@ -31,7 +31,7 @@ def pick(buffer: Tensor, index: Tensor) -> Tensor:
 def appended(
     buffers: Sequence[Tensor], length: Tensor, new: Sequence[Tensor], mask: Tensor | None
 ) -> tuple[list[Tensor], Tensor]:
-    """`new` (B, G, T, d), its real entries by `mask` (B, T), behind what the buffers hold.
+    """`new` (B, G, T, d), its real entries by `mask` (B, T), after what the buffers hold.
 
     Returns right-aligned buffers (B, G, N + T, d), and how many entries they hold (B,).
     """

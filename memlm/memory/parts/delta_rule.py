@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
 
 
 def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, R, T, dv) and the state (B, H, dk, dv) behind the last token.
+    """Outputs (B, H, R, T, dv) and the state (B, H, dk, dv) after the last token.
 
     chunk: tokens computed at once; it changes nothing but rounding.
     """
@@ -89,7 +89,7 @@ def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tenso
 
 
 def _chunked(x: Tensor | None, size: int) -> Tensor | None:
-    """(B, H, T, ...) -> (B, H, N, C, ...), with zeros behind: tokens that do nothing."""
+    """(B, H, T, ...) -> (B, H, N, C, ...), with zeros at the end: tokens that do nothing."""
     if x is None:
         return None
     missing = -x.shape[2] % size

@@ -23,14 +23,14 @@ def check_decoder_memory(name: str, config: MemoryConfig, dims: Dims) -> None:
 
 
 def around(
-    before: Tensor, x: Tensor, behind: Tensor | None, inner: Inner, mask: Tensor | None
+    before: Tensor, x: Tensor, after: Tensor | None, inner: Inner, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run `inner` on [before; x; behind]: its outputs at x (B, T, D), and behind it (B, n, D).
+    """Run `inner` on [before; x; after]: its outputs at x (B, T, D), and after it (B, n, D).
 
-    before (B, m, D); behind (B, n, D), None for nothing (n = 0); mask (B, T) as a memory gets it.
+    before (B, m, D); after (B, n, D), None for nothing (n = 0); mask (B, T) as a memory gets it.
     """
     start, tokens = before.shape[1], x.shape[1]
-    parts = [before, x] if behind is None else [before, x, behind]
+    parts = [before, x] if after is None else [before, x, after]
     if mask is not None:
         mask = torch.cat(
             [mask if part is x else mask.new_ones(part.shape[:2]) for part in parts], dim=1

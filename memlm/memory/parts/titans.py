@@ -40,7 +40,7 @@ class TitansConfig(GatedConfig):
     hidden size / heads. depth: layers of the MLP that is the memory; expansion: width of its hidden layers
     in head sizes. chunk_length: tokens whose surprise is taken at the same weights; None picks 64, or the
     segment where that is shorter; 1 is the paper's rule, token by token. num_persistent_tokens: learned
-    tokens in front of each segment. conv_size: width of the short causal convolutions behind the query,
+    tokens before each segment. conv_size: width of the short causal convolutions after the query,
     key and value projections; 0 for none, 4 as in the paper.
     max_rate: largest learning rate, as the share of a token's error that its gradient step takes back in
     the end, momentum included; with coupled_rate=False in that step alone, the rate being a gate of its
@@ -256,7 +256,7 @@ class TitansMemory(nn.Module):
     def retrieve(self, x: Tensor, state: TitansState, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the state's memory says to `x` (B, T, D), nothing written: normed (B, T, H d).
 
-        Also the tail of the query's convolution behind `x`, the last of the state's tails.
+        Also the tail of the query's convolution after `x`, the last of the state's tails.
         """
         order, real = real_first_order(mask)
         x = tokens_in(order, x)
