@@ -12,7 +12,7 @@ import torch
 
 from memlm.memory import MemoryConfig, available_memories, memory_class
 from memlm.modeling import MemLMForCausalLM
-from tests.cases import base_model, tokens
+from tests.cases import base_model, standing, tokens
 
 PAGES = Path(__file__).parents[2] / "docs/methods"
 SEGMENT = 16
@@ -48,7 +48,8 @@ def test_pages_list_what_the_paper_s_settings_change(name: str) -> None:
 @torch.no_grad()
 def test_the_paper_s_settings_attach_and_run(name: str) -> None:
     config = memory_class(name).Config.paper()
-    base, ids = base_model("llama", max_position_embeddings=4096), tokens(1, 3 * SEGMENT + 1)
+    base = base_model(standing(name, "llama"), max_position_embeddings=4096)
+    ids = tokens(1, 3 * SEGMENT + 1)
     plain = base(ids[:, :SEGMENT]).logits
     model = MemLMForCausalLM.from_base(base, memory=config, segment_length=SEGMENT)
     out = model(ids)
