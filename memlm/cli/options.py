@@ -92,7 +92,8 @@ def add_sample_options(parser: argparse.ArgumentParser, first: str = "") -> None
         "--samples", type=int, help="samples per task and length" + default("samples")
     )
     parser.add_argument(
-        "--haystack", help="builtin, a text file or folder, or hub:ID" + default("haystack")
+        "--haystack",
+        help="builtin, installed, a text file or folder, or hub:ID" + default("haystack"),
     )
     parser.add_argument(
         "--stories", default="generated", help="generated, or a folder of bAbI's own files"

@@ -17,7 +17,7 @@ def add_to(commands: Commands) -> None:
     )
     perplexity.add_argument("model", help="folder or hub id of a model, with or without memory")
     perplexity.add_argument(
-        "--haystack", default="builtin", help="builtin, a text file or folder, or hub:ID"
+        "--haystack", default="builtin", help="builtin, installed, a text file or folder, or hub:ID"
     )
     perplexity.add_argument("--length", default="64k", help="tokens of each document")
     perplexity.add_argument("--documents", type=int, default=8, help="how many documents")

@@ -21,7 +21,8 @@ WRONG_SHOWN = 3
 # Settings that follow from the others, from the model or from its tokenizer. All the rest are options of
 # `memlm eval` by their own names, so that a new one is in a command that repeats a run unless it is here.
 DERIVED = (
-    "model", "haystack_digest", "stories_digest", "prompt_digest", "recall_template", "command",
+    "model", "haystack_digest", "haystack_manifest", "stories_digest", "prompt_digest", "recall_template",
+    "command",
 )  # fmt: skip
 # Settings that are options by other names; a file of prompts decides their style.
 RENAMED = {

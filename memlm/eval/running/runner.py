@@ -34,6 +34,7 @@ from memlm.retrieval.retriever import RetrievalConfig
 from memlm.tasks.babilong import Composition, composition_of
 from memlm.tasks.haystack import Haystack, Split
 from memlm.tasks.haystack.cache import tokenized_haystack
+from memlm.tasks.haystack.installed import manifest
 from memlm.tasks.lengths import format_length
 from memlm.templates import BABILONG_QUESTION_TEMPLATE, DOCUMENT_RECALL_TEMPLATE
 
@@ -157,6 +158,8 @@ def evaluate(
         about: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype_of(model)}
         if prompts.file is not None:
             about["prompt_file"] = prompts.file
+        if source.settings().get("haystack") == "installed":
+            about["haystack_manifest"] = manifest(split)
         thresholds = write_thresholds(model)
         if len(thresholds) == 1 and thresholds[0]:
             about["write_threshold"] = thresholds[0]

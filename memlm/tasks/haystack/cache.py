@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from memlm import text as sentence_rules
 from memlm.tasks.haystack import documents as document_rules
-from memlm.tasks.haystack import sources, tokenised
+from memlm.tasks.haystack import installed, sources, tokenised
 from memlm.tasks.haystack.documents import Document, Split
 from memlm.tasks.haystack.sources import (
     MAX_CHARACTERS,
@@ -174,6 +174,8 @@ def identity(source: str) -> dict[str, Any] | None:
     """What tells this state of a source from any other; None when it is small or cannot be told."""
     if source == "builtin":
         return None
+    if source == "installed":
+        return {"installed": installed.manifest()}
     if not source.startswith("hub:"):
         return _files(Path(source))
     name, config, column = parse_hub(source)
@@ -216,7 +218,7 @@ def _revision(name: str, config: str | None) -> str | None:
 def _rules() -> str:
     """A digest of how documents and sentences are cut: other rules give another entry."""
     try:
-        modules = (document_rules, sources, tokenised, sentence_rules)
+        modules = (document_rules, sources, installed, tokenised, sentence_rules)
         return _digest([inspect.getsource(module) for module in modules])
     except OSError:
         import memlm

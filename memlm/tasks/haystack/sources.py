@@ -1,7 +1,8 @@
 """Where noise comes from: texts that every Python installation carries, files, and data sets of the hub.
 
-Sources are "builtin" (English documentation), a text file or a folder of text files, and
-"hub:ID[@CONFIG][:COLUMN]" (any text data set, streamed through `datasets`).
+Sources are "builtin" (English documentation), "installed" (what the dependencies carry of text), a text
+file or a folder of text files, and "hub:ID[@CONFIG][:COLUMN]" (any text data set, streamed through
+`datasets`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from memlm.tasks.haystack.documents import (
     gather,
     of_split,
 )
+from memlm.tasks.haystack.installed import installed_texts
 from memlm.text import split_sentences
 
 # Reading stops here (some ten million tokens), so that a document of 10M tokens still repeats little.
@@ -65,13 +67,13 @@ BUILTIN_MODULES = (
 def check_source(source: str | os.PathLike[str]) -> None:
     """Refuse a haystack source that cannot be opened, before any work is done."""
     name = os.fspath(source)
-    if name == "builtin" or (name.startswith("hub:") and len(name) > len("hub:")):
+    if name in ("builtin", "installed") or (name.startswith("hub:") and len(name) > len("hub:")):
         return
     path = Path(name)
     if not path.exists():
         raise ValueError(
-            f"haystack {name!r} is neither 'builtin', an existing file or folder, nor 'hub:ID'; "
-            "name one of these"
+            f"haystack {name!r} is neither 'builtin', 'installed', an existing file or folder, nor "
+            "'hub:ID'; name one of these"
         )
     if path.is_dir() and not files_of(path):
         raise ValueError(f"haystack folder {name!r} holds no file; give a folder of text files")
@@ -93,8 +95,14 @@ def read_documents(
     texts, divided = _texts(source, split)
     bounded = _bounded(texts, max_characters)
     cut: Iterator[Document] = (Document(name, split_sentences(text)) for name, text in bounded)
-    if source == "builtin":
-        cut = gather((Document(d.name, _prose(d.sentences)) for d in cut), BUILTIN_WORDS)
+    if source in ("builtin", "installed"):
+        # Of docstrings, what reads as English; code and licences are as they are.
+        raw = () if source == "builtin" else ("/code/", "/text/")
+        filtered = (
+            d if any(kind in d.name for kind in raw) else Document(d.name, _prose(d.sentences))
+            for d in cut
+        )
+        cut = gather(filtered, BUILTIN_WORDS)
     read = chosen = 0
 
     def counted() -> Iterator[Document]:
@@ -129,6 +137,8 @@ def _texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bool]:
     """Return (name, text) of every document, and whether they are already those of `split`."""
     if source == "builtin":
         return _builtin_texts(), False
+    if source == "installed":
+        return installed_texts(split), True
     if source.startswith("hub:"):
         return _hub_texts(source, split)
     return _file_texts(Path(source)), False

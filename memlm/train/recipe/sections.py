@@ -59,7 +59,8 @@ class DataSection(BabilongOptions):
         "babilong: questions about facts in text; documents: language modelling", "babilong"
     )
     haystack: str = described(
-        "babilong: 'builtin', a text file or folder, or hub:ID[@CONFIG][:COLUMN]", "builtin"
+        "babilong: 'builtin', 'installed', a text file or folder, or hub:ID[@CONFIG][:COLUMN]",
+        "builtin",
     )
     path: str | None = described(
         "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]", None
