@@ -99,7 +99,7 @@ def main() -> int:
             good = case.find("failure") is None and case.find("error") is None
             name = max(names, key=len)
             families = families_of(name)
-            family = next((f for f in families if label.endswith(f"-{f}")), families[0])
+            family = next((f for f in families if f"-{f}-" in f"-{label}-"), families[0])
             found[name, law, family].append(good)
     lines = [f"| memory | {' | '.join(LAWS)} |", "|---" * (len(LAWS) + 1) + "|"]
     for name in available_memories():
