@@ -164,6 +164,10 @@ class MemoryStack(nn.Module):
     def at_home(self, state: MemoryState) -> MemoryState:
         """`state` with every tensor on its memory's device."""
         homes = {label: cast(Tensor, memory.place).device for label, memory in self._labelled()}
+        everywhere = {*homes.values(), *(value.device for value in state.tensors.values())}
+        if len(everywhere) <= 1:
+            # As a rule; what follows is looked up name by name.
+            return state
 
         def moved(name: str, value: Tensor) -> Tensor:
             home = next(device for label, device in homes.items() if name.startswith(f"{label}."))
@@ -227,16 +231,16 @@ class MemoryStack(nn.Module):
 
     def _completed(self, state: MemoryState) -> MemoryState:
         """`state`, with transient leaves that an older version did not write as they are at the start."""
+        absent = self.shapes.keys() - state.tensors.keys()
+        if not absent:
+            return state
         missing = {
             name
             for label, memory in self._labelled()
-            for name in self.shapes
-            if name not in state.tensors
-            and name.startswith(f"{label}.")
+            for name in absent
+            if name.startswith(f"{label}.")
             and name.removeprefix(f"{label}.").split(".")[0] in memory.transient
         }
-        if not missing:
-            return state
         start = self.init_state(state.batch_size).detach().tensors
         tensors = state.tensors | {name: start[name] for name in missing}
         return MemoryState(tensors, state.batch_size, state.signature)

@@ -214,7 +214,6 @@ class DocumentStream:
             other._make_locks()
             other._state = self._state.fork()
             other._open_ids = list(self._open_ids)
-            other._writes = self._writes.copy()
             other.retriever = None if self.retriever is None else self.retriever.fork()
         return other
 

@@ -38,6 +38,7 @@ from memlm.memory.parts.associative import (
 )
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.starts import start_output
 
 NORMALISERS = ("all", "written", "none")
 
@@ -203,10 +204,7 @@ class ARMT(GatedMemory):
                 self.key.weight.copy_(self.query.weight)
         nn.init.normal_(self.gate.weight, std=unit)
         nn.init.constant_(self.gate.bias, self.initial_gate)
-        if self.value_std == 0:
-            nn.init.zeros_(self.value.weight)
-        else:
-            nn.init.normal_(self.value.weight, std=self.value_std)
+        start_output(self.value.weight, self.value_std)
 
     def init_state(self, batch_size: int) -> ARMTState:
         weight = self.value.weight

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,10 @@ from memlm.memory.base import (
     option,
     was_loaded,
 )
+from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
-from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
+from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
     real_first_order,
     short_convolution,
@@ -114,26 +116,17 @@ class GatedDeltaConfig(GatedConfig):
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} is unknown; use one of {', '.join(RULES)}")
         self.check_gates()
-        heads = dims.num_heads if self.num_heads is None else self.num_heads
-        if heads < 1 or (self.head_dim is None and dims.hidden_size % heads):
-            raise ValueError(
-                f"num_heads={heads} does not divide hidden_size={dims.hidden_size}; use a divisor of it, "
-                "or give head_dim as well"
-            )
-        size = dims.hidden_size // heads if self.head_dim is None else self.head_dim
-        filled: dict[str, Any] = {
-            "num_heads": heads,
-            "head_dim": size,
-            "value_dim": size if self.value_dim is None else self.value_dim,
-            "chunk_length": 64 if self.chunk_length is None else self.chunk_length,
-        }
-        least = {**dict.fromkeys(filled, 1), "householder_steps": 1, "conv_size": 0}
-        least |= {"conv_std": 0, "output_std": 0}
-        for name, lowest in least.items():
-            value = filled.get(name, getattr(self, name))
-            if value < lowest:
-                raise ValueError(f"{name}={value} must be at least {lowest}")
-        return replace(self, **filled)
+        heads, size = head_sizes(self.num_heads, self.head_dim, dims)
+        filled = replace(
+            self,
+            num_heads=heads,
+            head_dim=size,
+            value_dim=size if self.value_dim is None else self.value_dim,
+            chunk_length=64 if self.chunk_length is None else self.chunk_length,
+        )
+        least = dict.fromkeys(("head_dim", "value_dim", "chunk_length", "householder_steps"), 1)
+        check_least(filled, least | {"conv_size": 0, "conv_std": 0, "output_std": 0})
+        return filled
 
 
 class GatedDeltaState(NamedTuple):
@@ -191,13 +184,7 @@ class GatedDelta(GatedMemory):
         nn.init.normal_(self.b_proj.weight, std=self.b_proj.in_features**-0.5)
         nn.init.constant_(self.b_proj.bias, config.initial_gate)
         for kernel in self.kernels:
-            if config.conv_std:
-                nn.init.normal_(kernel, std=config.conv_std)
-                continue
-            nn.init.zeros_(kernel)
-            if not was_loaded(kernel):
-                with torch.no_grad():
-                    kernel[..., -1] = 1.0
+            start_convolution(kernel, config.conv_std)
         if self.rule.decay != "none":
             nn.init.normal_(self.a_proj.weight, std=0.1 * self.a_proj.in_features**-0.5)
             if not was_loaded(self.A_log):
@@ -209,10 +196,7 @@ class GatedDelta(GatedMemory):
                     step = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1))
                     self.dt_bias.copy_(step.exp().expm1().log())
         nn.init.ones_(self.o_norm)
-        if config.output_std:
-            nn.init.normal_(self.o_proj.weight, std=config.output_std)
-        else:
-            nn.init.zeros_(self.o_proj.weight)
+        start_output(self.o_proj.weight, config.output_std)
 
     def init_state(self, batch_size: int) -> GatedDeltaState:
         dtype = accumulator_dtype(self.o_norm.dtype)
@@ -257,10 +241,8 @@ class GatedDelta(GatedMemory):
             found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
             found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
         y = self.o_proj(found * F.silu(self.g_proj(x)))
-        count = x.shape[1] if real is None else real.sum(dim=1).clamp(min=1)
-        written = gate.mean(dim=1).sum(dim=1) / (count * self.steps)
         return tokens_back_from(order, y), GatedDeltaState(
-            memory, tails if self.kernels else (), written, gate.detach().amax(dim=(1, 2))
+            memory, tails if self.kernels else (), *gate_statistics(gate, real, self.steps)
         )
 
     def _project(

@@ -29,7 +29,7 @@ from memlm.memory.base import (
     was_loaded,
 )
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
-from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,4 @@ class GatedDeltaHeads(GatedMemory):
         tokens = Tokens(q, k, step * x.v.to(wide), erase, log_decay)
         assert self.config.chunk_length is not None
         found, memory = delta_rule(tokens, state.memory, self.config.chunk_length)
-        count = gate.shape[2] if mask is None else mask.sum(dim=1).clamp(min=1)
-        written = gate.mean(dim=1).sum(dim=1) / count
-        opened = gate.detach().amax(dim=(1, 2))
-        return found.flatten(1, 2), GatedDeltaHeadsState(memory, written, opened)
+        return found.flatten(1, 2), GatedDeltaHeadsState(memory, *gate_statistics(gate, mask))

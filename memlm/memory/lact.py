@@ -38,7 +38,9 @@ from memlm.memory.base import (
     accumulator_dtype,
     option,
 )
-from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.checks import check_least, head_sizes
+from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
+from memlm.memory.parts.starts import start_output
 
 Weights = tuple[Tensor, Tensor, Tensor]
 
@@ -95,26 +97,14 @@ class LaCTConfig(GatedConfig):
         self.check_gates(("none", "sigmoid", "hard"))
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r} is unknown; use one of {', '.join(NORMS)}")
-        if self.num_heads < 1 or (self.head_dim is None and dims.hidden_size % self.num_heads):
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide hidden_size={dims.hidden_size}; use a divisor "
-                "of it, or give head_dim as well"
-            )
-        size = dims.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+        _, size = head_sizes(self.num_heads, self.head_dim, dims)
         rate = self.initial_rate
         if rate is None:
             rate = INITIAL_STEP / dims.segment_length
         if not rate > 0:
             raise ValueError(f"initial_rate={rate} must be above 0")
         filled = replace(self, head_dim=size, initial_rate=rate)
-        for name, lowest in {
-            "head_dim": 1,
-            "expansion": 1,
-            "write_cost": 0,
-            "output_std": 0,
-        }.items():
-            if getattr(filled, name) < lowest:
-                raise ValueError(f"{name}={getattr(filled, name)} must be at least {lowest}")
+        check_least(filled, {"head_dim": 1, "expansion": 1, "output_std": 0})
         return filled
 
 
@@ -216,10 +206,7 @@ class LaCT(GatedMemory):
         for weight in self.initial:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         nn.init.ones_(self.o_norm)
-        if config.output_std:
-            nn.init.normal_(self.o_proj.weight, std=config.output_std)
-        else:
-            nn.init.zeros_(self.o_proj.weight)
+        start_output(self.o_proj.weight, config.output_std)
 
     def init_state(self, batch_size: int) -> LaCTState:
         dtype = accumulator_dtype(self.o_norm.dtype)
@@ -290,8 +277,8 @@ class LaCT(GatedMemory):
             new = LaCTState((w0, w1, w2), steps if state.momentum else ())
             if opening is None:
                 return new
-            written = gate.mean(dim=1).sum(dim=1) / count.squeeze(1)
-            return new._replace(written=written, opened=gate.detach().amax(dim=(1, 2)))
+            written, largest = gate_statistics(gate, mask)
+            return new._replace(written=written, opened=largest)
 
     def _heads(self, x: Tensor, weights: Weights) -> Tensor:
         """(B, T, H d) -> (B, H, T, d) in the dtype of the weights."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,11 @@ from memlm.memory.base import (
     Site,
     accumulator_dtype,
     option,
-    was_loaded,
 )
+from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
-from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
+from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
     real_first_order,
     short_convolution,
@@ -98,31 +99,22 @@ class MemoryCachingConfig(GatedConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}"
                 )
-        heads = dims.num_heads if self.num_heads is None else self.num_heads
-        if heads < 1 or (self.head_dim is None and dims.hidden_size % heads):
-            raise ValueError(
-                f"num_heads={heads} does not divide hidden_size={dims.hidden_size}; use a divisor of it, "
-                "or give head_dim as well"
-            )
-        size = dims.hidden_size // heads if self.head_dim is None else self.head_dim
-        filled: dict[str, Any] = {
-            "num_heads": heads,
-            "head_dim": size,
-            "value_dim": size if self.value_dim is None else self.value_dim,
-            "chunk_length": 64 if self.chunk_length is None else self.chunk_length,
-        }
-        least = {**dict.fromkeys(filled, 1), "num_slots": 1, "top_k": 1}
-        least |= {"conv_size": 0, "output_std": 0}
-        for name, lowest in least.items():
-            value = filled.get(name, getattr(self, name))
-            if value < lowest:
-                raise ValueError(f"{name}={value} must be at least {lowest}")
+        heads, size = head_sizes(self.num_heads, self.head_dim, dims)
+        filled = replace(
+            self,
+            num_heads=heads,
+            head_dim=size,
+            value_dim=size if self.value_dim is None else self.value_dim,
+            chunk_length=64 if self.chunk_length is None else self.chunk_length,
+        )
+        least = dict.fromkeys(("head_dim", "value_dim", "chunk_length", "num_slots", "top_k"), 1)
+        check_least(filled, least | {"conv_size": 0, "output_std": 0})
         if self.read == "top-k" and self.top_k > self.num_slots:
             raise ValueError(
                 f"top_k={self.top_k} is more than num_slots={self.num_slots}; use at most that many, "
                 "or read='gated' for all"
             )
-        return replace(self, **filled)
+        return filled
 
 
 class MemoryCachingState(NamedTuple):
@@ -177,15 +169,9 @@ class MemoryCaching(GatedMemory):
             # A token looks for segments in which its like stood. The paper does not say how it starts.
             nn.init.eye_(self.u_proj.weight)
         if self.kernel is not None:
-            nn.init.zeros_(self.kernel)
-            if not was_loaded(self.kernel):
-                with torch.no_grad():
-                    self.kernel[..., -1] = 1.0
+            start_convolution(self.kernel)
         nn.init.ones_(self.o_norm)
-        if config.output_std:
-            nn.init.normal_(self.o_proj.weight, std=config.output_std)
-        else:
-            nn.init.zeros_(self.o_proj.weight)
+        start_output(self.o_proj.weight, config.output_std)
 
     def init_state(self, batch_size: int) -> MemoryCachingState:
         dtype = accumulator_dtype(self.o_norm.dtype)
@@ -295,11 +281,9 @@ class MemoryCaching(GatedMemory):
         enters = mass > state.mass.gather(1, slot)
         slots = torch.arange(state.mass.shape[1], device=mass.device)
         here = (slots == slot) & enters  # (B, N)
-        count = gate.shape[2] if real is None else real.sum(dim=1).clamp(min=1)
         return MemoryCachingState(
             torch.where(here[:, None, :, None, None], memory.unsqueeze(2), state.memory),
             torch.where(here[..., None], summary.unsqueeze(1), state.summaries),
             torch.where(here, mass, state.mass),
-            mass.squeeze(1) / count,
-            gate.detach().amax(dim=(1, 2)),
+            *gate_statistics(gate, real),
         )

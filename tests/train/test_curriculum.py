@@ -128,3 +128,17 @@ def test_stages_that_cannot_be_are_refused(values: dict, words: str) -> None:
 def test_a_negative_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="auxiliary_weight=-1"):
         Stage(max_segments=1, auxiliary_weight=-1)
+
+
+def test_options_of_memories_stay_until_a_stage_sets_others() -> None:
+    stages = [
+        Stage(max_segments=1, steps=2),
+        Stage(max_segments=1, steps=2, memory={"write_cost": 0.3, "train_threshold": 0.1}),
+        Stage(max_segments=1, steps=2),
+        Stage(max_segments=1, memory={"write_cost": 0.5}),
+    ]
+    curriculum = Curriculum(stages)
+    first = {"write_cost": 0.3, "train_threshold": 0.1}
+    assert [curriculum.memory_options_at(step) for step in (1, 2, 5, 6)] == [
+        {}, first, first, {"write_cost": 0.5, "train_threshold": 0.1}
+    ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 from memlm.eval.running.readers import (
     Answers,
     Asked,
-    BaseReader,
     BatchPiece,
     Kept,
+    LastReader,
     MemoryReader,
     Tape,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    pass
 
 
-class ChunksReader(BaseReader):
+class ChunksReader(LastReader):
     """Baseline "chunks": every chunk is asked by itself, and the surest answers (OPRM).
 
     The base model sees a chunk of the document and the question, one chunk after the other; the answer is
@@ -40,18 +40,6 @@ class ChunksReader(BaseReader):
     """
 
     name: ClassVar[str] = "chunks"
-
-    def __init__(
-        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, window: int
-    ) -> None:
-        super().__init__(base, tokenizer)
-        self.window = window
-
-    def settings(self) -> dict[str, Any]:
-        return {"baseline": self.name, "window": self.window}
-
-    def refuse(self, tokens: int, max_new_tokens: int) -> str | None:
-        return None
 
     def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
         sizes = [max(1, self.window - len(one.before) - len(one.after)) for one in batch]

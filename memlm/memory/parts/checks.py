@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from memlm.memory.base import Dims
+from collections.abc import Mapping
+
+from memlm.memory.base import Dims, MemoryConfig
+
+
+def head_sizes(num_heads: int | None, head_dim: int | None, dims: Dims) -> tuple[int, int]:
+    """How many heads a memory has, and their size: where left open, the base's, and hidden size / heads.
+
+    ValueError when the heads do not divide the hidden size.
+    """
+    heads = dims.num_heads if num_heads is None else num_heads
+    if heads < 1 or (head_dim is None and dims.hidden_size % heads):
+        raise ValueError(
+            f"num_heads={heads} does not divide hidden_size={dims.hidden_size}; use a divisor of it, "
+            "or give head_dim as well"
+        )
+    return heads, dims.hidden_size // heads if head_dim is None else head_dim
+
+
+def check_least(config: MemoryConfig, least: Mapping[str, float]) -> None:
+    """ValueError when a field of `config` is below what `least` says."""
+    for name, lowest in least.items():
+        if getattr(config, name) < lowest:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {lowest}")
 
 
 def memory_tokens_for(num_memory_tokens: int | None, dims: Dims, default: int = 16) -> int:

@@ -95,6 +95,15 @@ class GatedMemory(Memory):
         return self.config.write_cost * after.written if self.config.write_cost else None
 
 
+def gate_statistics(gate: Tensor, real: Tensor | None, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """`written` and `opened` of a segment, (B,) each: the mean gate and the largest, which has no gradient.
+
+    gate (B, H, T steps), zero where real (B, T) is False. steps: writes per token.
+    """
+    count = gate.shape[2] if real is None else steps * real.sum(dim=1).clamp(min=1)
+    return gate.mean(dim=1).sum(dim=1) / count, gate.detach().amax(dim=(1, 2))
+
+
 def open_gate(logit: Tensor, kind: str, threshold: float = 0.0) -> Tensor:
     """The gate at `logit`, from 0 to 1; what is below `threshold` is exactly 0.
 

@@ -20,8 +20,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memlm.memory.base import Dims, accumulator_dtype, option, was_loaded
+from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.deep_memory import read, read_write
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
     real_first_order,
     short_convolution,
@@ -85,27 +87,14 @@ class TitansConfig(GatedConfig):
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
         self.check_gates(("none", "sigmoid", "hard"))
-        heads = dims.num_heads if self.num_heads is None else self.num_heads
-        if heads < 1 or (self.head_dim is None and dims.hidden_size % heads):
-            raise ValueError(
-                f"num_heads={heads} does not divide hidden_size={dims.hidden_size}; use a divisor of it, "
-                "or give head_dim as well"
-            )
-        size = dims.hidden_size // heads if self.head_dim is None else self.head_dim
+        heads, size = head_sizes(self.num_heads, self.head_dim, dims)
         chunk = self.chunk_length
         if chunk is None:
             chunk = min(64, dims.segment_length)
-        for name, value, least in (
-            ("head_dim", size, 1),
-            ("depth", self.depth, 1),
-            ("expansion", self.expansion, 1),
-            ("chunk_length", chunk, 1),
-            ("num_persistent_tokens", self.num_persistent_tokens, 0),
-            ("conv_size", self.conv_size, 0),
-            ("output_std", self.output_std, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        filled = replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
+        least = dict.fromkeys(("head_dim", "depth", "expansion", "chunk_length"), 1)
+        zero = dict.fromkeys(("num_persistent_tokens", "conv_size", "output_std"), 0)
+        check_least(filled, least | zero)
         if chunk > dims.segment_length:
             raise ValueError(
                 f"chunk_length={chunk} is longer than segment_length={dims.segment_length}; use at most "
@@ -120,7 +109,7 @@ class TitansConfig(GatedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
         if self.max_surprise is not None and self.max_surprise <= 0:
             raise ValueError(f"max_surprise={self.max_surprise} must be above 0, or None")
-        return replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
+        return filled
 
 
 def coupled_step(rate: Tensor, momentum: Tensor) -> Tensor:
@@ -232,14 +221,8 @@ class TitansMemory(nn.Module):
             nn.init.normal_(weight, std=1.0)
         nn.init.normal_(self.initial[-1], std=0.02)
         for kernel in self.kernels:
-            nn.init.zeros_(kernel)
-            if not was_loaded(kernel):
-                with torch.no_grad():
-                    kernel[..., -1] = 1.0
-        if config.output_std:
-            nn.init.normal_(self.out.weight, std=config.output_std)
-        else:
-            nn.init.zeros_(self.out.weight)
+            start_convolution(kernel)
+        start_output(self.out.weight, config.output_std)
 
     def init_state(self, batch_size: int) -> TitansState:
         """The learned initial weights, no momentum, nothing before the first token."""
