@@ -235,8 +235,7 @@ class _Teller:
         answers = {kind: said for kind in kinds if (said := self.story.answers(kind))}
         asked: dict[str, str] = {}
         for _ in range(self.options.questions if answers else 0):
-            # One kind drawn per question, so that a kind with few questions is asked as often as another.
-            kind = str(self.rng.choice(list(answers))) if len(answers) > 1 else next(iter(answers))
+            kind = self._kind(list(answers))
             left = sorted(set(answers[kind]) - set(asked))
             if left:
                 question = left[int(self.rng.integers(len(left)))]
@@ -246,6 +245,12 @@ class _Teller:
             prompt, reply = self.source.prompt(question), self.source.answer(answer)
             found.append(Question(index, np.concatenate([prompt, reply]), len(reply)))
         return found
+
+    def _kind(self, kinds: list[str]) -> str:
+        """The task itself half of the time, else one of the lessons, so that many lessons leave it room."""
+        if len(kinds) == 1 or (kinds[0] == self.task and self.rng.random() < 0.5):
+            return kinds[0]
+        return str(self.rng.choice(kinds))
 
     def _tell(self) -> tuple[Any, np.ndarray]:
         """The next event, and its fact's tokens."""
