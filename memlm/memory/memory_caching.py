@@ -202,40 +202,63 @@ class MemoryCaching(GatedMemory):
         """What the memories answer to `x` (B, T, D), and the state, with this segment in it if `write`."""
         order, real = real_first_order(mask)
         x = tokens_in(order, x)
+        q, k, v = self._heads(x, real, state.memory.dtype)
+        gate = self.gates_of(x, state, real)
+        with torch.autocast(x.device.type, enabled=False):
+            step = gate.unsqueeze(-1)
+            tokens = Tokens(q.unsqueeze(2), k, step * v, step * k if self.config.erases else None)
+            own, memory = delta_rule(tokens, torch.zeros_like(state.memory[:, :, 0]), self.chunk)
+            means = self._running_means(x, gate, real)
+            new = self._cached(state, memory, means[:, -1], gate, real) if write else state
+        y = self._answer(x, q, means, own.squeeze(2), state)
+        return tokens_back_from(order, y), new
+
+    def gates_of(self, x: Tensor, state: MemoryCachingState, mask: Tensor | None) -> Tensor:
+        logit = self.b_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            gate = self.gates_at(logit.to(state.memory.dtype).mT)
+            return gate if mask is None else gate * mask.unsqueeze(1)
+
+    def forward_silent(
+        self, x: Tensor, state: MemoryCachingState, inner: Inner, *, mask: Tensor | None
+    ) -> tuple[Tensor, MemoryCachingState]:
+        order, real = real_first_order(mask)
+        tokens = tokens_in(order, x)
+        q, _, _ = self._heads(tokens, real, state.memory.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            means = self._running_means(tokens, torch.zeros_like(q[..., 0]), real)
+        # A segment's own memory, empty as it stays, has its place in the softmax nevertheless.
+        y = tokens_back_from(order, self._answer(tokens, q, means, q.new_zeros(()), state))
+        none = torch.zeros_like(state.written)
+        return inner(x) + y, state._replace(written=none, opened=none)
+
+    def _answer(
+        self, x: Tensor, q: Tensor, means: Tensor, own: Tensor, state: MemoryCachingState
+    ) -> Tensor:
+        """What the slots and the segment's own memory, `own` (B, H, T, dv), say to `x` (B, T, D)."""
+        wanted = x if self.u_proj is None else self.u_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = self._weights(wanted.to(q.dtype), means, state)
+            found = self._ask(q, state.memory, weights[..., 1:]) + weights[:, None, :, :1] * own
+            found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
+            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
+        return self.o_proj(found * F.silu(self.g_proj(x)))
+
+    def _heads(
+        self, x: Tensor, real: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries and keys (B, H, T, dk), normed, and values (B, H, T, dv), in `dtype`."""
         z = self.qkv_proj(x)
         if self.kernel is not None:
             before = z.new_zeros(len(z), self.config.conv_size - 1, z.shape[2])
             z, _ = short_convolution(z, self.kernel, before, real)
-        logit = self.b_proj(x)
-        wanted = x if self.u_proj is None else self.u_proj(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = state.memory.dtype
-            q, k, v = self._heads(F.silu(z).to(wide))
-            gate = self.gates_at(logit.to(wide).mT)
-            if real is not None:
-                gate = gate * real.unsqueeze(1)
-            step = gate.unsqueeze(-1)
-            tokens = Tokens(q.unsqueeze(2), k, step * v, step * k if self.config.erases else None)
-            own, memory = delta_rule(tokens, torch.zeros_like(state.memory[:, :, 0]), self.chunk)
-            share = gate.mean(dim=1)  # (B, T)
-            means = self._running_means(x.to(wide), share, real)
-            weights = self._weights(wanted.to(wide), means, state)
-            found = self._ask(q, state.memory, weights[..., 1:])
-            found = found + weights[:, None, :, :1] * own.squeeze(2)
-            found = F.rms_norm(found, (self.values,), self.o_norm.to(wide), EPSILON)
-            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
-            new = self._cached(state, memory, means[:, -1], gate, real) if write else state
-        y = self.o_proj(found * F.silu(self.g_proj(x)))
-        return tokens_back_from(order, y), new
-
-    def _heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H (2 dk + dv)) -> queries and keys (B, H, T, dk), normed, and values (B, H, T, dv)."""
-        z = rearrange(z, "b t (h d) -> b h t d", h=self.heads)
+        z = rearrange(F.silu(z).to(dtype), "b t (h d) -> b h t d", h=self.heads)
         q, k, v = z.split([self.keys, self.keys, self.values], dim=-1)
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
 
-    def _running_means(self, x: Tensor, share: Tensor, real: Tensor | None) -> Tensor:
-        """(B, T, D): at each token, the summary of the segment so far."""
+    def _running_means(self, x: Tensor, gate: Tensor, real: Tensor | None) -> Tensor:
+        """(B, T, D) in the dtype of the gates (B, H, T): at each token, the segment's summary so far."""
+        share = gate.mean(dim=1)
         if self.config.summary == "mean":
             share = torch.ones_like(share) if real is None else real.to(share.dtype)
         total = share.cumsum(dim=1).clamp(min=EPSILON)
