@@ -32,7 +32,8 @@ from memlm.memory.base import (
     was_loaded,
 )
 from memlm.memory.parts.checks import check_least, head_sizes
-from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.delta_kernels import run_delta_rule
+from memlm.memory.parts.delta_rule import Tokens
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
@@ -237,7 +238,7 @@ class GatedDelta(GatedMemory):
         logits = self.b_proj(x), self.a_proj(x) if self.rule.decay != "none" else None
         with torch.autocast(x.device.type, enabled=False):
             tokens, gate = self._tokens(q, k, v, *logits, state.memory.dtype, real)
-            found, memory = delta_rule(tokens, state.memory, self.chunk)
+            found, memory = run_delta_rule(tokens, state.memory, self.chunk, x.dtype)
             found = found[:, :, 0, self.steps - 1 :: self.steps]
         y = self._answer(found, x)
         return tokens_back_from(order, y), GatedDeltaState(
@@ -316,9 +317,9 @@ class GatedDelta(GatedMemory):
         if self.rule.unit_keys:
             k = F.normalize(k, dim=-1)
         reach = 2 if self.config.negative_eigenvalues else 1
-        step = (reach * gate).unsqueeze(-1)
+        step = reach * gate
         if not self.rule.unit_keys:
-            step = step / (k.square().sum(dim=-1, keepdim=True) + EPSILON)
+            step = step / (k.square().sum(dim=-1) + EPSILON)
         log_decay = None
         if decay_logit is not None:
             log_decay = self._log_decay(decay_logit.to(dtype), gate, real)
@@ -326,8 +327,7 @@ class GatedDelta(GatedMemory):
             # Everything happens at micro-steps; a token asks after its last, and decays before its first.
             q = self._at(q, steps - 1)
             log_decay = None if log_decay is None else self._at(log_decay, 0)
-        erase = step * k if self.rule.erases else None
-        return Tokens(q.unsqueeze(2), k, step * v, erase, log_decay), gate
+        return Tokens(q.unsqueeze(2), k, v, step, log_decay, self.rule.erases), gate
 
     def _log_decay(self, logit: Tensor, gate: Tensor, real: Tensor | None) -> Tensor:
         """(B, H, T) or (B, H, T, dk): none where nothing is written, if the gate says so."""

@@ -28,7 +28,8 @@ from memlm.memory.base import (
     option,
     was_loaded,
 )
-from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.delta_kernels import run_delta_rule
+from memlm.memory.parts.delta_rule import Tokens
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 
 
@@ -169,9 +170,8 @@ class GatedDeltaHeads(GatedMemory):
                 log_decay = torch.where(gate == 0, 0.0, log_decay)
         k = F.normalize(k, dim=-1)
         q = self._queries(x.q.to(wide))
-        step = gate.unsqueeze(-1)
-        erase = step * k if self.config.erases else None
-        tokens = Tokens(q, k, step * x.v.to(wide), erase, log_decay)
+        tokens = Tokens(q, k, x.v.to(wide), gate, log_decay, self.config.erases)
         assert self.config.chunk_length is not None
-        found, memory = delta_rule(tokens, state.memory, self.config.chunk_length)
+        chunk = self.config.chunk_length
+        found, memory = run_delta_rule(tokens, state.memory, chunk, x.v.dtype)
         return found.flatten(1, 2), GatedDeltaHeadsState(memory, *gate_statistics(gate, mask))

@@ -36,7 +36,8 @@ from memlm.memory.base import (
     option,
 )
 from memlm.memory.parts.checks import check_least, head_sizes
-from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.delta_kernels import run_delta_rule
+from memlm.memory.parts.delta_rule import Tokens
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
@@ -205,9 +206,9 @@ class MemoryCaching(GatedMemory):
         q, k, v = self._heads(x, real, state.memory.dtype)
         gate = self.gates_of(x, state, real)
         with torch.autocast(x.device.type, enabled=False):
-            step = gate.unsqueeze(-1)
-            tokens = Tokens(q.unsqueeze(2), k, step * v, step * k if self.config.erases else None)
-            own, memory = delta_rule(tokens, torch.zeros_like(state.memory[:, :, 0]), self.chunk)
+            tokens = Tokens(q.unsqueeze(2), k, v, gate, erases=self.config.erases)
+            start = torch.zeros_like(state.memory[:, :, 0])
+            own, memory = run_delta_rule(tokens, start, self.chunk, x.dtype)
             means = self._running_means(x, gate, real)
             new = self._cached(state, memory, means[:, -1], gate, real) if write else state
         y = self._answer(x, q, means, own.squeeze(2), state)

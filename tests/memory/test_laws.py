@@ -364,8 +364,14 @@ def test_bfloat16_stays_close(memory: str, family: str) -> None:
 @pytest.mark.parametrize("memory", SILENT)
 # Writing that is not quite silent shows in the first segment; the long one is what the docs promise.
 @pytest.mark.parametrize("segments", [30, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("skips", [True, False], ids=["skipped", "in full"])
 @torch.no_grad()
-def test_silence_leaves_the_state_as_it_was(memory: str, segments: int) -> None:
+def test_silence_leaves_the_state_as_it_was(
+    memory: str, segments: int, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not skips:
+        # Else the house would not let the mechanism write at all.
+        monkeypatch.setattr("memlm.backbone.silence.may_skip", lambda memory, x: False)
     config = replace(CASES[memory], **memory_class(memory).silent_with)
     model, ids = memory_model("llama", config), tokens(2, 3 * SEGMENT)
     silent = memory_model("llama", replace(config, write_threshold=float("inf")))

@@ -104,7 +104,9 @@ def test_memories_that_tell_their_gates_early() -> None:
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param(name, marks=() if name in (*CASES, "steps", "long tails") else pytest.mark.slow)
+        pytest.param(
+            name, marks=() if name in (*CASES, "steps", "long tails") else pytest.mark.slow
+        )
         for name in VARIANTS
     ],
 )
