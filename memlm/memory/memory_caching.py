@@ -6,12 +6,13 @@ comes of it is cached as it is, with a summary of the segment: the mean of what 
 asks the memory of its own segment and those cached ones whose summaries suit it best, and weighs
 their answers by how well they do. Stored memories are never written again, so nothing wears them
 down. The block stands beside a layer's attention, with an output projection of zeros, so that a
-base model is left as it was.
+base model is left as it was. In the paper's other form (`continues`) a segment is not compressed
+from nothing: it goes on from the memory that the one before has left, and each slot holds the whole
+document as it was known by then.
 
 Differs from the paper, whose cache grows with the document: there are N slots, and when all are
 taken, the segment in which least was written gives way, if more was written in the new one. So
-segments whose write gates are shut never enter, and leave the state as it was, to the bit. Each
-segment starts from nothing; the paper also lets it go on from the one before.
+segments whose write gates are shut never enter, and leave the state as it was, to the bit.
 
 Letters: N slots, dk, dv size of keys and values.
 """
@@ -56,25 +57,26 @@ EPSILON = 1e-6
 class MemoryCachingConfig(GatedConfig):
     """Options of memory caching.
 
-    num_slots: segments that are kept; state and cost grow with it. read: "top-k" (the paper's
-    sparse selective caching), the best `top_k` slots for each token, or "gated" (its gated residual
-    memory), all of them, both weighed by a softmax over their scores; "residual", the sum of all,
-    unweighed; "soup", the memories mixed before they are asked, for linear memories the same as
-    "gated" but for rounding. summary: what a segment is scored by, the mean of its tokens as far as
-    they were "written", or their plain "mean" (the paper's). num_heads: heads of the memory, None
-    for the base's; head_dim: size of queries and keys, None for hidden size / heads; value_dim:
-    size of values, None for head_dim. erases: whether a write first takes away what its key held
-    (the delta rule); False is linear attention. conv_size: width of the short convolutions within a
-    segment, 0 for none. chunk_length: tokens computed at once, None for 64; only rounding depends on
-    it. write_gate and what goes with it: as in `GatedConfig`. initial_gate: the write gate's logit
-    at the start. output_std: scale of the output projection at the start; 0 leaves the stage as it
-    was.
+    num_slots: segments that are kept; state and cost grow with it. read: "top-k" (the paper's sparse
+    selective caching), the best `top_k` slots for each token, or "gated" (its gated residual memory),
+    all of them, both weighed by a softmax over their scores; "residual", the sum of all, unweighed;
+    "soup", the memories mixed before they are asked, for linear memories the same as "gated" but for
+    rounding. summary: what a segment is scored by, the mean of its tokens as far as they were
+    "written", or their plain "mean" (the paper's). continues: whether a segment's memory goes on from
+    that of the segment before, and a slot holds all that was known by then. num_heads: heads of the
+    memory, None for the base's; head_dim: size of queries and keys, None for hidden size / heads;
+    value_dim: size of values, None for head_dim. erases: whether a write first takes away what its key
+    held (the delta rule); False is linear attention. conv_size: width of the short convolutions within
+    a segment, 0 for none. chunk_length: tokens computed at once, None for 64; only rounding depends on
+    it. write_gate and what goes with it: as in `GatedConfig`. initial_gate: the write gate's logit at
+    the start. output_std: scale of the output projection at the start; 0 leaves the stage as it was.
     """
 
     num_slots: int = 64
     read: str = option("top-k")
     top_k: int = option(4)
     summary: str = "written"
+    continues: bool = False
     num_heads: int | None = None
     head_dim: int | None = None
     value_dim: int | None = None
@@ -122,7 +124,8 @@ class MemoryCachingState(NamedTuple):
     """What is cached, float32 or wider: memory (B, H, N, dk, dv), summaries (B, N, D), mass (B, N).
 
     mass: the sum of a segment's write gates, mean over heads; 0 marks an empty slot. written, opened
-    (B,): the mean gate and the largest over the last segment's tokens.
+    (B,): the mean gate and the largest over the last segment's tokens. last (B, H, dk, dv): the memory
+    after the last segment, where the next goes on from it; else ().
     """
 
     memory: Tensor
@@ -130,6 +133,7 @@ class MemoryCachingState(NamedTuple):
     mass: Tensor
     written: Tensor
     opened: Tensor
+    last: Tensor | tuple[()] = ()
 
 
 class MemoryCaching(GatedMemory):
@@ -183,6 +187,9 @@ class MemoryCaching(GatedMemory):
             self.zeros(batch_size, slots, dtype=dtype),
             self.zeros(batch_size, dtype=dtype),
             self.zeros(batch_size, dtype=dtype),
+            self.zeros(batch_size, self.heads, self.keys, self.values, dtype=dtype)
+            if self.config.continues
+            else (),
         )
 
     def forward(
@@ -207,8 +214,7 @@ class MemoryCaching(GatedMemory):
         gate = self.gates_of(x, state, real)
         with torch.autocast(x.device.type, enabled=False):
             tokens = Tokens(q.unsqueeze(2), k, v, gate, erases=self.config.erases)
-            start = torch.zeros_like(state.memory[:, :, 0])
-            own, memory = run_delta_rule(tokens, start, self.chunk, x.dtype)
+            own, memory = run_delta_rule(tokens, self._start(state), self.chunk, x.dtype)
             means = self._running_means(x, gate, real)
             new = self._cached(state, memory, means[:, -1], gate, real) if write else state
         y = self._answer(x, q, means, own.squeeze(2), state)
@@ -228,10 +234,16 @@ class MemoryCaching(GatedMemory):
         q, _, _ = self._heads(tokens, real, state.memory.dtype)
         with torch.autocast(x.device.type, enabled=False):
             means = self._running_means(tokens, torch.zeros_like(q[..., 0]), real)
-        # A segment's own memory, empty as it stays, has its place in the softmax nevertheless.
-        y = tokens_back_from(order, self._answer(tokens, q, means, q.new_zeros(()), state))
+            # A segment's own memory has its place in the softmax, even if nothing came to it.
+            own = q @ self._start(state)
+        y = tokens_back_from(order, self._answer(tokens, q, means, own, state))
         none = torch.zeros_like(state.written)
         return inner(x) + y, state._replace(written=none, opened=none)
+
+    def _start(self, state: MemoryCachingState) -> Tensor:
+        """(B, H, dk, dv): what a segment's own memory is before its first token."""
+        last = state.last
+        return last if isinstance(last, Tensor) else torch.zeros_like(state.memory[:, :, 0])
 
     def _answer(
         self, x: Tensor, q: Tensor, means: Tensor, own: Tensor, state: MemoryCachingState
@@ -310,4 +322,5 @@ class MemoryCaching(GatedMemory):
             torch.where(here[..., None], summary.unsqueeze(1), state.summaries),
             torch.where(here, mass, state.mass),
             *gate_statistics(gate, real),
+            memory if self.config.continues else (),
         )

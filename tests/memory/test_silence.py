@@ -33,6 +33,7 @@ VARIANTS = {
     "no decay": replace(CASES["gated-delta-heads"], decays=False, erases=False),
     "momentum and norms": replace(CASES["lact"], momentum=False, norm="pre"),
     "means": replace(CASES["memory-caching"], summary="mean", read="gated"),
+    "continues": replace(CASES["memory-caching"], continues=True),
     "residual": replace(CASES["memory-caching"], read="residual", conv_size=0),
     "soup": replace(CASES["memory-caching"], read="soup"),
 }
@@ -105,7 +106,8 @@ def test_memories_that_tell_their_gates_early() -> None:
     "variant",
     [
         pytest.param(
-            name, marks=() if name in (*CASES, "steps", "long tails") else pytest.mark.slow
+            name,
+            marks=() if name in (*CASES, "steps", "long tails", "continues") else pytest.mark.slow,
         )
         for name in VARIANTS
     ],
