@@ -38,6 +38,8 @@ SKIPPING = tuple(
     and memory_class(name).gates_of is not GatedMemory.gates_of
 )
 
+KEY = ("memory", "rows", "written")
+
 
 def text(rows: int, length: int, device: str) -> Tensor:
     """(rows, length) bytes of the interpreter's own help, another part in each row."""
@@ -84,6 +86,8 @@ def measure(name: str, shape: Shape, written: float, rounds: int) -> dict[str, A
         "memory": name,
         "rows": shape.batch,
         "written": written,
+        "rounds": rounds,
+        "segments": shape.segments,
         "skipped": round(float(skipped), 3),
         "speed": round(statistics.median(pairs), 3),
         "lowest": round(min(pairs), 3),
@@ -114,6 +118,10 @@ def main(
             for name in memory or SKIPPING:
                 found.append(measure(name, shape, share, rounds))
                 print(found[-1], flush=True)
+    # What was measured in other sizes of batches stays.
+    known = json.loads(out.read_text())["rows"] if out.is_file() else []
+    new = [tuple(row[name] for name in KEY) for row in found]
+    found = [row for row in known if tuple(row[name] for name in KEY) not in new] + found
     print_table(found)
     result = {
         "what": "speed of reading with silent segments skipped, over that of running them in full",
@@ -121,11 +129,9 @@ def main(
             "hidden": hidden,
             "layers": layers,
             "segment": segment,
-            "segments": segments,
             "device": device,
             "dtype": dtype,
             "threads": threads,
-            "rounds": rounds,
         },
         "versions": {
             "memlm": __version__,
