@@ -42,10 +42,11 @@ KEY = ("memory", "rows", "written")
 
 
 def text(rows: int, length: int, device: str) -> Tensor:
-    """(rows, length) bytes of the interpreter's own help, another part in each row."""
+    """(rows, length) bytes of the interpreter's own help, from another place in each row."""
     data = "".join(topics[name] for name in sorted(topics)).encode()
     apart = len(data) // rows
-    found = [list((data[row * apart :] + data)[:length]) for row in range(rows)]
+    data *= length // len(data) + 2
+    found = [list(data[row * apart :][:length]) for row in range(rows)]
     return torch.tensor(found, device=device)
 
 
