@@ -15,7 +15,7 @@ from memlm.memory import available_memories, memory_class
 from memlm.memory.base import MemoryConfig
 from memlm.memory.parts.gates import GatedMemory
 from memlm.modeling import MemLMForCausalLM
-from tests.cases import CASES, SEGMENT, memory_model, tokens
+from tests.cases import CASES, SEGMENT, base_model, memory_model, randomise, tokens
 
 # Those that know their gates before most of their work is done.
 SKIPPING = [
@@ -176,6 +176,28 @@ def test_nothing_is_skipped_where_more_than_the_result_counts(
         assert silence.may_skip(cell, ids)
         model.set_memory_options(write_threshold=0.0)
         assert not silence.may_skip(cell, ids), "sigmoids are never zero"
+
+
+@pytest.mark.parametrize("memory", SKIPPING)
+@torch.no_grad()
+def test_a_half_precision_base_is_skipped_alike(
+    memory: str, skipped: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, ids = base_model("llama").to(torch.bfloat16), tokens(2, 2 * SEGMENT)
+    model = MemLMForCausalLM.from_base(base, memory=CASES[memory], segment_length=SEGMENT).eval()
+    randomise(model.memory, std=0.1)
+    before = model(ids).memory_state
+    model.set_memory_options(write_threshold=float("inf"))
+    skipped.clear()
+    found = model(ids, memory_state=before)
+    assert skipped["silent"] == 4
+    monkeypatch.setattr(silence, "may_skip", lambda memory, x: False)
+    expected = model(ids, memory_state=before)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0.03)
+    assert found.logits.dtype == torch.bfloat16
+    for name, value in expected.memory_state.tensors.items():
+        assert found.memory_state[name].dtype == value.dtype
+        torch.testing.assert_close(found.memory_state[name], value, rtol=0, atol=0.03)
 
 
 @torch.no_grad()
