@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memlm.data.rows import (
+    IGNORE,
     AskedDocument,
     CompletionRow,
     DocumentRow,
@@ -19,7 +20,6 @@ from memlm.data.rows import (
     TextRow,
     TokensRow,
 )
-from memlm.segment import IGNORE
 
 KNOWN = (
     '"document" and "questions", "documents", "input_ids" (and "labels"), "prompt" and "completion", '

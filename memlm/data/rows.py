@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# transformers' label for no target. As in memlm.segment, which would bring torch with it.
+IGNORE = -100
 # Between documents that are read one after the other.
 DOCUMENT_BREAK = "\n\n"
 Messages = Sequence[Mapping[str, Any]]
@@ -100,3 +102,22 @@ class TokensRow:
 
 
 Row = DocumentRow | TextRow | MessagesRow | CompletionRow | TokensRow
+
+
+def texts_of(row: Row) -> Iterator[str]:
+    """The texts in a row, as a tokenizer is trained on them."""
+    if isinstance(row, TextRow):
+        yield row.text
+    elif isinstance(row, DocumentRow):
+        yield row.text
+        for _, question in row.asked:
+            yield f"{question.question} {question.answer}"
+    elif isinstance(row, TokensRow):
+        raise ValueError(f"{row.where} holds tokens and no text; name the tokenizer that made them")
+    else:
+        given = [row.messages] if isinstance(row, MessagesRow) else [row.prompt, row.completion]
+        for part in given:
+            if isinstance(part, str):
+                yield part
+            else:
+                yield from (str(message.get("content", "")) for message in part)

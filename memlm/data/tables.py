@@ -20,14 +20,14 @@ SHUFFLED_AMONG = 1000
 class StreamedRows(Iterable[Row]):
     """Rows that are read from the beginning each time.
 
-    count: how many there are; None where only reading all of them would tell.
+    size: how many there are; None where only reading all of them would tell.
     """
 
     def __init__(self, name: str, stream: Any, column: str | None = None, *, check: bool) -> None:
         self.name = name
         self.stream = stream
         self.column = column
-        self.count: int | None = None
+        self.size: int | None = None
         self.format: Format
         rows = self._rows(stream, None)
         first = next(rows, None)
@@ -35,7 +35,7 @@ class StreamedRows(Iterable[Row]):
             raise ValueError(f"{name!r} holds no row; give at least one")
         self.format = first[1]
         if check:
-            self.count = 1 + sum(1 for _ in rows)
+            self.size = 1 + sum(1 for _ in rows)
 
     def __iter__(self) -> Iterator[Row]:
         for row, _ in self._rows(self.stream, self.format):

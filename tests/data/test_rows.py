@@ -58,7 +58,7 @@ def test_a_format_is_known_by_its_columns_in_every_kind_of_file(form: str, tmp_p
     for rows in (lines, open_rows(array), table):
         assert rows.format.name == form
         assert [type(row) for row in rows] == [kind, kind]
-    assert len(lines) == 2 and table.count == 2
+    assert len(lines) == 2 and table.size == 2
     assert lines[1].where.endswith("my.jsonl' line 3")
     expected, _ = make_row(values, lines[1].where)
     assert lines[1] == expected
