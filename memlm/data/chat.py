@@ -13,7 +13,14 @@ from typing import Any
 
 from memlm.data.rows import CompletionRow, MessagesRow
 from memlm.segment import IGNORE
-from memlm.tokens import Part, control_tokens, encode_parts, joined
+from memlm.tokens import (
+    Part,
+    control_tokens,
+    encode_after,
+    encode_parts,
+    encode_texts,
+    joined,
+)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Characters for private use, which no text has.
@@ -152,12 +159,17 @@ class _Template:
             found = encode_parts(self.tokenizer, _cut(parts, 0, end), self.split)
             if found[: len(known)] == known:
                 found = found[len(known) :]
-            else:
+            elif len(parts) == 1:
                 # A token would reach over the border, where an answer begins or ends by itself.
+                found = encode_after(self._encode, "", parts[0][0][begin:end])
+            else:
                 found = encode_parts(self.tokenizer, _cut(parts, begin, end), self.split)
             ids += found
             labels += found if number % 2 else [IGNORE] * len(found)
         return ids, labels
+
+    def _encode(self, text: str) -> list[int]:
+        return encode_texts(self.tokenizer, [text], split_special_tokens=False)[0]
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         from jinja2 import TemplateError

@@ -15,6 +15,7 @@ from memlm.tasks.haystack import check_source
 from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
 from memlm.train.recipe.binding import bind, did_you_mean, dotted, plain
+from memlm.train.recipe.own import own_data
 from memlm.train.recipe.reading import find_recipe, override, read_yaml
 from memlm.train.recipe.sections import (
     CurriculumSection,
@@ -162,6 +163,15 @@ class Recipe:
         ValueError or FileNotFoundError name the first key, value or file that is wrong.
         """
         recipe = cls.from_dict(override(read_yaml(find_recipe(path)), overrides))
+        recipe.check_files()
+        return recipe
+
+    @classmethod
+    def for_data(
+        cls, base: str, data: str, memory: Any = "armt", overrides: Sequence[str] = ()
+    ) -> Recipe:
+        """A recipe that gives the model `base` a memory, and trains on the rows of `data`."""
+        recipe = cls.from_dict(override(own_data(base, data, memory), overrides))
         recipe.check_files()
         return recipe
 
