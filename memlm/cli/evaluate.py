@@ -32,8 +32,8 @@ def add_to(commands: Commands) -> None:
     add_sample_options(evaluate, "the training recipe's, else ")
     evaluate.add_argument(
         "--data",
-        help="samples in the published layout, a folder or hub id such as RMT-team/babilong, in place "
-        "of composed ones",
+        help="in place of composed samples: those of a folder or hub id in the published layout, such as "
+        "RMT-team/babilong; or own questions, a file with rows of document and questions, or hub:ID",
     )
     evaluate.add_argument(
         "--baseline",
@@ -136,6 +136,12 @@ def sample_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The samples' settings: as typed, else of the recipe in the model's folder, else `SAMPLE_DEFAULTS`."""
     typed = {name: getattr(arguments, name) for name in SAMPLE_DEFAULTS}
     typed = {name: value for name, value in typed.items() if value is not None}
+    from memlm.eval.running.own import are_own_questions
+
+    if are_own_questions(arguments.data):
+        # They have neither tasks nor lengths, and all of them are asked.
+        rest = {name: SAMPLE_DEFAULTS[name] for name in ("haystack", "batch_size")}
+        return {"tasks": None, "lengths": None, "samples": None, **rest, **typed}
     path = Path(resolve_pretrained(arguments.model)) / "recipe.yaml"
     if not path.is_file():
         return {**SAMPLE_DEFAULTS, **typed}
