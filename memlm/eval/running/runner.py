@@ -6,6 +6,7 @@ as if it had never stopped.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -92,18 +93,17 @@ def evaluate(
     "questions", a folder of such files or "hub:ID"), without tasks and lengths, scored by SQuAD's exact
     match and F1. samples: 100 by default; of own questions the first so many, by default all. baseline: who
     reads: "model", the given model itself, or a name of `BASELINES`. The base model reads for "last-tokens"
-    (only the end of the document), "full"
-    (attention to all of it), "window" (a sliding window), "chunks" (one chunk after the other) and
-    "retrieval" (recalled passages); the memory model for "twice" (the document twice) and "question-first".
-    window: tokens that "last-tokens", "window" and "chunks" see. prompt: "answer", "instruction", "chat" or
-    a YAML file; None picks "answer" for models of memlm, else "chat" where the tokenizer has a chat
-    template and "instruction" where it has none. position, distance: where facts stand, as in
-    `babilong.compose`. composition: "exact", or "published" for lengths, facts and noise by the published
-    code's rules (`babilong.Composition`). retrieval: how many passages of the document are recalled before
-    the question, from an index made for each sample; the baseline "retrieval" shows the model nothing else,
-    and recalls 5 when this is None. embedder: that of the index, a HashingEmbedder by default.
-    max_new_tokens: tokens of an answer; None is what the run in `out` has, else 20, or what the longest
-    right answer takes.
+    (only the end of the document), "full" (attention to all of it), "window" (a sliding window), "chunks"
+    (one chunk after the other) and "retrieval" (recalled passages); the memory model for "twice" (the
+    document twice), "question-first" and "silenced" (nothing remembered). window: tokens that
+    "last-tokens", "window" and "chunks" see. prompt: "answer", "instruction", "chat" or a YAML file; None
+    picks "answer" for models of memlm, else "chat" where the tokenizer has a chat template and
+    "instruction" where it has none. position, distance: where facts stand, as in `babilong.compose`.
+    composition: "exact", or "published" for lengths, facts and noise by the published code's rules
+    (`babilong.Composition`). retrieval: how many passages of the document are recalled before the question,
+    from an index made for each sample; the baseline "retrieval" shows the model nothing else, and recalls 5
+    when this is None. embedder: that of the index, a HashingEmbedder by default. max_new_tokens: tokens of
+    an answer; None is what the run in `out` has, else 20, or what the longest right answer takes.
 
     With `out`, each batch is appended to `samples.jsonl`, and a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for). `summary.json` and `accuracy.png` are
@@ -181,7 +181,8 @@ def evaluate(
         if source.settings().get("haystack") == "installed":
             about["haystack_manifest"] = manifest(split)
         thresholds = write_thresholds(model)
-        if len(thresholds) == 1 and thresholds[0]:
+        # A silenced run says so itself.
+        if len(thresholds) == 1 and 0 < thresholds[0] < math.inf:
             about["write_threshold"] = thresholds[0]
         runner = BatchRunner(reader, source, prompts, tokenizer, max_new_tokens, recall)
         log = stack.enter_context(RunLog(out, settings))
