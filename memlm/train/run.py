@@ -6,6 +6,7 @@ Running it again continues from the last whole checkpoint; a finished run is not
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,9 +128,11 @@ def plan(
 ) -> Outlook:
     """What `train` would do, with a trial on a few batches. Nothing is written."""
     recipe, out = _named(recipe, output_dir, overrides)
-    _, checkpoint = prepare_folder(recipe, out, resume="auto")
-    run = prepare(recipe, out, checkpoint)
-    return look_ahead(run.trainer, run.source, run.curriculum, run.survey)
+    prepare_folder(recipe, out, resume="auto")
+    # transformers' Trainer makes its folder at once.
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(recipe, Path(folder), None)
+        return look_ahead(run.trainer, run.source, run.curriculum, run.survey)
 
 
 def _named(
