@@ -16,6 +16,7 @@ from memlm.cli.options import (
     sample_options,
 )
 from memlm.cli.printing import print_written
+from memlm.pretrained import resolve_pretrained
 
 
 def add_to(commands: Commands) -> None:
@@ -25,7 +26,9 @@ def add_to(commands: Commands) -> None:
         "evaluate any causal language model on BABILong and probes, at any length",
         run,
     )
-    evaluate.add_argument("model", help="folder or hub id of a model, with or without memory")
+    evaluate.add_argument(
+        "model", help="folder, hub id or shipped name (qa1) of a model, with or without memory"
+    )
     add_sample_options(evaluate, "the training recipe's, else ")
     evaluate.add_argument(
         "--data",
@@ -133,7 +136,7 @@ def sample_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The samples' settings: as typed, else of the recipe in the model's folder, else `SAMPLE_DEFAULTS`."""
     typed = {name: getattr(arguments, name) for name in SAMPLE_DEFAULTS}
     typed = {name: value for name, value in typed.items() if value is not None}
-    path = Path(arguments.model) / "recipe.yaml"
+    path = Path(resolve_pretrained(arguments.model)) / "recipe.yaml"
     if not path.is_file():
         return {**SAMPLE_DEFAULTS, **typed}
     from memlm.train.recipe import EvalSection, read_yaml
