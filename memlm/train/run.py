@@ -20,11 +20,12 @@ from transformers.utils import logging
 from memlm.data.opening import open_rows
 from memlm.files import write_json
 from memlm.tasks.haystack.cache import tokenized_haystack
-from memlm.train.bases import ADAPTER, add_lora, save_adapter
+from memlm.train.bases import add_lora
 from memlm.train.callbacks import Interrupt, LogFile, ProgressLine
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Source, TrainingStream
 from memlm.train.folder import (
+    ADAPTER,
     LOG_FILE,
     RECIPE_FILE,
     RESULT_FILE,
@@ -205,7 +206,8 @@ def save_finished(run: Run) -> list[Path]:
     run.tokenizer.save_pretrained(out)
     written = []
     if run.lora is not None or run.recipe.model.quantization is not None:
-        written += save_adapter(model, run.lora, out / ADAPTER)
+        model.save_adapter(out / ADAPTER)
+        written += sorted((out / ADAPTER).glob("*.safetensors"))
     if run.recipe.model.quantization is None:
         if run.lora is not None:
             run.lora.merge_and_unload()

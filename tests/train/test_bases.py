@@ -85,12 +85,15 @@ def test_lora_and_memory_load_by_themselves_and_merged(own: Path, trained: Path)
     fresh.load_memory(trained / "adapter")
     without = fresh(ids).logits
     lora = PeftModel.from_pretrained(fresh.base, trained / "adapter")
+    together = MemLMForCausalLM.from_adapter(trained / "adapter", own / "base").eval()
+    assert together.config.question_segment == "own"
     merged = AutoModelForCausalLM.from_pretrained(trained)
     assert isinstance(merged, MemLMForCausalLM) and merged.config.question_segment == "own"
     with torch.no_grad():
         expected = merged(ids).logits
         assert (expected - without).abs().max() > 1e-3
         torch.testing.assert_close(fresh(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert lora.merge_and_unload() is fresh.base
         torch.testing.assert_close(fresh(ids).logits, expected, rtol=1e-4, atol=1e-4)
     changed = weights(fresh.base)
