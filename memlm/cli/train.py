@@ -70,8 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
         # Nothing is written, so a folder need not be named.
         print_outlook(plan(recipe, arguments.out or recipe.output_dir or "out"))
         return
-    resume = False if arguments.no_resume else "auto"
-    result = train(recipe, arguments.out, resume=resume, on_outlook=print_outlook)
+    result = train(
+        recipe,
+        arguments.out,
+        resume=False if arguments.no_resume else "auto",
+        on_outlook=print_outlook,
+    )
     if not result.finished:
         raise KeyboardInterrupt
     accuracy = "" if result.accuracy is None else f", {result.accuracy:.0%} of answers right"

@@ -26,7 +26,6 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     },
     "8bit": {"load_in_8bit": True},
 }
-ADAPTER = "adapter"
 
 
 def check_base(section: ModelSection) -> None:
@@ -160,13 +159,3 @@ def start_memory(model: MemLMForCausalLM, folder: str) -> None:
             model.load_memory(kept)
     except (ValueError, OSError) as error:
         raise ValueError(f"model.init_memory={folder!r} cannot be started from: {error}") from error
-
-
-def save_adapter(model: MemLMForCausalLM, lora: Any, folder: Path) -> list[Path]:
-    """Write what was trained beside a frozen base: its LoRA, where there is one, and the memories."""
-    if lora is not None:
-        lora.save_pretrained(folder)
-        # peft's own card speaks of the base alone, and of nothing that is known here.
-        (folder / "README.md").unlink(missing_ok=True)
-    model.save_memory(folder)
-    return sorted(path for path in folder.iterdir() if path.is_file())

@@ -6,6 +6,7 @@ Running it again continues from the last whole checkpoint; a finished run is not
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from transformers.utils import logging
 from memlm.data.opening import open_rows
 from memlm.files import write_json
 from memlm.tasks.haystack.cache import tokenized_haystack
-from memlm.train.bases import ADAPTER, add_lora, save_adapter
+from memlm.train.bases import add_lora
 from memlm.train.callbacks import Interrupt, LogFile, ProgressLine
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Source, TrainingStream
 from memlm.train.folder import (
+    ADAPTER,
     LOG_FILE,
     RECIPE_FILE,
     RESULT_FILE,
@@ -127,9 +129,11 @@ def plan(
 ) -> Outlook:
     """What `train` would do, with a trial on a few batches. Nothing is written."""
     recipe, out = _named(recipe, output_dir, overrides)
-    _, checkpoint = prepare_folder(recipe, out, resume="auto")
-    run = prepare(recipe, out, checkpoint)
-    return look_ahead(run.trainer, run.source, run.curriculum, run.survey)
+    prepare_folder(recipe, out, resume="auto")
+    # transformers' Trainer makes its folder at once.
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(recipe, Path(folder), None)
+        return look_ahead(run.trainer, run.source, run.curriculum, run.survey)
 
 
 def _named(
@@ -202,7 +206,8 @@ def save_finished(run: Run) -> list[Path]:
     run.tokenizer.save_pretrained(out)
     written = []
     if run.lora is not None or run.recipe.model.quantization is not None:
-        written += save_adapter(model, run.lora, out / ADAPTER)
+        model.save_adapter(out / ADAPTER)
+        written += sorted((out / ADAPTER).glob("*.safetensors"))
     if run.recipe.model.quantization is None:
         if run.lora is not None:
             run.lora.merge_and_unload()

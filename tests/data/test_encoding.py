@@ -125,7 +125,7 @@ def test_a_template_that_cannot_be_used_is_refused(template: str | None, words: 
 def test_a_template_that_changes_what_is_said_hides_no_control_token() -> None:
     upper = PLAIN.replace("m.content", "m.content | upper")
     turns = [*TURNS[:4], {"role": "assistant", "content": "So <eos>"}]
-    with pytest.raises(ValueError, match="control token written out .* changes what messages say"):
+    with pytest.raises(ValueError, match=r"control token written out .* changes what messages say"):
         encode(encoder(upper), {"messages": turns})
 
 
