@@ -200,7 +200,7 @@ def _by_distance(runs: Mapping[str, Path]) -> list[Sequence[str]]:
     """A row for each range of distances: percent right and questions, run by run."""
     bins = {name: distances(load_rows(folder), 4) for name, folder in runs.items()}
     ranges = sorted({(part.low, part.high) for parts in bins.values() for part in parts})
-    table = []
+    table: list[Sequence[str]] = []
     for low, high in ranges:
         row = [f"{low:,.0f} to {high:,.0f}"]
         for parts in bins.values():

@@ -341,7 +341,7 @@ def escape_cell(text: str) -> str:
 
 def _read_cell(saved: dict[str, Any]) -> Cell:
     # Keys of later versions are ignored: what is known of a cell stays readable.
-    later = {name: saved.get(name) for name in ("writes", "f1")}
+    later: dict[str, Any] = {name: saved.get(name) for name in ("writes", "f1")}
     known = {f.name: saved[f.name] for f in fields(Cell) if f.name not in later}
     cell = Cell(**known, **later)
     if not 0 <= cell.correct <= cell.samples or cell.samples < 1:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.data import DocumentRow, open_rows
+from memlm.data import DocumentRow, Row, open_rows
 from memlm.data.encoding import Encoder
 from memlm.eval.running.samples import Sampled, SampleSource
 from memlm.tasks.babi import Story
@@ -78,6 +78,15 @@ class OwnSample:
         yield self._text
 
 
+class Encoded(NamedTuple):
+    """A row, its tokens, and how many of them are read before each of its questions."""
+
+    number: int
+    row: DocumentRow
+    ids: NDArray[np.int32]
+    reads: list[int]
+
+
 class OwnQuestions(SampleSource):
     """The questions of `data`, the first `limit` of them; None is all.
 
@@ -94,8 +103,10 @@ class OwnQuestions(SampleSource):
         self.data = os.fspath(data)
         self._encoder = Encoder(tokenizer, "{question}")
         self._leading = len(leading_tokens(tokenizer))
-        self._rows = open_rows(data)
-        self._held: tuple[int, DocumentRow, NDArray[np.int32], list[int]] | None = None
+        rows = open_rows(data)
+        # Those of the hub come one after the other, and are held.
+        self._rows: Sequence[Row] = rows if isinstance(rows, Sequence) else list(rows)
+        self._held: Encoded | None = None
         # By length: the row, and the number of the question in it.
         self._cells: dict[int, list[tuple[int, int]]] = {}
         self._asked: dict[tuple[int, int], tuple[str, str]] = {}
@@ -104,7 +115,7 @@ class OwnQuestions(SampleSource):
         for number in range(len(self._rows)):
             row = self._row(number)
             known.update(row.text.encode())
-            _, _, _, reads = self._encoded(number)
+            reads = self._encoded(number).reads
             for order, ((_, question), read) in enumerate(zip(row.asked, reads, strict=True)):
                 if limit is not None and len(self._asked) == limit:
                     break
@@ -143,30 +154,30 @@ class OwnQuestions(SampleSource):
 
     def get(self, task: str, length: int, index: int) -> Sampled:
         number, order = self._cells[length][index]
-        _, row, ids, reads = self._encoded(number)
-        at, _ = row.asked[order]
+        found = self._encoded(number)
+        at, _ = found.row.asked[order]
         question, target = self._asked[number, order]
-        return OwnSample(row.text[:at], ids[: reads[order]], question, target)
+        return OwnSample(found.row.text[:at], found.ids[: found.reads[order]], question, target)
 
     def _row(self, number: int) -> DocumentRow:
         row = self._rows[number]
         if not isinstance(row, DocumentRow):
             raise ValueError(
-                f"{row.where} is a row of {self._rows.format.name!r}; to ask questions, give rows of "
+                f"{row.where} is a {type(row).__name__}; to ask questions, give rows of "
                 '"document" and "questions", or of "documents"; samples in the published layout are named '
                 "by their folder"
             )
         return row
 
-    def _encoded(self, number: int) -> tuple[int, DocumentRow, NDArray[np.int32], list[int]]:
-        """A row, its tokens, and how many of them are read before each question; the last one is held."""
-        if self._held is None or self._held[0] != number:
+    def _encoded(self, number: int) -> Encoded:
+        """A row with its tokens; the last one is held."""
+        if self._held is None or self._held.number != number:
             row = self._row(number)
-            ids, asked = self._encoder.encode_document(row)
+            found, asked = self._encoder.encode_document(row)
             # The start token is put before the prompt, which may begin with an instruction.
-            ids = ids[self._leading :].astype(np.int32)
+            ids = found[self._leading :].astype(np.int32)
             ids.flags.writeable = False
-            self._held = number, row, ids, [one.read - self._leading for one in asked]
+            self._held = Encoded(number, row, ids, [one.read - self._leading for one in asked])
         return self._held
 
 

@@ -150,8 +150,9 @@ def evaluate(
         reader = make_reader(model, tokenizer, baseline, window, own, out)
         stack.callback(reader.close)
         if data is not None and own_questions:
-            source: SampleSource = OwnQuestions(data, tokenizer, samples)
-            plan = list(source.cells)
+            questions = OwnQuestions(data, tokenizer, samples)
+            source: SampleSource = questions
+            plan = list(questions.cells)
         elif data is not None:
             source = Published(data, tokenizer)
         else:

@@ -131,6 +131,23 @@ def test_a_run_goes_on_where_it_was_broken_off(data, words, tmp_path) -> None:
         evaluate(model, words, data=data, out=tmp_path / "out", progress=False)
 
 
+def test_a_table_is_asked_as_lines_are(data, words, tmp_path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = tmp_path / "table" / "mine.parquet"
+    table.parent.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+    found = [
+        [
+            (cell.length, cell.samples, cell.correct, cell.tokens)
+            for cell in evaluate(SolvingModel(words), words, data=source, progress=False).cells
+        ]
+        for source in (data, table, table.parent)
+    ]
+    assert found[0] == found[1] == found[2] and found[0]
+
+
 def test_the_first_questions_of_a_file_can_be_chosen(data, words, tmp_path) -> None:
     report = evaluate(SolvingModel(words), words, data=data, samples=2, progress=False)
     assert sum(cell.samples for cell in report.cells) == 2
@@ -176,7 +193,7 @@ def test_the_command_line_asks_own_questions(data, tmp_path, capsys) -> None:
     [
         (ROWS[0], {"tasks": ["qa1"]}, r"tasks=\['qa1'\] choose samples of BABILong"),
         (ROWS[0], {"haystack": "installed"}, "haystack='installed' says how samples are composed"),
-        ({"text": "Some text."}, {}, "row of 'text'; to ask questions"),
+        ({"text": "Some text."}, {}, "is a TextRow; to ask questions"),
         ({"input": "a", "question": "b", "target": "c"}, {}, "give a row the columns|give"),
         ({"document": "Text.", "questions": []}, {}, "questions is empty"),
         (ROWS[0], {"samples": 0}, "samples=0"),
