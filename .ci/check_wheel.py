@@ -49,7 +49,17 @@ recipes = sorted((home / "recipes").glob("*.yaml"))
 assert recipes, "no recipe is installed"
 for recipe in recipes:
     Recipe.from_dict(read_yaml(recipe))
-print(f"{len(modules)} modules, {names} public names, {len(recipes)} recipes: {memlm.__version__}")
+from memlm.pretrained import available_pretrained
+
+shipped = available_pretrained()
+assert shipped, "no trained model is installed"
+for name in shipped:
+    stream = memlm.DocumentStream(*memlm.load_pretrained(name))
+    stream.write("John moved to the kitchen. Mary went to the garden. It rained.")
+    said = stream.ask("Where is John?")
+    assert said == "kitchen", f"the installed {name} says {said!r}"
+counts = f"{len(modules)} modules, {names} public names, {len(recipes)} recipes, {len(shipped)} models"
+print(f"{counts}: {memlm.__version__}")
 """
 
 

@@ -16,13 +16,23 @@ _WHERE = {
     "MemoryState": "memlm.state",
     "DocumentStream": "memlm.streaming",
     "Answer": "memlm.streaming",
+    "load_pretrained": "memlm.pretrained",
     "windows": "memlm.windowed",
 }
-__all__ = ["Answer", "DocumentStream", "MemLMConfig", "MemLMForCausalLM", "MemoryState", "windows"]
+__all__ = [
+    "Answer",
+    "DocumentStream",
+    "MemLMConfig",
+    "MemLMForCausalLM",
+    "MemoryState",
+    "load_pretrained",
+    "windows",
+]
 
 if TYPE_CHECKING:
     from memlm.config import MemLMConfig
     from memlm.modeling import MemLMForCausalLM
+    from memlm.pretrained import load_pretrained
     from memlm.state import MemoryState
     from memlm.streaming import Answer, DocumentStream
     from memlm.windowed import windows

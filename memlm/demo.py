@@ -1,15 +1,17 @@
 """The demo: a small memory model learns bAbI's first task in real text, and answers at a million tokens.
 
 Two models of the same size are trained from scratch, one with memory and one without, evaluated on the
-same documents at growing lengths, and the one with memory answers a question about a document of a
-million tokens that it reads as a stream. Everything is resumable: the same command goes on.
+same documents at growing lengths, and the one with memory answers questions about a document of a
+million tokens that it reads as a stream. Everything is resumable: the same command goes on. Or a model
+that is shipped with memlm answers them at once (`pretrained_demo`).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +28,7 @@ SAMPLES = {
 }
 QUICK = {"1k": 8, "4k": 8}
 QUICK_STEPS = "training.max_steps=60"
-STREAM_TOKENS = 2**20
+STREAM_TOKENS, QUICK_TOKENS = 2**20, 2**14
 # The places where somebody may be in qa1.
 PLACES = 6
 
@@ -36,17 +38,14 @@ def demo(
     seed: int = 0,
     quick: bool = False,
     file: str | os.PathLike[str] | None = None,
-    question: str | None = None,
+    questions: Sequence[str] = (),
 ) -> list[Path]:
     """Train, evaluate, ask; print a table and return the files written.
 
-    file, question: a text file of the user's, read and asked about at the end. ValueError on a file
+    file, questions: a text file of the user's, read and asked about at the end. ValueError on a file
     that is no text, before anything is trained.
     """
-    if (file is None) != (question is None):
-        raise ValueError("--ask FILE and -q QUESTION belong together; give both or neither")
-    if file is not None:
-        check_text_file(file)
+    _check_own(file, questions)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -66,7 +65,10 @@ def demo(
     print("\n" + table)
     picture = _plot(out)
     before = time.process_time()
-    stream_report = _stream(out, seed, STREAM_TOKENS if not quick else 2**14, file, question)
+    model, tokenizer = load(out / MEMORY)
+    stream_report = _stream(model, tokenizer, seed + 1, quick)
+    if file is not None:
+        stream_report += "\n" + _own(model, tokenizer, file, questions)
     print(stream_report)
     work[MEMORY]["cpu_seconds"] += time.process_time() - before
     cpu = sum(w["cpu_seconds"] for w in work.values())
@@ -183,14 +185,41 @@ def _plot(out: Path) -> Path:
     return out / "accuracy.png"
 
 
-def _stream(
-    out: Path,
-    seed: int,
-    tokens: int,
-    file: str | os.PathLike[str] | None,
-    question: str | None,
-) -> str:
-    """Ask about a long document, and about the user's own, through DocumentStream."""
+def pretrained_demo(
+    name: str,
+    seed: int = 0,
+    quick: bool = False,
+    file: str | os.PathLike[str] | None = None,
+    questions: Sequence[str] = (),
+) -> None:
+    """Let a shipped model answer about a document of a million tokens, and about a file of the user's.
+
+    ValueError on an unknown name or a file that is no text, before anything is read.
+    """
+    _check_own(file, questions)
+    import torch
+
+    from memlm.pretrained import load_pretrained
+
+    torch.set_num_threads(1)
+    model, tokenizer = load_pretrained(name)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"memlm demo: the shipped model {name}, {weights:,} parameters, seed {seed}.", flush=True)
+    # The user's own text first: it is short, and what they wait for.
+    if file is not None:
+        print("\n" + _own(model, tokenizer, file, questions), flush=True)
+    print(_stream(model, tokenizer, seed + 1, quick))
+
+
+def _check_own(file: str | os.PathLike[str] | None, questions: Sequence[str]) -> None:
+    if (file is None) != (not questions):
+        raise ValueError("--ask FILE and -q QUESTION belong together; give both or neither")
+    if file is not None:
+        check_text_file(file)
+
+
+def _stream(model: Any, tokenizer: Any, seed: int, quick: bool) -> str:
+    """Read a long document through DocumentStream, and ask where everybody in it is."""
     import numpy as np
     from tqdm import tqdm
 
@@ -199,10 +228,11 @@ def _stream(
     from memlm.tasks.babilong import compose
     from memlm.tasks.haystack import Haystack
 
-    model, tokenizer = load(out / MEMORY)
-    story = next(babi.generate("qa1", seed + 1))
+    # The last question of a story, which has the most facts before it.
+    story = next(itertools.islice(babi.generate("qa1", seed), 4, None))
     noise = Haystack.open("builtin", "eval").tokenized(tokenizer)
-    sample = compose(story, noise, tokens, tokenizer, np.random.default_rng(seed + 1))
+    tokens = QUICK_TOKENS if quick else STREAM_TOKENS
+    sample = compose(story, noise, tokens, tokenizer, np.random.default_rng(seed))
 
     def pages(bar: Any) -> Iterator[str]:
         for piece in sample:
@@ -214,19 +244,24 @@ def _stream(
     with tqdm(desc="reading a document", unit="char", unit_scale=True, leave=False) as bar:
         stream.write(pages(bar))
     seconds = time.perf_counter() - began
-    facts = "\n".join(
-        f"  token {at:>9,}: {fact}"
-        for at, fact in zip(sample.fact_offsets, story.facts, strict=True)
-    )
-    answer = stream.ask(story.question)
     lines = [
         f"\nA document of {stream.tokens_seen:,} tokens, read in {seconds:.0f} s into "
         f"{stream.memory_bytes:,} bytes of memory. Somewhere in it stands:",
-        facts,
-        f"{story.question}  -> {answer}  (right: {story.answer})",
     ]
-    if file is not None and question is not None:
-        own = DocumentStream(model, tokenizer)
-        own.write(read_text(file))
-        lines.append(f"{file}: {own.tokens_seen:,} tokens. {question}  -> {own.ask(question)}")
+    for at, fact in zip(sample.fact_offsets, story.facts, strict=True):
+        lines.append(f"  token {at:>9,}: {fact}")
+    for person in dict.fromkeys(fact.split()[0] for fact in story.facts):
+        question = f"Where is {person}?"
+        right = babi.solve(story.facts, question)
+        lines.append(f"{question}  -> {stream.ask(question)}  (right: {right})")
     return "\n".join(lines)
+
+
+def _own(model: Any, tokenizer: Any, file: str | os.PathLike[str], questions: Sequence[str]) -> str:
+    """Read the user's file and ask the user's questions."""
+    from memlm import DocumentStream
+
+    stream = DocumentStream(model, tokenizer)
+    stream.write(read_text(file))
+    answers = [f"{question}  -> {stream.ask(question)}" for question in questions]
+    return "\n".join([f"{file}: {stream.tokens_seen:,} tokens.", *answers])

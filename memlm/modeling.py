@@ -18,12 +18,12 @@ from memlm.arguments import REFUSED, packed, refuse
 from memlm.attach import AttachedMemory, MemoryStack, check_attention
 from memlm.backbone import Backbone, new_base
 from memlm.body import Body
-from memlm.config import FORMAT_VERSION, MemLMConfig
+from memlm.config import MemLMConfig
 from memlm.generation import MemoryGenerationMixin
 from memlm.logits import Collector, Nothing, Sum, collector, summed_cross_entropy
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.output import LogitsNotMade, MemLMOutput
-from memlm.saving import load_memory, save_memory
+from memlm.saving import SavingMixin
 from memlm.scan import Anchor, first_window, scan
 from memlm.schedule import sequential
 from memlm.segment import IGNORE, Alignment, Segment, cut
@@ -39,7 +39,7 @@ MEMORY_NAMES = r"^memory\."
 Losses = tuple[Tensor | None, Tensor | None]
 
 
-class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
+class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
     """A causal language model that reads a document segment by segment and remembers.
 
     `base` is the wrapped model, its parameter names unchanged; `memory` holds the memories' parameters.
@@ -485,43 +485,6 @@ class MemLMForCausalLM(PreTrainedModel, MemoryGenerationMixin):
         """
         self.backbone.close()
         return self.base
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> Any:
-        """As transformers does; the base model's configuration is saved as it is now.
-
-        ValueError for a quantised base, whose packed weights would be loaded as if they were plain numbers.
-        """
-        stored = next(
-            (n for n, p in self.base.named_parameters() if not p.is_floating_point()), None
-        )
-        if stored is not None or getattr(self.base, "is_quantized", False):
-            raise ValueError(
-                f"base={type(self.base).__name__} is quantised (its weights are integers and scales), and "
-                "would not be read again as it was; use save_memory(directory) for the memories, and "
-                "load_memory(directory) on the base loaded as it was"
-            )
-        self.config.text_config = copy.deepcopy(self.base.config)
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-    def save_memory(self, directory: str | os.PathLike[str]) -> None:
-        """Write the memories' parameters alone, like an adapter: two files."""
-        save_memory(self.memory, self._memory_description(), directory)
-
-    def load_memory(self, directory: str | os.PathLike[str]) -> None:
-        """Read what `save_memory` wrote. ValueError when it belongs to other memories or sizes."""
-        load_memory(self.memory, self._memory_description(), directory)
-
-    def _memory_description(self) -> dict[str, Any]:
-        return {
-            "memlm_version": FORMAT_VERSION,
-            "memory": list(self.memory.configs),
-            "segment_length": self.config.segment_length,
-            "hidden_size": self.backbone.config.hidden_size,
-            "num_hidden_layers": len(self.backbone.layers),
-            "base": self.base.config._name_or_path,
-        }
 
 
 AutoModelForCausalLM.register(MemLMConfig, MemLMForCausalLM, exist_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from memlm.cli.options import SAMPLE_DEFAULTS, Commands, add_sample_options, sample_options
 from memlm.cli.printing import print_written
+from memlm.pretrained import resolve_pretrained
 
 
 def add_to(commands: Commands) -> None:
@@ -19,7 +20,9 @@ def add_to(commands: Commands) -> None:
     )
     data.add_argument("--out", type=Path, required=True, help="folder for data/TASK/LENGTH.json")
     data.add_argument(
-        "--tokenizer", default="words", help="folder or hub id whose tokens count, or 'words'"
+        "--tokenizer",
+        default="words",
+        help="folder, hub id or shipped name (qa1) whose tokens count, or 'words'",
     )
     data.add_argument("--format", choices=["json", "parquet"], default="json", help="of the files")
     data.add_argument(
@@ -42,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         babilong.write(
             arguments.out,
             **sample_options(arguments),
-            tokenizer=arguments.tokenizer,
+            tokenizer=resolve_pretrained(arguments.tokenizer),
             format=arguments.format,
             reserve=arguments.reserve,
             share=arguments.share,

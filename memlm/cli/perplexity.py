@@ -15,7 +15,9 @@ def add_to(commands: Commands) -> None:
     perplexity = commands.add(
         "eval perplexity", "measure whether loss keeps falling along long documents", run
     )
-    perplexity.add_argument("model", help="folder or hub id of a model, with or without memory")
+    perplexity.add_argument(
+        "model", help="folder, hub id or shipped name (qa1) of a model, with or without memory"
+    )
     perplexity.add_argument(
         "--haystack", default="builtin", help="builtin, installed, a text file or folder, or hub:ID"
     )

@@ -27,6 +27,7 @@ __all__ = [
     "config_to_dict",
     "memory_class",
     "name_of",
+    "register_memory",
     "resolve_memories",
 ]
 
@@ -71,6 +72,16 @@ def memory_class(name: str) -> type[Memory]:
     near = difflib.get_close_matches(str(name), available_memories(), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(available_memories())}"
     raise ValueError(f"memory={name!r} is not a known memory; {hint}")
+
+
+def register_memory(name: str, mechanism: type[Memory]) -> None:
+    """Make a mechanism of your own known by `name`, before a model with it is made or loaded.
+
+    ValueError when the name is taken by another.
+    """
+    if name == NO_MEMORY or _MECHANISMS.get(name, mechanism) is not mechanism:
+        raise ValueError(f"name={name!r} is another memory's; give your own a new name")
+    _MECHANISMS[name] = mechanism
 
 
 def name_of(config: MemoryConfig) -> str:

@@ -23,6 +23,8 @@ _WHERE = {
     "Stage": "memlm.train.curriculum",
     "TrainResult": "memlm.train.folder",
     "TrainingStream": "memlm.train.data",
+    "RowSource": "memlm.train.rows",
+    "plan": "memlm.train.run",
     "train": "memlm.train.run",
     "train_tokenizer": "memlm.train.tokenizer",
 }
@@ -38,9 +40,11 @@ __all__ = [
     "PieceSource",
     "Question",
     "Recipe",
+    "RowSource",
     "Stage",
     "TrainResult",
     "TrainingStream",
+    "plan",
     "train",
     "train_tokenizer",
 ]
@@ -53,7 +57,8 @@ if TYPE_CHECKING:
     from memlm.train.folder import TrainResult
     from memlm.train.options import BabilongOptions
     from memlm.train.recipe import Recipe
-    from memlm.train.run import train
+    from memlm.train.rows import RowSource
+    from memlm.train.run import plan, train
     from memlm.train.tokenizer import train_tokenizer
     from memlm.train.trainer import MemLMTrainer, MemLMTrainingArguments
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from memlm.segment import IGNORE
 from memlm.tasks.haystack.sources import open_dataset, parse_hub, text_column
 from memlm.text import read_text
 from memlm.tokens import encode_texts
@@ -67,15 +68,8 @@ class DocumentSource:
     def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
         """Document `ordinal`, cut into as many segments per piece as `stage` draws."""
         ids = self._encode(ordinal)
-        targets = shifted(ids)
         rng = np.random.default_rng([self.seed, ordinal])
-        begin = 0
-        # A piece of only the last token would have no target.
-        while begin == 0 or begin < len(ids) - 1:
-            segments = int(rng.integers(stage.min_segments, stage.max_segments + 1))
-            end = begin + segments * self.segment_length
-            yield Piece(ids[begin:end], targets[begin:end])
-            begin = end
+        yield from cut_pieces(ids, shifted(ids), self.segment_length, stage, rng)
 
     def _encode(self, ordinal: int) -> np.ndarray:
         name, text = self._text(ordinal)
@@ -113,6 +107,25 @@ class DocumentSource:
                     yield name, text
             if not found:
                 raise ValueError(_NO_TEXT)
+
+
+def cut_pieces(
+    ids: np.ndarray, targets: np.ndarray, length: int, stage: Stage, rng: np.random.Generator
+) -> Iterator[Piece]:
+    """A document in pieces of as many segments of `length` tokens as `stage` draws.
+
+    A piece without a target joins the next one; what follows the last target is dropped.
+    """
+    aimed = np.flatnonzero(targets != IGNORE)
+    if not len(aimed):
+        yield Piece(ids[:length], targets[:length])
+    begin = end = 0
+    while len(aimed) and begin <= aimed[-1]:
+        segments = int(rng.integers(stage.min_segments, stage.max_segments + 1))
+        end += segments * length
+        if (targets[begin:end] != IGNORE).any():
+            yield Piece(ids[begin:end], targets[begin:end])
+            begin = end
 
 
 class TextFiles(Sequence[tuple[str, str]]):

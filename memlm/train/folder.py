@@ -11,7 +11,7 @@ from typing import Any, Literal
 from memlm.train.recipe import Recipe
 
 RECIPE_FILE, LOG_FILE, RESULT_FILE = "recipe.yaml", "train_log.jsonl", "train_result.json"
-TOKENIZER = "tokenizer"
+TOKENIZER, ADAPTER = "tokenizer", "adapter"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None
     if fresh:
         for name in (RESULT_FILE, LOG_FILE):
             (out / name).unlink(missing_ok=True)
-        for folder in (*out.glob("checkpoint-*"), out / TOKENIZER):
+        for folder in (*out.glob("checkpoint-*"), out / TOKENIZER, out / ADAPTER):
             shutil.rmtree(folder, ignore_errors=True)
         tokenizer.save_pretrained(out / TOKENIZER)
     recipe.save(out / RECIPE_FILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +11,21 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+from memlm.data.encoding import Encoder
+from memlm.data.opening import Rows, open_rows
+from memlm.data.rows import texts_of
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
 from memlm.tasks.haystack import Haystack
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.babilong import BabilongSource
+from memlm.train.bases import check_base, loading, start_memory
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Piece, Source
 from memlm.train.documents import DocumentSource, open_texts
 from memlm.train.recipe import ModelSection, Recipe
 from memlm.train.recipe.binding import did_you_mean, plain
+from memlm.train.rows import RowSource, Survey
 from memlm.train.tokenizer import babi_words, train_tokenizer
 from memlm.train.trainer import MemLMTrainingArguments
 
@@ -47,6 +53,9 @@ def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
         name = section.source or recipe.model.base or recipe.model.init_from
         assert name is not None
         tokenizer = AutoTokenizer.from_pretrained(name)
+    if section.chat_template is not None:
+        path = Path(section.chat_template).expanduser()
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer.source={section.source!r} has no end token; use one with an eos_token"
@@ -62,6 +71,10 @@ def training_texts(recipe: Recipe) -> Iterator[str]:
         for _, text in open_texts(recipe.data.path or ""):
             yield text
         return
+    if recipe.data.source == "rows":
+        for row in open_rows(recipe.data.path or "", recipe.data.split):
+            yield from texts_of(row)
+        return
     for document in Haystack.open(recipe.data.haystack, split="train").documents:
         for sentence in document.sentences:
             yield f" {sentence}"
@@ -72,13 +85,14 @@ def check_model(recipe: Recipe) -> None:
     resolve_memories(recipe.model.memory)
     if recipe.model.config is not None:
         base_config(recipe, {})
+    check_base(recipe.model)
 
 
 def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
     """The recipe's model: from scratch, from a base with fresh memory, or a trained one."""
     section = recipe.model
     if section.init_from is not None:
-        model = AutoModelForCausalLM.from_pretrained(section.init_from, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(section.init_from, **loading(section))
         if not isinstance(model, MemLMForCausalLM):
             raise ValueError(
                 f"model.init_from={section.init_from!r} is a {type(model).__name__} without "
@@ -90,7 +104,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
             section.base,
             memory=section.memory,
             segment_length=section.segment_length,
-            dtype=torch.float32,
+            **loading(section),
         )
     else:
         model = MemLMForCausalLM.from_base(
@@ -105,11 +119,14 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
             ),
             memory=section.memory,
             segment_length=section.segment_length,
+            **loading(section),
         )
+    # The model is asked later in the way in which it learns to be asked.
     if recipe.data.source == "babilong":
-        # The model is asked later in the way in which it learns to be asked.
         model.config.question_template = recipe.data.question_template
         model.config.question_segment, model.config.recall_template = recipe.asking()
+    elif recipe.data.source == "rows" and recipe.sets_question_template:
+        model.config.question_template = recipe.data.question_template
     reinitialise(model, section.init_std)
     rows = len(model.get_input_embeddings().state_dict()["weight"])
     if len(tokenizer) > rows:
@@ -117,7 +134,9 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
             f"the tokenizer has {len(tokenizer)} tokens, but the model {rows}; use the base "
             "model's own tokenizer"
         )
-    if section.freeze_base:
+    if section.init_memory is not None:
+        start_memory(model, section.init_memory)
+    if section.freeze_base or section.quantization is not None:
         model.freeze_base()
     return model
 
@@ -179,7 +198,7 @@ def base_config(recipe: Recipe, vocabulary: dict[str, Any]) -> Any:
 def make_source(
     recipe: Recipe, tokenizer: Any, segment_length: int, haystack: Any, seed: int | None = None
 ) -> Source:
-    """The recipe's documents."""
+    """The recipe's documents, except those of source 'rows' (`make_rows`)."""
     seed = recipe.seed if seed is None else seed
     if recipe.data.source == "documents":
         return DocumentSource(
@@ -193,16 +212,25 @@ def make_source(
     return BabilongSource(haystack, segment_length, recipe.options(), seed=seed)
 
 
+def make_rows(recipe: Recipe, rows: Rows, tokenizer: Any, model: MemLMForCausalLM) -> RowSource:
+    """The recipe's rows as documents; from now on the model is asked as they ask it."""
+    encoder = Encoder(tokenizer, model.config.question_template, recipe.data.split_special_tokens)
+    source = RowSource(rows, encoder, model.segment_length, recipe.seed)
+    if source.asks:
+        model.config.question_segment = "own"
+    return source
+
+
 def make_eval_set(
     recipe: Recipe, tokenizer: Any, segment_length: int, arguments: MemLMTrainingArguments
 ) -> list[Piece] | None:
     """Documents of the last stage from held-out text, when the arguments ask for evaluations."""
     if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no":
         return None
-    if recipe.data.source == "documents":
+    if recipe.data.source != "babilong":
         raise ValueError(
-            "training.eval_strategy evaluates on held-out BABILong, which data.source='documents' "
-            "has none of; leave it out"
+            "training.eval_strategy evaluates on held-out BABILong, which data.source="
+            f"{recipe.data.source!r} has none of; leave it out"
         )
     haystack = tokenized_haystack(recipe.data.haystack, "eval", tokenizer)
     source = make_source(recipe, tokenizer, segment_length, haystack, seed=recipe.seed + 1)
@@ -210,10 +238,18 @@ def make_eval_set(
     return [next(iter(source.document(n, stage))) for n in range(recipe.eval.samples)]
 
 
-def make_arguments(recipe: Recipe, out: Path, curriculum: Curriculum) -> MemLMTrainingArguments:
-    """The Trainer's arguments. ValueError when nothing says when to stop."""
-    values = {**DEFAULTS, "track_accuracy": recipe.data.source == "babilong", **recipe.training}
+def make_arguments(
+    recipe: Recipe, out: Path, curriculum: Curriculum, survey: Survey | None = None
+) -> MemLMTrainingArguments:
+    """The Trainer's arguments. survey: of the recipe's rows, which epochs are counted in.
+
+    ValueError when nothing says when to stop.
+    """
+    asked = recipe.data.source == "babilong" or (survey is not None and survey.questions > 0)
+    values = {**DEFAULTS, "track_accuracy": asked, **recipe.training}
     if "max_steps" not in values:
+        if curriculum.total_steps is None and survey is not None and survey.whole:
+            return steps_of_epochs(recipe, out, survey, values)
         if curriculum.total_steps is None:
             raise ValueError(
                 "neither training.max_steps nor the steps of all stages are given; give one, so "
@@ -221,3 +257,15 @@ def make_arguments(recipe: Recipe, out: Path, curriculum: Curriculum) -> MemLMTr
             )
         values["max_steps"] = curriculum.total_steps
     return MemLMTrainingArguments(output_dir=str(out), seed=recipe.seed, **values)
+
+
+def steps_of_epochs(
+    recipe: Recipe, out: Path, survey: Survey, values: dict[str, Any]
+) -> MemLMTrainingArguments:
+    """The arguments with as many steps as `num_train_epochs` over the surveyed rows take."""
+    arguments = MemLMTrainingArguments(output_dir=str(out), seed=recipe.seed, **values, max_steps=1)
+    stage = recipe.curriculum.stages[-1]
+    batches = survey.pieces(stage, recipe.model.segment_length) * arguments.num_train_epochs
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    arguments.max_steps = max(1, math.ceil(batches / (rows * arguments.world_size)))
+    return arguments

@@ -6,22 +6,26 @@ Running it again continues from the last whole checkpoint; a finished run is not
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
+from memlm.data.opening import open_rows
 from memlm.files import write_json
 from memlm.tasks.haystack.cache import tokenized_haystack
+from memlm.train.bases import add_lora
 from memlm.train.callbacks import Interrupt, LogFile, ProgressLine
 from memlm.train.curriculum import Curriculum
-from memlm.train.data import TrainingStream
+from memlm.train.data import Source, TrainingStream
 from memlm.train.folder import (
+    ADAPTER,
     LOG_FILE,
     RECIPE_FILE,
     RESULT_FILE,
@@ -35,11 +39,29 @@ from memlm.train.making import (
     make_arguments,
     make_eval_set,
     make_model,
+    make_rows,
     make_source,
     make_tokenizer,
 )
+from memlm.train.outlook import Outlook, look_ahead
 from memlm.train.recipe import Recipe
+from memlm.train.rows import Survey
 from memlm.train.trainer import MemLMTrainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to start. lora: peft's wrapper of the base, where it has LoRA in it."""
+
+    recipe: Recipe
+    out: Path
+    trainer: MemLMTrainer
+    tokenizer: Any
+    source: Source
+    curriculum: Curriculum
+    survey: Survey | None
+    interrupt: Interrupt
+    lora: Any
 
 
 def train(
@@ -48,13 +70,78 @@ def train(
     resume: bool | Literal["auto"] = "auto",
     progress: bool = True,
     overrides: Sequence[str] = (),
+    on_outlook: Callable[[Outlook], None] | None = None,
 ) -> TrainResult:
     """Train what `recipe` says; model, tokenizer, log and recipe are in `output_dir` afterwards.
 
-    resume: "auto" continues a run that was stopped, True insists on one, False starts over. Ctrl-C
-    and SIGTERM end it at the next step with a checkpoint. ValueError when `output_dir` holds
-    another recipe's run.
+    With LoRA in the base, the model is saved with LoRA merged into its weights, and LoRA and memory by
+    themselves in `output_dir`/adapter; with a quantised base, only the latter. resume: "auto" continues a
+    run that was stopped, True insists on one, False starts over. Ctrl-C and SIGTERM end it at the next
+    step with a checkpoint. on_outlook: is given the plan of the run before it starts. ValueError when
+    `output_dir` holds another recipe's run.
     """
+    recipe, out = _named(recipe, output_dir, overrides)
+    done, checkpoint = prepare_folder(recipe, out, resume)
+    if done is not None:
+        return done
+    began, cpu = time.perf_counter(), time.process_time()
+    run = prepare(recipe, out, checkpoint)
+    trainer, interrupt = run.trainer, run.interrupt
+    if on_outlook is not None:
+        on_outlook(look_ahead(trainer, run.source, run.curriculum, run.survey))
+    if progress and trainer.is_world_process_zero():
+        trainer.add_callback(ProgressLine(len(run.curriculum.stages)))
+    if trainer.is_world_process_zero():
+        # Not earlier: a run refused up to here must not leave files in the way of the next attempt.
+        begin_folder(recipe, run.tokenizer, out, fresh=checkpoint is None)
+    trainer.accelerator.wait_for_everyone()
+    with interrupt.listening(), quiet():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finished = not interrupt.asked
+    written: list[Path] = []
+    if finished and trainer.is_world_process_zero():
+        with quiet():
+            written = save_finished(run)
+    last = last_logged(trainer.state.log_history)
+    result = TrainResult(
+        output_dir=str(out),
+        finished=finished,
+        steps=trainer.state.global_step,
+        stage=run.curriculum.index_at(max(trainer.state.global_step - 1, 0)),
+        loss=last.get("loss"),
+        accuracy=last.get("accuracy"),
+        seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - cpu,
+        files=tuple(
+            str(path) for path in (*written, out / RECIPE_FILE, out / LOG_FILE) if path.is_file()
+        ),
+    )
+    if finished and trainer.is_world_process_zero():
+        write_json(out / RESULT_FILE, asdict(result))
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def plan(
+    recipe: Recipe | str | os.PathLike[str],
+    output_dir: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> Outlook:
+    """What `train` would do, with a trial on a few batches. Nothing is written."""
+    recipe, out = _named(recipe, output_dir, overrides)
+    prepare_folder(recipe, out, resume="auto")
+    # transformers' Trainer makes its folder at once.
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(recipe, Path(folder), None)
+        return look_ahead(run.trainer, run.source, run.curriculum, run.survey)
+
+
+def _named(
+    recipe: Recipe | str | os.PathLike[str],
+    output_dir: str | os.PathLike[str] | None,
+    overrides: Sequence[str],
+) -> tuple[Recipe, Path]:
+    """The recipe, read and changed, and the folder of its run."""
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, overrides)
     elif overrides:
@@ -62,29 +149,42 @@ def train(
     out = Path(output_dir or recipe.output_dir or "")
     if out == Path(""):
         raise ValueError("output_dir is missing; give one, or set it in the recipe")
-    done, checkpoint = prepare_folder(recipe, out, resume)
-    if done is not None:
-        return done
+    return recipe, out
+
+
+def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
+    """Make everything that the run needs, and refuse what cannot work. Nothing is written."""
     # A run that was begun may go on even with keys that older versions let pass.
     if checkpoint is None and (unread := recipe.unread()):
         raise ValueError(
             f"the recipe sets what nothing reads ({'; '.join(unread[:3])}); leave it out"
         )
-    began, cpu = time.perf_counter(), time.process_time()
     check_model(recipe)
     curriculum = Curriculum(
         recipe.curriculum.stages,
         advance_on=recipe.curriculum.advance_on,
         score_window=recipe.curriculum.score_window,
     )
-    arguments = make_arguments(recipe, out, curriculum)
+    rows = None
+    if recipe.data.source == "rows":
+        rows = open_rows(recipe.data.path or "", recipe.data.split)
+    else:
+        arguments = make_arguments(recipe, out, curriculum)
     tokenizer = make_tokenizer(recipe, None if checkpoint is None else out / TOKENIZER)
     set_seed(recipe.seed)
     model = make_model(recipe, tokenizer)
-    haystack = None
-    if recipe.data.source == "babilong":
-        haystack = tokenized_haystack(recipe.data.haystack, "train", tokenizer)
-    source = make_source(recipe, tokenizer, model.segment_length, haystack)
+    lora = None if recipe.model.lora is None else add_lora(model, recipe.model.lora)
+    source: Source
+    survey = None
+    if rows is not None:
+        source = own = make_rows(recipe, rows, tokenizer, model)
+        survey = own.survey()
+        arguments = make_arguments(recipe, out, curriculum, survey)
+    else:
+        haystack = None
+        if recipe.data.source == "babilong":
+            haystack = tokenized_haystack(recipe.data.haystack, "train", tokenizer)
+        source = make_source(recipe, tokenizer, model.segment_length, haystack)
     interrupt = Interrupt()
     trainer = MemLMTrainer(
         model=model,
@@ -97,36 +197,23 @@ def train(
     # Their progress lines and ours would overwrite each other.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if progress and trainer.is_world_process_zero():
-        trainer.add_callback(ProgressLine(len(curriculum.stages)))
-    if trainer.is_world_process_zero():
-        # Not earlier: a run refused up to here must not leave files in the way of the next attempt.
-        begin_folder(recipe, tokenizer, out, fresh=checkpoint is None)
-    trainer.accelerator.wait_for_everyone()
-    with interrupt.listening(), quiet():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finished = not interrupt.asked
-    if finished and trainer.is_world_process_zero():
-        with quiet():
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-    last = last_logged(trainer.state.log_history)
-    written = [out / name for name in ("model.safetensors", RECIPE_FILE, LOG_FILE)]
-    result = TrainResult(
-        output_dir=str(out),
-        finished=finished,
-        steps=trainer.state.global_step,
-        stage=curriculum.index_at(max(trainer.state.global_step - 1, 0)),
-        loss=last.get("loss"),
-        accuracy=last.get("accuracy"),
-        seconds=time.perf_counter() - began,
-        cpu_seconds=time.process_time() - cpu,
-        files=tuple(str(path) for path in written if path.is_file()),
-    )
-    if finished and trainer.is_world_process_zero():
-        write_json(out / RESULT_FILE, asdict(result))
-    trainer.accelerator.wait_for_everyone()
-    return result
+    return Run(recipe, out, trainer, tokenizer, source, curriculum, survey, interrupt, lora)
+
+
+def save_finished(run: Run) -> list[Path]:
+    """Write the finished model and its tokenizer; returns the files of weights."""
+    out, model = run.out, run.trainer.accelerator.unwrap_model(run.trainer.model)
+    run.tokenizer.save_pretrained(out)
+    written = []
+    if run.lora is not None or run.recipe.model.quantization is not None:
+        model.save_adapter(out / ADAPTER)
+        written += sorted((out / ADAPTER).glob("*.safetensors"))
+    if run.recipe.model.quantization is None:
+        if run.lora is not None:
+            run.lora.merge_and_unload()
+        model.save_pretrained(out)
+        written = [out / "model.safetensors", *written]
+    return written
 
 
 @contextmanager

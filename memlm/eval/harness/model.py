@@ -29,6 +29,7 @@ from memlm.eval.harness.requests import (
 )
 from memlm.modeling import MemLMForCausalLM
 from memlm.padding import pad_rows
+from memlm.pretrained import resolve_pretrained
 from memlm.segment import Segment
 from memlm.state import MemoryState
 
@@ -54,10 +55,11 @@ Item = TypeVar("Item")
 class HarnessModel(TemplateLM):
     """A memlm model that answers the harness's requests.
 
-    pretrained: a folder or hub id of a saved memlm model, or the model itself, which then needs a
-    tokenizer. tokenizer: one, or its name; the model's own when None. batch_size: rows side by side, each
-    with a state of constant size. device: the model's own, or an accelerator where there is one.
-    dtype: "auto" as saved, or a name. max_gen_toks: tokens of an answer where a task does not say.
+    pretrained: a folder, hub id or shipped name (`memlm.pretrained`) of a saved memlm model, or the model
+    itself, which then needs a tokenizer. tokenizer: one, or its name; the model's own when None.
+    batch_size: rows side by side, each with a state of constant size. device: the model's own, or an
+    accelerator where there is one. dtype: "auto" as saved, or a name. max_gen_toks: tokens of an answer
+    where a task does not say.
     add_bos_token: whether contexts begin with the start token; None as the tokenizer does it.
     prefix_token_id: what stands before an empty context; the start token, else the end token.
     """
@@ -84,7 +86,11 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = count_of("max_gen_toks", max_gen_toks)
         self.add_bos_token = add_bos_token
         loaded = isinstance(pretrained, (str, os.PathLike))
-        model = load_model(os.fspath(pretrained), dtype, revision) if loaded else pretrained
+        if isinstance(pretrained, (str, os.PathLike)):
+            pretrained = resolve_pretrained(os.fspath(pretrained))
+            model = load_model(pretrained, dtype, revision)
+        else:
+            model = pretrained
         if not isinstance(model, MemLMForCausalLM):
             raise ValueError(
                 f"pretrained={type(model).__name__} has no memory; give a model saved by memlm, or wrap "

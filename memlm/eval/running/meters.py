@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from memlm.eval.running.feed import Feed
+from memlm.peak import PeakMemory
 
-if TYPE_CHECKING:
-    import torch
-
-MEMORY_POLL_SECONDS = 0.05
+__all__ = ["Clock", "PeakMemory"]
 
 
 class Clock:
@@ -23,41 +20,3 @@ class Clock:
 
     def read(self) -> tuple[float, float]:
         return time.perf_counter() - self._began, self._feed.waited - self._waited
-
-
-class PeakMemory:
-    """The most memory in use inside the context: of the GPU where the model is on one, else resident."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.bytes = 0
-        self._device = device
-        self._stop = threading.Event()
-        self._poll = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Self:
-        import torch
-
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            self._poll.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        import torch
-
-        if self._device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self._device)
-        else:
-            self._stop.set()
-            self._poll.join()
-
-    def _watch(self) -> None:
-        import psutil
-
-        process = psutil.Process()
-        while True:
-            self.bytes = max(self.bytes, process.memory_info().rss)
-            if self._stop.wait(MEMORY_POLL_SECONDS):
-                self.bytes = max(self.bytes, process.memory_info().rss)
-                return

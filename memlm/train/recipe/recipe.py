@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from memlm.data.opening import looks_like_file
 from memlm.tasks.haystack import check_source
 from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
 from memlm.train.recipe.binding import bind, did_you_mean, dotted, plain
+from memlm.train.recipe.own import own_data
 from memlm.train.recipe.reading import find_recipe, override, read_yaml
 from memlm.train.recipe.sections import (
     CurriculumSection,
@@ -26,6 +28,12 @@ from memlm.train.recipe.table import describe_keys
 from memlm.train.recipe.training import check_training
 
 MEMORIES = Path(__file__).parent.parent.parent / "memory"
+# Keys of the data section that only some sources read.
+READ_FROM = {
+    "path": ("documents", "rows"),
+    "skip_empty": ("documents",),
+    "split": ("rows",),
+}
 # Keys that may differ when a run is continued: they change what is reported, not what is learned.
 MAY_DIFFER = (
     "output_dir",
@@ -77,8 +85,9 @@ class Recipe:
                 "tokenizer.source is missing, and a model from scratch brings none; give 'train', "
                 "a hub id or a path"
             )
-        if self.data.source == "documents" and self.data.path is None:
-            raise ValueError("data.path is missing; name the documents to train on")
+        if self.data.source != "babilong" and self.data.path is None:
+            raise ValueError(f"data.path is missing; name the {self.data.source} to train on")
+        check_base(self.model)
         for index, stage in enumerate(self.curriculum.stages):
             self.options_of(stage, f"curriculum.stages.{index}.data")
 
@@ -97,20 +106,30 @@ class Recipe:
         own = {f.name: getattr(self.data, f.name) for f in fields(BabilongOptions)}
         return bind(BabilongOptions, {**own, **stage.data}, where)
 
+    @property
+    def sets_question_template(self) -> bool:
+        """Whether the recipe says how questions are asked; a key at its default counts as not set."""
+        return self.data.question_template != BabilongOptions.question_template
+
     def unread(self) -> list[str]:
         """Keys that are set without effect, as "key: why"; a key left at its default counts as not set."""
         data, stages = self.data, self.curriculum.stages
         changed = [f.name for f in fields(data) if getattr(data, f.name) != f.default]
         composing = {"haystack", *(f.name for f in fields(BabilongOptions))}
-        if data.source == "documents":
+        found = [
+            f"data.{name}: is for data.source={' or '.join(map(repr, sources))}"
+            for name, sources in READ_FROM.items()
+            if name in changed and data.source not in sources
+        ]
+        if data.source != "babilong":
             of_stages = [
                 f"curriculum.stages.{i}.data" for i, stage in enumerate(stages) if stage.data
             ]
+            if data.source == "rows":
+                composing.remove("question_template")
             keys = [f"data.{name}" for name in changed if name in composing] + of_stages
-            found = [f"{key}: is for data.source='babilong'" for key in keys]
+            found += [f"{key}: is for data.source='babilong'" for key in keys]
         else:
-            documents = [name for name in changed if name in ("path", "skip_empty")]
-            found = [f"data.{name}: is for data.source='documents'" for name in documents]
             made = [self.options_of(stage, "") for stage in stages]
             found += [
                 f"data.{name}: no stage's layout and retrieval read it"
@@ -148,6 +167,15 @@ class Recipe:
         return recipe
 
     @classmethod
+    def for_data(
+        cls, base: str, data: str, memory: Any = "armt", overrides: Sequence[str] = ()
+    ) -> Recipe:
+        """A recipe that gives the model `base` a memory, and trains on the rows of `data`."""
+        recipe = cls.from_dict(override(own_data(base, data, memory), overrides))
+        recipe.check_files()
+        return recipe
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """A recipe from plain values, all of them checked."""
         return bind(cls, values, "")
@@ -176,6 +204,7 @@ class Recipe:
             ("model.base", self.model.base),
             ("model.init_from", self.model.init_from),
             ("tokenizer.source", self.tokenizer.source),
+            ("model.init_memory", self.model.init_memory),
         ):
             if (
                 value is not None
@@ -185,7 +214,18 @@ class Recipe:
                 raise FileNotFoundError(
                     f"{key}={value!r} does not exist; name a folder or a hub id"
                 )
-        if self.data.source == "documents":
+        template = self.tokenizer.chat_template
+        if template is not None and not Path(template).expanduser().is_file():
+            raise FileNotFoundError(
+                f"tokenizer.chat_template={template!r} does not exist; name a file with a template"
+            )
+        if self.data.source == "rows":
+            path = self.data.path or ""
+            if looks_like_file(path) and not Path(path).expanduser().exists():
+                raise FileNotFoundError(
+                    f"data.path={path!r} does not exist; name a file, a folder or a data set of the hub"
+                )
+        elif self.data.source == "documents":
             path = self.data.path or ""
             if not path.startswith("hub:") and not Path(path).exists():
                 raise FileNotFoundError(
@@ -218,6 +258,23 @@ def check_memory(memory: Any) -> None:
         if name is not None and name not in known:
             hint = did_you_mean(str(name), known)
             raise ValueError(f"model.memory={name!r} is not a known memory; {hint}")
+
+
+def check_base(model: ModelSection) -> None:
+    """Refuse settings of the base that contradict each other."""
+    quantization = model.quantization
+    if isinstance(quantization, str) and quantization not in ("4bit", "8bit"):
+        raise ValueError(
+            f"model.quantization={quantization!r} is unknown; use '4bit', '8bit' or a mapping"
+        )
+    if quantization is not None and model.base is None:
+        raise ValueError(
+            "model.quantization is for a base that is loaded; give model.base, or leave it out"
+        )
+    if model.lora is not None and model.freeze_base:
+        raise ValueError("model.lora trains in the base, which model.freeze_base forbids; give one")
+    if model.init_memory is not None and model.init_from is not None:
+        raise ValueError("model.init_from brings a memory, and so does init_memory; give one")
 
 
 def looks_like_path(value: str) -> bool:

@@ -39,6 +39,32 @@ class ModelSection:
         },
     )
     freeze_base: bool = described("train the memory alone", False)
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = described(
+        "numbers of the base; auto: those it was saved in. The memory's are float32", "float32"
+    )
+    attn_implementation: str | None = described(
+        "how attention is computed, by transformers' names (sdpa, eager, flash_attention_2, ...); null: "
+        "transformers' choice",
+        None,
+    )
+    quantization: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "'4bit' or '8bit' (bitsandbytes, as in QLoRA), or a mapping of fields of one of "
+            "transformers' quantization configurations; the base is then frozen"
+        },
+    )
+    lora: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "fields of peft's LoraConfig, for LoRA in the base, which is otherwise frozen; "
+            "target_modules: names, or 'all-linear' (default), of the base alone"
+        },
+    )
+    init_memory: str | None = described(
+        "folder of a memory model, or of what save_memory wrote: the memory starts as it is there",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +75,35 @@ class TokenizerSection:
         "hub id or path, or 'train' for one trained on the data; null: the base model's", None
     )
     vocab_size: Count = described("tokens of a trained tokenizer", 2048)
+    chat_template: str | None = described(
+        "file with a chat template (Jinja), in place of the tokenizer's own", None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection(BabilongOptions):
-    """The training data: BABILong made on the fly, or plain documents."""
+    """The training data: BABILong made on the fly, plain documents, or rows of people's own data."""
 
-    source: Literal["babilong", "documents"] = described(
-        "babilong: questions about facts in text; documents: language modelling", "babilong"
+    source: Literal["babilong", "documents", "rows"] = described(
+        "babilong: questions about facts in text; documents: language modelling; rows: your own data, "
+        "documents with questions or trl's formats",
+        "babilong",
     )
     haystack: str = described(
         "babilong: 'builtin', 'installed', a text file or folder, or hub:ID[@CONFIG][:COLUMN]",
         "builtin",
     )
     path: str | None = described(
-        "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]", None
+        "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]; rows: a file or folder "
+        "of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, ID[@CONFIG][:COLUMN]",
+        None,
     )
+    split: str = described("rows: split of a hub data set", "train")
     skip_empty: bool = described(
         "documents: pass over empty rows and files instead of refusing them", False
     )
     split_special_tokens: bool = described(
-        "documents: control tokens written out in a text are text; false makes them control tokens",
+        "documents, rows: control tokens written out in a text are text; false makes them control tokens",
         True,
     )
 

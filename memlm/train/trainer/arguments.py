@@ -52,6 +52,16 @@ class MemLMTrainingArguments(TrainingArguments):
         metadata={"help": "log the share of answers (runs of targets) predicted right"},
     )
 
+    memory_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "peak learning rate of the memories, which are new where the base is pretrained; null: "
+            "learning_rate. Schedules and stages scale both alike"
+        },
+    )
+    memory_weight_decay: float | None = field(
+        default=None, metadata={"help": "weight decay of the memories; null: weight_decay"}
+    )
     skip_nonfinite: bool = field(
         default=True,
         metadata={
@@ -69,6 +79,10 @@ class MemLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"window_step={self.window_step!r} is unknown; use 'document' or 'window'"
             )
+        for name in ("memory_learning_rate", "memory_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must be 0 or more, or None")
         check_initial_state(
             self.initial_state, self.initial_state_probability, self.per_device_train_batch_size
         )

@@ -1,4 +1,4 @@
-"""How many answers were predicted right, counted while the loss is computed."""
+"""What is counted while the loss is computed: answers predicted right, auxiliary losses, steps left out."""
 
 from __future__ import annotations
 
@@ -23,6 +23,20 @@ class Tally:
         self.right += other.right
         self.asked += other.asked
         self.tokens += other.tokens
+
+
+@dataclass
+class StepReport:
+    """Sums over steps: the memories' auxiliary losses, batches and steps left out, and the steps."""
+
+    auxiliary: Tensor | float = 0.0
+    skipped: int = 0
+    steps: int = 0
+
+    def add(self, other: StepReport) -> None:
+        self.auxiliary = self.auxiliary + other.auxiliary
+        self.skipped += other.skipped
+        self.steps += other.steps
 
 
 def tally_answers(labels: Tensor, predicted: Sequence[Tensor], length: int) -> Tally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import count as count_up
 from pathlib import Path
 from typing import Any, cast
@@ -35,25 +34,13 @@ from memlm.train.trainer.checkpoint import (
     save_states,
 )
 from memlm.train.trainer.initial import check_fits, initial_state
+from memlm.train.trainer.optimizer import set_memory_rates, stage_scheduler
+from memlm.train.trainer.partial import TrainedAlone
 from memlm.train.trainer.plan import BatchPlan, count_targets, count_tokens, plan_batch
-from memlm.train.trainer.tally import Tally
+from memlm.train.trainer.tally import StepReport, Tally
 from memlm.train.trainer.window import run_window
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class StepReport:
-    """Sums over steps: the memories' auxiliary losses, batches and steps left out, and the steps."""
-
-    auxiliary: Tensor | float = 0.0
-    skipped: int = 0
-    steps: int = 0
-
-    def add(self, other: StepReport) -> None:
-        self.auxiliary = self.auxiliary + other.auxiliary
-        self.skipped += other.skipped
-        self.steps += other.steps
 
 
 class BeforeStep(TrainerCallback):
@@ -66,7 +53,7 @@ class BeforeStep(TrainerCallback):
         self.trainer.before_step()
 
 
-class MemLMTrainer(Trainer):
+class MemLMTrainer(TrainedAlone, Trainer):
     """Trainer for models with memories.
 
     train_dataset: a `TrainingStream`, whose curriculum is then followed, saved and resumed, or any
@@ -205,6 +192,15 @@ class MemLMTrainer(Trainer):
         if self._stream is not None and cursor is not None:
             self._follow_curriculum(cursor)
         return loss
+
+    def try_batch(self, batch: dict[str, Any]) -> None:
+        """Forward and backward over a batch, as in training, of which nothing is left. Before `train`."""
+        carried = dict(self._carried)
+        self.training_step(
+            self.model, {k: v for k, v in batch.items() if k not in ("cursor", "continued")}
+        )
+        self.model.zero_grad(set_to_none=True)
+        self._carried, self._step_tally, self._step_report = carried, Tally(), StepReport()
 
     def prediction_step(
         self,
@@ -467,23 +463,22 @@ class MemLMTrainer(Trainer):
         right, asked = self.accelerator.gather(pair).sum(dim=0).tolist()
         return right, asked
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer does, with the memories' own learning rate and weight decay."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = (self.args.memory_learning_rate, self.args.memory_weight_decay)
+        if made and rates != (None, None):
+            set_memory_rates(optimizer, self._model.memory.parameters(), self.args)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The stages' learning rates where they have any, else the schedule of the arguments."""
         if self._stream is None or not self._stream.curriculum.sets_learning_rate:
             return super().create_scheduler(num_training_steps, optimizer)
         if getattr(self, "lr_scheduler", None) is None:
-            stream, peak = self._stream, self.args.learning_rate
-
-            optimizer = self.optimizer if optimizer is None else optimizer
-
-            def factor(_: int) -> float:
-                return stream.curriculum.learning_rate_at(stream.step, peak) / (peak or 1.0)
-
-            if peak == 0:
-                # The factor is then the stage's rate itself.
-                for group in optimizer.param_groups:
-                    group["initial_lr"] = 1.0
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = stage_scheduler(self._stream, chosen, self.args.learning_rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
