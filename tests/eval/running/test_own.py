@@ -110,6 +110,18 @@ def test_a_document_is_read_once_for_all_questions_at_one_place(words, tmp_path)
     assert {rows for rows, _ in model.batches} == {8}
 
 
+def test_a_question_knows_nothing_of_what_is_read_after_it(words, tmp_path) -> None:
+    """Two questions about one document, close together: what lies between them counts for one."""
+    document = f"{NOISE * 20}John moved to the kitchen. John moved to the hallway."
+    questions = [
+        asked("Where is John?", "hallway"),
+        asked("Where is John?", "kitchen", at=document.index("John moved to the hallway")),
+    ]
+    data = write(tmp_path / "mine.jsonl", [{"document": document, "questions": questions}])
+    report = evaluate(SolvingModel(words), words, data=data, progress=False)
+    assert [cell.correct for cell in report.cells] == [2]
+
+
 def test_later_documents_are_asked_about_earlier_ones(words, tmp_path) -> None:
     parts = [
         {"document": LATER, "questions": []},
