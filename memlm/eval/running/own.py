@@ -38,15 +38,16 @@ _DATA = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 def are_own_questions(data: str | os.PathLike[str] | None) -> bool:
     """Whether `data` names rows of own questions, and not a data set in the published layout.
 
-    A file does, or a folder whose data files lie in it directly: the published layout has them in folders
-    by task or length. Of the hub, "hub:ID" does.
+    A file does, or a folder whose data files all lie in it directly: the published layout has them in
+    folders by task or length. Of the hub, "hub:ID" does.
     """
     if data is None:
         return False
     name = os.fspath(data)
     path = Path(name).expanduser()
     if path.is_dir():
-        return any(file.suffix.lower() in _DATA for file in path.iterdir() if file.is_file())
+        places = {file.parent for file in path.rglob("*") if file.suffix.lower() in _DATA}
+        return places == {path}
     return path.is_file() or name.startswith("hub:")
 
 

@@ -15,6 +15,7 @@ from memlm.eval import Report, evaluate
 from memlm.eval.metrics import normalised_match, token_f1
 from memlm.eval.reporting.report import load_rows
 from memlm.eval.reporting.runs import Run
+from memlm.eval.running.own import are_own_questions
 from memlm.tasks.lengths import parse_length
 from tests.cases import FAMILIES, randomise
 from tests.eval.fake import SolvingModel
@@ -168,6 +169,17 @@ def test_a_table_is_asked_as_lines_are(data, words, tmp_path) -> None:
         for source in (data, table, table.parent)
     ]
     assert found[0] == found[1] == found[2] and found[0]
+
+
+def test_a_data_set_in_the_published_layout_is_none(data, tmp_path) -> None:
+    assert are_own_questions(data) and are_own_questions("hub:somebody/questions")
+    assert not are_own_questions("RMT-team/babilong") and not are_own_questions(None)
+    published = tmp_path / "published"
+    (published / "data" / "qa1").mkdir(parents=True)
+    (published / "data" / "qa1" / "4k.json").write_text("[]", encoding="utf-8")
+    # `memlm data` leaves its settings beside the samples.
+    (published / "memlm.json").write_text("{}", encoding="utf-8")
+    assert not are_own_questions(published)
 
 
 def test_the_first_questions_of_a_file_can_be_chosen(data, words, tmp_path) -> None:
