@@ -102,9 +102,10 @@ class Outlook:
         first = "" if survey.whole else "the first "
         asked = f", {survey.questions:,} questions" if survey.questions else ""
         longest = int(survey.lengths.max())
+        segments = -(-longest // self.segment_length)
         yield (
             f"data: {first}{rows:,} rows{asked}, {about}{int(survey.lengths.sum()):,} tokens; the longest "
-            f"has {longest:,}, {-(-longest // self.segment_length):,} segments"
+            f"has {longest:,}, or {segments:,} segment{'s' if segments > 1 else ''}"
         )
         if survey.single and survey.whole and self.steps:
             epochs = self.steps * self.rows_per_step / rows
