@@ -155,7 +155,10 @@ def try_out(trainer: MemLMTrainer, source: Source, curriculum: Curriculum) -> Tr
     stream.deal(batch_size=args.train_batch_size, accumulation=1, rank=0, world=1)
     batches = list(islice(stream, WARM_UP + TIMED))
     if args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        # As the Trainer will; transformers 5 has changed the name.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        name = next(name for name in names if hasattr(trainer.model, name))
+        getattr(trainer.model, name)(args.gradient_checkpointing_kwargs)
     seconds = []
     devices = [args.device] if args.device.type == "cuda" else []
     with torch.random.fork_rng(devices), PeakMemory(args.device) as memory:
