@@ -51,9 +51,23 @@ class SavingMixin:
 
         The card (README.md) tells of the recipe where one is in the folder. It keeps what somebody wrote
         outside of its marks. push_to_hub: upload the files as well, as `push_to_hub` does, to `repo_id`,
-        the folder's name by default. ValueError for a quantised base, whose packed weights would be loaded
-        as if they were plain numbers.
+        the folder's name by default. With LoRA of peft in the base, what `save_adapter` writes is written
+        in its place, as transformers does with its own models: a base without LoRA could not load the
+        whole. ValueError for a quantised base, whose packed weights would be loaded as if they were plain
+        numbers.
         """
+        if _lora_of(self) is not None:
+            if push_to_hub:
+                raise ValueError(
+                    "push_to_hub=True uploads a whole model, and with LoRA in the base the adapter alone "
+                    "is saved; use push_to_hub(repo_id, adapter_only=True)"
+                )
+            _log.warning(
+                "the base has LoRA, so that the adapter alone is saved; from_adapter loads it, and after "
+                "merge_and_unload the whole model is saved"
+            )
+            self.save_adapter(save_directory)
+            return
         stored = next(
             (n for n, p in self.base.named_parameters() if not p.is_floating_point()), None
         )

@@ -124,6 +124,19 @@ FAMILIES: dict[str, dict] = {
     },
     "smollm3": _COMMON,
 }
+# Families that the oldest transformers we work with does not have.
+_IF_KNOWN = {
+    family: config
+    for family, config in {
+        "bailing_hybrid": {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "linear_head_dim": 8,
+            "layer_types": ["linear_attention"] * 2,
+        },
+    }.items()
+    if family in CONFIG_MAPPING
+}
 # Bases with a recurrent state of their own, their other layers with softmax attention.
 RECURRENT: dict[str, dict] = {
     "mamba2": {
@@ -175,6 +188,7 @@ RECURRENT: dict[str, dict] = {
         "chunk_size": 4,
         "head_dim": 8,
     },
+    **_IF_KNOWN,
     "olmo_hybrid": {**_COMMON, **_DELTA, "layer_types": _MIXED},
     "qwen3_5_text": {**_COMMON, **_DELTA, "layer_types": _MIXED},
     "zamba2": {

@@ -221,6 +221,22 @@ def test_an_adapter_with_lora_is_put_on_its_base_again(model, base, tmp_path) ->
     torch.testing.assert_close(alone(ids).logits, model.base(ids).logits)
 
 
+def test_a_model_with_lora_in_its_base_is_saved_as_an_adapter(model, tmp_path, caplog) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.get_peft_model(model.base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "mine")
+    assert "adapter alone is saved" in caplog.text
+    assert not (tmp_path / "mine" / "model.safetensors").exists()
+    assert (tmp_path / "mine" / "adapter_model.safetensors").is_file()
+    MemLMForCausalLM.from_adapter(tmp_path / "mine")
+    with pytest.raises(ValueError, match="adapter_only=True"):
+        model.save_pretrained(tmp_path / "other", push_to_hub=True)
+    # Merged, the base is a plain one again.
+    lora.merge_and_unload()
+    model.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+
+
 def test_an_adapter_without_a_base_asks_for_one(model, tmp_path) -> None:
     model.base.config._name_or_path = ""
     model.save_adapter(tmp_path / "adapter")

@@ -102,7 +102,14 @@ def obstacle(layers: Sequence[nn.Module]) -> str | None:
     if any(find_recurrence(layer) for layer in layers):
         return "its layers hold states of different shapes"
     parts = [part for layer in layers for part in layer.modules()]
-    marks = ("A_log", "recurrent_param", "time_decay", "slope_rate")
+    marks = (
+        "A_log",
+        "recurrent_param",
+        "time_decay",
+        "slope_rate",
+        "fgate_preact",
+        "ifgate_preact",
+    )
     own = {type(part).__name__ for part in parts if any(hasattr(part, mark) for mark in marks)}
     if own:
         return f"the state of its {' and '.join(sorted(own))} cannot be handed on from segment to segment"

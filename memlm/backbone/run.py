@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlm.backbone.silence import run_memory
 from memlm.memory.base import QKV, Memory, Site
 
 # The dtypes in which small training steps are lost to rounding.
@@ -176,7 +177,13 @@ class Left:
 
 
 def _in_precision_of(
-    x: Any, memory: Memory, state: Any, inner: Callable[..., Tensor], **options: Any
+    x: Any,
+    memory: Memory,
+    state: Any,
+    inner: Callable[..., Tensor],
+    *,
+    mask: Tensor | None,
+    write: bool,
 ) -> tuple[Tensor, Any]:
     """`memory` on `x`, under autocast where `x` is in half precision and the parameters are wider.
 
@@ -186,7 +193,7 @@ def _in_precision_of(
     stream = (x.v if isinstance(x, QKV) else x).dtype
     parameter = next(memory.parameters(), None)
     if stream not in HALF or parameter is None or parameter.dtype == stream:
-        return memory(x, state, inner, **options)
+        return run_memory(memory, x, state, inner, mask=mask, write=write)
     device = parameter.device.type
     outside = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
@@ -197,7 +204,7 @@ def _in_precision_of(
 
     # A cell uses a weight once per segment, so autocast's cache would only keep copies alive.
     with torch.autocast(device, stream, cache_enabled=False):
-        y, new = memory(x, state, stage, **options)
+        y, new = run_memory(memory, x, state, stage, mask=mask, write=write)
     return y.to(stream), new
 
 

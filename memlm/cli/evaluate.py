@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from memlm.cli.models import load_model
 from memlm.cli.options import (
-    SAMPLE_DEFAULTS,
     Commands,
     add_device_options,
     add_sample_options,
     sample_options,
+    sample_settings,
 )
 from memlm.cli.printing import print_written
-from memlm.pretrained import resolve_pretrained
 
 
 def add_to(commands: Commands) -> None:
@@ -32,19 +30,20 @@ def add_to(commands: Commands) -> None:
     add_sample_options(evaluate, "the training recipe's, else ")
     evaluate.add_argument(
         "--data",
-        help="samples in the published layout, a folder or hub id such as RMT-team/babilong, in place "
-        "of composed ones",
+        help="in place of composed samples: those of a folder or hub id in the published layout, such as "
+        "RMT-team/babilong; or own questions, a file with rows of document and questions, or hub:ID",
     )
     evaluate.add_argument(
         "--baseline",
         type=_baseline,
         choices=[
-            "model", "last-tokens", "full", "window", "retrieval", "chunks", "twice", "question-first"
+            "model", "last-tokens", "full", "window", "retrieval", "chunks", "twice", "question-first",
+            "silenced",
         ],
         help="who reads: the model itself (the default: into its memory; as full where it has none), the "
         "base model, which sees the last tokens alone, everything, a sliding window, retrieved passages, "
-        "or one chunk after the other (the surest answers), or the memory model, reading twice or with "
-        "the question first",
+        "or one chunk after the other (the surest answers), or the memory model, reading twice, with the "
+        "question first, or with its memory silenced",
     )  # fmt: skip
     evaluate.add_argument(
         "--window",
@@ -130,27 +129,6 @@ def retrieval_asked(arguments: argparse.Namespace) -> Any:
             "leave them out"
         )
     return None if k is None else RetrievalConfig(k=k, **given)
-
-
-def sample_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The samples' settings: as typed, else of the recipe in the model's folder, else `SAMPLE_DEFAULTS`."""
-    typed = {name: getattr(arguments, name) for name in SAMPLE_DEFAULTS}
-    typed = {name: value for name, value in typed.items() if value is not None}
-    path = Path(resolve_pretrained(arguments.model)) / "recipe.yaml"
-    if not path.is_file():
-        return {**SAMPLE_DEFAULTS, **typed}
-    from memlm.train.recipe import EvalSection, read_yaml
-    from memlm.train.recipe.binding import bind, plain
-
-    said = read_yaml(path).get("eval") or {}
-    section = bind(EvalSection, said, "eval")
-    found = {name: plain(getattr(section, name)) for name in said if name not in typed}
-    if arguments.data is not None:
-        found.pop("haystack", None)
-    if found:
-        told = ", ".join(f"{name} {value}" for name, value in found.items())
-        print(f"memlm: as {path} says: {told}", file=sys.stderr)
-    return {**SAMPLE_DEFAULTS, **found, **typed}
 
 
 def _baseline(word: str) -> str:

@@ -12,16 +12,33 @@ def load_model(arguments: argparse.Namespace, memory: bool = True) -> tuple[Any,
 
     With `memory`, others than memlm's are refused.
     """
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from memlm import MemLMForCausalLM
+    from memlm.pretrained import resolve_pretrained
+
+    name = arguments.model
+    model = load_named(name, arguments)
+    if memory and not isinstance(model, MemLMForCausalLM):
+        raise ValueError(
+            f"model={name!r} is a {type(model).__name__} without memory; "
+            "give a model saved by memlm, or wrap it with MemLMForCausalLM.from_base and train it"
+        )
+    return model, AutoTokenizer.from_pretrained(resolve_pretrained(name))
+
+
+def load_named(name: str, arguments: argparse.Namespace) -> Any:
+    """A model by its name, in the numbers and on the device of the `arguments`."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    import memlm.modeling  # noqa: F401 - registers the model with the Auto classes
     from memlm.pretrained import available_pretrained, resolve_pretrained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name = resolve_pretrained(arguments.model)
+    name = resolve_pretrained(name)
     folder = Path(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model={name!r} does not exist; give a folder or a hub id")
@@ -42,9 +59,4 @@ def load_model(arguments: argparse.Namespace, memory: bool = True) -> tuple[Any,
             f"model={name!r} is no folder, not found on the hub ({reason}), and none of the models "
             f"shipped with memlm; these are {', '.join(available_pretrained())}"
         ) from error
-    if memory and not isinstance(model, MemLMForCausalLM):
-        raise ValueError(
-            f"model={name!r} is a {type(model).__name__} without memory; "
-            "give a model saved by memlm, or wrap it with MemLMForCausalLM.from_base and train it"
-        )
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    return model.to(device).eval()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Settings of an evaluation that a recipe may give, with the values used where it does not.
@@ -129,6 +131,34 @@ def sample_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The values of these options, by the names that functions know them by."""
     found = {name: getattr(arguments, name) for name in _SAMPLE_OPTIONS}
     return {**found, "position": tuple(found["position"])}
+
+
+def sample_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The samples' settings: as typed, else of the recipe in the model's folder, else `SAMPLE_DEFAULTS`."""
+    typed = {name: getattr(arguments, name) for name in SAMPLE_DEFAULTS}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    from memlm.eval.running.own import are_own_questions
+    from memlm.pretrained import resolve_pretrained
+
+    if are_own_questions(arguments.data):
+        # They have neither tasks nor lengths, and all of them are asked.
+        rest = {name: SAMPLE_DEFAULTS[name] for name in ("haystack", "batch_size")}
+        return {"tasks": None, "lengths": None, "samples": None, **rest, **typed}
+    path = Path(resolve_pretrained(arguments.model)) / "recipe.yaml"
+    if not path.is_file():
+        return {**SAMPLE_DEFAULTS, **typed}
+    from memlm.train.recipe import EvalSection, read_yaml
+    from memlm.train.recipe.binding import bind, plain
+
+    said = read_yaml(path).get("eval") or {}
+    section = bind(EvalSection, said, "eval")
+    found = {name: plain(getattr(section, name)) for name in said if name not in typed}
+    if arguments.data is not None:
+        found.pop("haystack", None)
+    if found:
+        told = ", ".join(f"{name} {value}" for name, value in found.items())
+        print(f"memlm: as {path} says: {told}", file=sys.stderr)
+    return {**SAMPLE_DEFAULTS, **found, **typed}
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

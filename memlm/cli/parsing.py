@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from memlm import __version__
-from memlm.cli import ask, card, data, demo, evaluate, index, perplexity, reports, train
+from memlm.cli import ask, card, data, demo, effect, evaluate, index, perplexity, reports, train
 from memlm.cli.options import Commands
 
 EXAMPLES = """\
@@ -21,7 +21,7 @@ examples:
   memlm data babilong --tasks qa1 qa2 --lengths 4k --samples 100 --out data/mine
 """
 # In the order in which --help lists them.
-MODULES = (train, evaluate, reports, perplexity, card, ask, index, data, demo)
+MODULES = (train, evaluate, reports, perplexity, effect, card, ask, index, data, demo)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from memlm.eval.statistics import (
     sign_flips,
     wilson,
 )
-from memlm.tasks.scoring import LABELS, babilong_score, exact_match
+from memlm.tasks.scoring import LABELS, babilong_score, exact_match, normalised_match, token_f1
 
 __all__ = [
     "LABELS",
@@ -17,7 +17,9 @@ __all__ = [
     "holm",
     "mcnemar",
     "mean_interval",
+    "normalised_match",
     "paired_interval",
     "sign_flips",
+    "token_f1",
     "wilson",
 ]

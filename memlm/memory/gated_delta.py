@@ -32,11 +32,13 @@ from memlm.memory.base import (
     was_loaded,
 )
 from memlm.memory.parts.checks import check_least, head_sizes
-from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.delta_kernels import run_delta_rule
+from memlm.memory.parts.delta_rule import Tokens
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
     real_first_order,
+    recent_inputs,
     short_convolution,
     tokens_back_from,
     tokens_in,
@@ -236,14 +238,56 @@ class GatedDelta(GatedMemory):
         logits = self.b_proj(x), self.a_proj(x) if self.rule.decay != "none" else None
         with torch.autocast(x.device.type, enabled=False):
             tokens, gate = self._tokens(q, k, v, *logits, state.memory.dtype, real)
-            found, memory = delta_rule(tokens, state.memory, self.chunk)
+            found, memory = run_delta_rule(tokens, state.memory, self.chunk, x.dtype)
             found = found[:, :, 0, self.steps - 1 :: self.steps]
-            found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
-            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
-        y = self.o_proj(found * F.silu(self.g_proj(x)))
+        y = self._answer(found, x)
         return tokens_back_from(order, y), GatedDeltaState(
             memory, tails if self.kernels else (), *gate_statistics(gate, real, self.steps)
         )
+
+    def gates_of(self, x: Tensor, state: GatedDeltaState, mask: Tensor | None) -> Tensor:
+        logit = self.b_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._gates(logit.to(state.memory.dtype), mask)
+
+    def forward_silent(
+        self, x: Tensor, state: GatedDeltaState, inner: Inner, *, mask: Tensor | None
+    ) -> tuple[Tensor, GatedDeltaState]:
+        order, real = real_first_order(mask)
+        tokens = tokens_in(order, x)
+        q, tail = self._project(tokens, self.q_proj, 0, state, real)
+        with torch.autocast(x.device.type, enabled=False):
+            found = self._queries(q, state.memory.dtype) @ state.memory
+        y = tokens_back_from(order, self._answer(found, tokens))
+        tails: tuple[Tensor, ...] = ()
+        if self.kernels:
+            others = (self.k_proj, state.tails[1]), (self.v_proj, state.tails[2])
+            tails = tail, *(recent_inputs(tokens, old, real, linear) for linear, old in others)
+        none = torch.zeros_like(state.written)
+        return inner(x) + y, GatedDeltaState(state.memory, tails, none, none)
+
+    def _answer(self, found: Tensor, x: Tensor) -> Tensor:
+        """What was found (B, H, T, dv), normed, gated and projected for the tokens `x` (B, T, D)."""
+        with torch.autocast(x.device.type, enabled=False):
+            found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
+            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
+        return self.o_proj(found * F.silu(self.g_proj(x)))
+
+    def _queries(self, q: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T, H dk) -> (B, H, T, dk), normed and scaled, in `dtype`."""
+        q = rearrange(q.to(dtype), "b t (h d) -> b h t d", h=self.heads)
+        return F.normalize(q, dim=-1) * self.keys**-0.5
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, n H d) -> (B, H, T n, d)."""
+        return rearrange(x, "b t (n h d) -> b h (t n) d", n=self.steps, h=self.heads)
+
+    def _gates(self, logit: Tensor, real: Tensor | None) -> Tensor:
+        """(B, T, n H) -> how far each token writes, (B, H, T n)."""
+        gate = self.gates_at(self._split(logit).squeeze(-1))
+        if real is None:
+            return gate
+        return gate * real.repeat_interleave(self.steps, dim=1).unsqueeze(1)
 
     def _project(
         self, x: Tensor, linear: nn.Linear, stream: int, state: GatedDeltaState, real: Tensor | None
@@ -267,23 +311,15 @@ class GatedDelta(GatedMemory):
         real: Tensor | None,
     ) -> tuple[Tokens, Tensor]:
         """What the tokens ask and do, in `dtype`, and how far they write, (B, H, T n)."""
-        heads, steps = self.heads, self.steps
-
-        def split(x: Tensor) -> Tensor:
-            return rearrange(x.to(dtype), "b t (n h d) -> b h (t n) d", n=steps, h=heads)
-
-        q = rearrange(q.to(dtype), "b t (h d) -> b h t d", h=heads)
-        q = F.normalize(q, dim=-1) * self.keys**-0.5
-        k, v = split(k), split(v)
-        gate = self.gates_at(split(gate_logit).squeeze(-1))
-        if real is not None:
-            gate = gate * real.repeat_interleave(steps, dim=1).unsqueeze(1)
+        steps, q = self.steps, self._queries(q, dtype)
+        k, v = self._split(k.to(dtype)), self._split(v.to(dtype))
+        gate = self._gates(gate_logit.to(dtype), real)
         if self.rule.unit_keys:
             k = F.normalize(k, dim=-1)
         reach = 2 if self.config.negative_eigenvalues else 1
-        step = (reach * gate).unsqueeze(-1)
+        step = reach * gate
         if not self.rule.unit_keys:
-            step = step / (k.square().sum(dim=-1, keepdim=True) + EPSILON)
+            step = step / (k.square().sum(dim=-1) + EPSILON)
         log_decay = None
         if decay_logit is not None:
             log_decay = self._log_decay(decay_logit.to(dtype), gate, real)
@@ -291,8 +327,7 @@ class GatedDelta(GatedMemory):
             # Everything happens at micro-steps; a token asks after its last, and decays before its first.
             q = self._at(q, steps - 1)
             log_decay = None if log_decay is None else self._at(log_decay, 0)
-        erase = step * k if self.rule.erases else None
-        return Tokens(q.unsqueeze(2), k, step * v, erase, log_decay), gate
+        return Tokens(q.unsqueeze(2), k, v, step, log_decay, self.rule.erases), gate
 
     def _log_decay(self, logit: Tensor, gate: Tensor, real: Tensor | None) -> Tensor:
         """(B, H, T) or (B, H, T, dk): none where nothing is written, if the gate says so."""

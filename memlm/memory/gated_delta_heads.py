@@ -28,7 +28,8 @@ from memlm.memory.base import (
     option,
     was_loaded,
 )
-from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.delta_kernels import run_delta_rule
+from memlm.memory.parts.delta_rule import Tokens
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 
 
@@ -117,8 +118,40 @@ class GatedDeltaHeads(GatedMemory):
         local = inner(x)
         with torch.autocast(x.k.device.type, enabled=False):
             found, new = self.recall(x, state, mask)
-            y = local + (self.mix.to(found.dtype)[:, None, None] * found).to(local.dtype)
-        return y, (new if write else state)
+        return self._mixed(local, found), (new if write else state)
+
+    def gates_of(self, x: QKV, state: GatedDeltaHeadsState, mask: Tensor | None) -> Tensor:
+        with torch.autocast(x.k.device.type, enabled=False):
+            return self._gate(self._logits(x.k.to(state.memory.dtype))[0], mask)
+
+    def forward_silent(
+        self, x: QKV, state: GatedDeltaHeadsState, inner: InnerHeads, *, mask: Tensor | None
+    ) -> tuple[Tensor, GatedDeltaHeadsState]:
+        local = inner(x)
+        with torch.autocast(x.k.device.type, enabled=False):
+            found = (self._queries(x.q.to(state.memory.dtype)) @ state.memory.unsqueeze(2)).flatten(
+                1, 2
+            )
+        none = torch.zeros_like(state.written)
+        return self._mixed(local, found), GatedDeltaHeadsState(state.memory, none, none)
+
+    def _mixed(self, local: Tensor, found: Tensor) -> Tensor:
+        """The softmax's output (B, H, T, dh), and of what was found as much as each head's mix says."""
+        with torch.autocast(local.device.type, enabled=False):
+            return local + (self.mix.to(found.dtype)[:, None, None] * found).to(local.dtype)
+
+    def _queries(self, q: Tensor) -> Tensor:
+        """(B, H, T, dh) -> (B, G, H / G, T, dh), normed."""
+        return F.normalize(q, dim=-1).unflatten(1, (self.dims.num_kv_heads, -1))
+
+    def _logits(self, k: Tensor) -> Tensor:
+        """Of the write gate and, if the memory decays, of the decay: (n, B, G, T)."""
+        logits = torch.einsum("bgtd,ngd->nbgt", k, self.gates.to(k.dtype))
+        return logits + self.biases.to(k.dtype)[:, None, :, None]
+
+    def _gate(self, logit: Tensor, mask: Tensor | None) -> Tensor:
+        gate = self.gates_at(logit)
+        return gate if mask is None else gate * mask.unsqueeze(1)
 
     def recall(
         self, x: QKV, state: GatedDeltaHeadsState, mask: Tensor | None
@@ -126,11 +159,8 @@ class GatedDeltaHeads(GatedMemory):
         """What the memory answers to the queries (B, H, T, dh), and the state after the keys."""
         wide = state.memory.dtype
         k = x.k.to(wide)
-        logits = torch.einsum("bgtd,ngd->nbgt", k, self.gates.to(wide))
-        logits = logits + self.biases.to(wide)[:, None, :, None]
-        gate = self.gates_at(logits[0])
-        if mask is not None:
-            gate = gate * mask.unsqueeze(1)
+        logits = self._logits(k)
+        gate = self._gate(logits[0], mask)
         log_decay = None
         if self.config.decays:
             log_decay = F.logsigmoid(-logits[1])
@@ -139,10 +169,9 @@ class GatedDeltaHeads(GatedMemory):
             elif self.threshold or mask is not None:
                 log_decay = torch.where(gate == 0, 0.0, log_decay)
         k = F.normalize(k, dim=-1)
-        q = F.normalize(x.q.to(wide), dim=-1).unflatten(1, (self.dims.num_kv_heads, -1))
-        step = gate.unsqueeze(-1)
-        erase = step * k if self.config.erases else None
-        tokens = Tokens(q, k, step * x.v.to(wide), erase, log_decay)
+        q = self._queries(x.q.to(wide))
+        tokens = Tokens(q, k, x.v.to(wide), gate, log_decay, self.config.erases)
         assert self.config.chunk_length is not None
-        found, memory = delta_rule(tokens, state.memory, self.config.chunk_length)
+        chunk = self.config.chunk_length
+        found, memory = run_delta_rule(tokens, state.memory, chunk, x.v.dtype)
         return found.flatten(1, 2), GatedDeltaHeadsState(memory, *gate_statistics(gate, mask))

@@ -230,6 +230,22 @@ class LaCT(GatedMemory):
         y = inner(x) + self.read(x, q, weights)
         return y, (self.write(x, k, v, weights, state, mask) if write else state)
 
+    def gates_of(self, x: Tensor, state: LaCTState, mask: Tensor | None) -> Tensor | None:
+        if self.gate_proj is None:
+            return None
+        logit = self.gate_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            gate = self.gates_at(logit.to(state.weights[0].dtype).mT)
+            return gate if mask is None else gate * mask.unsqueeze(1)
+
+    def forward_silent(
+        self, x: Tensor, state: LaCTState, inner: Inner, *, mask: Tensor | None
+    ) -> tuple[Tensor, LaCTState]:
+        y, state = self(x, state, inner, mask=mask, write=False)
+        assert isinstance(state.written, Tensor)
+        none = torch.zeros_like(state.written)
+        return y, state._replace(written=none, opened=none)
+
     def read(self, x: Tensor, q: Tensor, weights: Weights) -> Tensor:
         """What the fast weights answer to the tokens `x` (B, T, D) with queries `q` (B, T, H d)."""
         scale = F.silu(self.scale_proj(x))

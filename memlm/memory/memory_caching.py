@@ -6,12 +6,13 @@ comes of it is cached as it is, with a summary of the segment: the mean of what 
 asks the memory of its own segment and those cached ones whose summaries suit it best, and weighs
 their answers by how well they do. Stored memories are never written again, so nothing wears them
 down. The block stands beside a layer's attention, with an output projection of zeros, so that a
-base model is left as it was.
+base model is left as it was. In the paper's other form (`continues`) a segment is not compressed
+from nothing: it goes on from the memory that the one before has left, and each slot holds the whole
+document as it was known by then.
 
 Differs from the paper, whose cache grows with the document: there are N slots, and when all are
 taken, the segment in which least was written gives way, if more was written in the new one. So
-segments whose write gates are shut never enter, and leave the state as it was, to the bit. Each
-segment starts from nothing; the paper also lets it go on from the one before.
+segments whose write gates are shut never enter, and leave the state as it was, to the bit.
 
 Letters: N slots, dk, dv size of keys and values.
 """
@@ -36,7 +37,8 @@ from memlm.memory.base import (
     option,
 )
 from memlm.memory.parts.checks import check_least, head_sizes
-from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.delta_kernels import run_delta_rule
+from memlm.memory.parts.delta_rule import Tokens
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
@@ -55,25 +57,26 @@ EPSILON = 1e-6
 class MemoryCachingConfig(GatedConfig):
     """Options of memory caching.
 
-    num_slots: segments that are kept; state and cost grow with it. read: "top-k" (the paper's
-    sparse selective caching), the best `top_k` slots for each token, or "gated" (its gated residual
-    memory), all of them, both weighed by a softmax over their scores; "residual", the sum of all,
-    unweighed; "soup", the memories mixed before they are asked, for linear memories the same as
-    "gated" but for rounding. summary: what a segment is scored by, the mean of its tokens as far as
-    they were "written", or their plain "mean" (the paper's). num_heads: heads of the memory, None
-    for the base's; head_dim: size of queries and keys, None for hidden size / heads; value_dim:
-    size of values, None for head_dim. erases: whether a write first takes away what its key held
-    (the delta rule); False is linear attention. conv_size: width of the short convolutions within a
-    segment, 0 for none. chunk_length: tokens computed at once, None for 64; only rounding depends on
-    it. write_gate and what goes with it: as in `GatedConfig`. initial_gate: the write gate's logit
-    at the start. output_std: scale of the output projection at the start; 0 leaves the stage as it
-    was.
+    num_slots: segments that are kept; state and cost grow with it. read: "top-k" (the paper's sparse
+    selective caching), the best `top_k` slots for each token, or "gated" (its gated residual memory),
+    all of them, both weighed by a softmax over their scores; "residual", the sum of all, unweighed;
+    "soup", the memories mixed before they are asked, for linear memories the same as "gated" but for
+    rounding. summary: what a segment is scored by, the mean of its tokens as far as they were
+    "written", or their plain "mean" (the paper's). continues: whether a segment's memory goes on from
+    that of the segment before, and a slot holds all that was known by then. num_heads: heads of the
+    memory, None for the base's; head_dim: size of queries and keys, None for hidden size / heads;
+    value_dim: size of values, None for head_dim. erases: whether a write first takes away what its key
+    held (the delta rule); False is linear attention. conv_size: width of the short convolutions within
+    a segment, 0 for none. chunk_length: tokens computed at once, None for 64; only rounding depends on
+    it. write_gate and what goes with it: as in `GatedConfig`. initial_gate: the write gate's logit at
+    the start. output_std: scale of the output projection at the start; 0 leaves the stage as it was.
     """
 
     num_slots: int = 64
     read: str = option("top-k")
     top_k: int = option(4)
     summary: str = "written"
+    continues: bool = False
     num_heads: int | None = None
     head_dim: int | None = None
     value_dim: int | None = None
@@ -121,7 +124,8 @@ class MemoryCachingState(NamedTuple):
     """What is cached, float32 or wider: memory (B, H, N, dk, dv), summaries (B, N, D), mass (B, N).
 
     mass: the sum of a segment's write gates, mean over heads; 0 marks an empty slot. written, opened
-    (B,): the mean gate and the largest over the last segment's tokens.
+    (B,): the mean gate and the largest over the last segment's tokens. last (B, H, dk, dv): the memory
+    after the last segment, where the next goes on from it; else ().
     """
 
     memory: Tensor
@@ -129,6 +133,7 @@ class MemoryCachingState(NamedTuple):
     mass: Tensor
     written: Tensor
     opened: Tensor
+    last: Tensor | tuple[()] = ()
 
 
 class MemoryCaching(GatedMemory):
@@ -182,6 +187,9 @@ class MemoryCaching(GatedMemory):
             self.zeros(batch_size, slots, dtype=dtype),
             self.zeros(batch_size, dtype=dtype),
             self.zeros(batch_size, dtype=dtype),
+            self.zeros(batch_size, self.heads, self.keys, self.values, dtype=dtype)
+            if self.config.continues
+            else (),
         )
 
     def forward(
@@ -202,40 +210,68 @@ class MemoryCaching(GatedMemory):
         """What the memories answer to `x` (B, T, D), and the state, with this segment in it if `write`."""
         order, real = real_first_order(mask)
         x = tokens_in(order, x)
+        q, k, v = self._heads(x, real, state.memory.dtype)
+        gate = self.gates_of(x, state, real)
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = Tokens(q.unsqueeze(2), k, v, gate, erases=self.config.erases)
+            own, memory = run_delta_rule(tokens, self._start(state), self.chunk, x.dtype)
+            means = self._running_means(x, gate, real)
+            new = self._cached(state, memory, means[:, -1], gate, real) if write else state
+        y = self._answer(x, q, means, own.squeeze(2), state)
+        return tokens_back_from(order, y), new
+
+    def gates_of(self, x: Tensor, state: MemoryCachingState, mask: Tensor | None) -> Tensor:
+        logit = self.b_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            gate = self.gates_at(logit.to(state.memory.dtype).mT)
+            return gate if mask is None else gate * mask.unsqueeze(1)
+
+    def forward_silent(
+        self, x: Tensor, state: MemoryCachingState, inner: Inner, *, mask: Tensor | None
+    ) -> tuple[Tensor, MemoryCachingState]:
+        order, real = real_first_order(mask)
+        tokens = tokens_in(order, x)
+        q, _, _ = self._heads(tokens, real, state.memory.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            means = self._running_means(tokens, torch.zeros_like(q[..., 0]), real)
+            # A segment's own memory has its place in the softmax, even if nothing came to it.
+            own = q @ self._start(state)
+        y = tokens_back_from(order, self._answer(tokens, q, means, own, state))
+        none = torch.zeros_like(state.written)
+        return inner(x) + y, state._replace(written=none, opened=none)
+
+    def _start(self, state: MemoryCachingState) -> Tensor:
+        """(B, H, dk, dv): what a segment's own memory is before its first token."""
+        last = state.last
+        return last if isinstance(last, Tensor) else torch.zeros_like(state.memory[:, :, 0])
+
+    def _answer(
+        self, x: Tensor, q: Tensor, means: Tensor, own: Tensor, state: MemoryCachingState
+    ) -> Tensor:
+        """What the slots and the segment's own memory, `own` (B, H, T, dv), say to `x` (B, T, D)."""
+        wanted = x if self.u_proj is None else self.u_proj(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = self._weights(wanted.to(q.dtype), means, state)
+            found = self._ask(q, state.memory, weights[..., 1:]) + weights[:, None, :, :1] * own
+            found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
+            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
+        return self.o_proj(found * F.silu(self.g_proj(x)))
+
+    def _heads(
+        self, x: Tensor, real: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries and keys (B, H, T, dk), normed, and values (B, H, T, dv), in `dtype`."""
         z = self.qkv_proj(x)
         if self.kernel is not None:
             before = z.new_zeros(len(z), self.config.conv_size - 1, z.shape[2])
             z, _ = short_convolution(z, self.kernel, before, real)
-        logit = self.b_proj(x)
-        wanted = x if self.u_proj is None else self.u_proj(x)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = state.memory.dtype
-            q, k, v = self._heads(F.silu(z).to(wide))
-            gate = self.gates_at(logit.to(wide).mT)
-            if real is not None:
-                gate = gate * real.unsqueeze(1)
-            step = gate.unsqueeze(-1)
-            tokens = Tokens(q.unsqueeze(2), k, step * v, step * k if self.config.erases else None)
-            own, memory = delta_rule(tokens, torch.zeros_like(state.memory[:, :, 0]), self.chunk)
-            share = gate.mean(dim=1)  # (B, T)
-            means = self._running_means(x.to(wide), share, real)
-            weights = self._weights(wanted.to(wide), means, state)
-            found = self._ask(q, state.memory, weights[..., 1:])
-            found = found + weights[:, None, :, :1] * own.squeeze(2)
-            found = F.rms_norm(found, (self.values,), self.o_norm.to(wide), EPSILON)
-            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
-            new = self._cached(state, memory, means[:, -1], gate, real) if write else state
-        y = self.o_proj(found * F.silu(self.g_proj(x)))
-        return tokens_back_from(order, y), new
-
-    def _heads(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H (2 dk + dv)) -> queries and keys (B, H, T, dk), normed, and values (B, H, T, dv)."""
-        z = rearrange(z, "b t (h d) -> b h t d", h=self.heads)
+        z = rearrange(F.silu(z).to(dtype), "b t (h d) -> b h t d", h=self.heads)
         q, k, v = z.split([self.keys, self.keys, self.values], dim=-1)
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
 
-    def _running_means(self, x: Tensor, share: Tensor, real: Tensor | None) -> Tensor:
-        """(B, T, D): at each token, the summary of the segment so far."""
+    def _running_means(self, x: Tensor, gate: Tensor, real: Tensor | None) -> Tensor:
+        """(B, T, D) in the dtype of the gates (B, H, T): at each token, the segment's summary so far."""
+        share = gate.mean(dim=1)
         if self.config.summary == "mean":
             share = torch.ones_like(share) if real is None else real.to(share.dtype)
         total = share.cumsum(dim=1).clamp(min=EPSILON)
@@ -286,4 +322,5 @@ class MemoryCaching(GatedMemory):
             torch.where(here[..., None], summary.unsqueeze(1), state.summaries),
             torch.where(here, mass, state.mass),
             *gate_statistics(gate, real),
+            memory if self.config.continues else (),
         )

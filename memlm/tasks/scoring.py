@@ -1,4 +1,4 @@
-"""Scores of answers: BABILong's published metric, the same with its faults corrected, exact match.
+"""Scores of answers: BABILong's published metric, the same with its faults corrected, exact match, F1.
 
 The published metric (github.com/booydar/babilong, metrics.py) finds labels as substrings. So "one" is
 found in "none" and a qa7 target "none" is never right; "know" and "now" count as "no"; its labels of
@@ -8,6 +8,8 @@ qa19 lack the four paths that go back ("n,s"), so that these count as nothing sa
 from __future__ import annotations
 
 import re
+import string
+from collections import Counter
 
 from memlm.tasks.babi.story import check_task
 
@@ -68,3 +70,22 @@ def _whole_words(text: str, labels: frozenset[str]) -> set[str]:
 def exact_match(output: str, target: str) -> bool:
     """Say whether the output is the target and nothing else, as the RMT and ARMT papers count."""
     return output.strip() == target.strip()
+
+
+def normalised_match(output: str, target: str) -> bool:
+    """SQuAD's exact match: equal but for case, punctuation, articles and blanks."""
+    return _squad_words(output) == _squad_words(target)
+
+
+def token_f1(output: str, target: str) -> float:
+    """SQuAD's F1, from 0 to 1: of the words that output and target share, each as often as in both."""
+    said, wanted = _squad_words(output), _squad_words(target)
+    if not said or not wanted:
+        return float(said == wanted)
+    shared = (Counter(said) & Counter(wanted)).total()
+    return 2 * shared / (len(said) + len(wanted))
+
+
+def _squad_words(text: str) -> list[str]:
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()

@@ -13,11 +13,12 @@ from memlm.tasks.babi.story import Story
 @dataclass(frozen=True)
 class Score:
     """One answer's marks. correct: by the corrected metric; published: by the metric as published, faults
-    and all; exact: the target and nothing else."""
+    and all; exact: the target and nothing else; f1: of words, where answers may have several."""
 
     correct: bool
     published: bool
     exact: bool
+    f1: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,8 @@ from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, read_document, render_parts
 from memlm.segment import IGNORE
 from memlm.tasks import babi
+from memlm.tasks.babi.endless import telling
 from memlm.tasks.babi.generators.events import DIALECTS
-from memlm.tasks.babi.generators.world import World
 from memlm.tasks.babilong import (
     Sample,
     compose,
@@ -41,8 +42,6 @@ from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted
 from memlm.train.options import BabilongOptions
 
-# The newest facts an answer is looked for in: all four actors have moved within these, 999 times in 1,000.
-RECENT_FACTS = 32
 # Consecutive questions of the generator share a story; some stories are short.
 QUESTIONS_A_STORY, STORIES_TRIED = 5, 200
 
@@ -116,7 +115,7 @@ class BabilongSource:
         for story in self._told(task, rng):
             facts = sum(len(self.encode(fact)) for fact in story.facts)
             asked = [(story.question, story.answer)]
-            asked += self.more(task, story.facts, story.question, options.questions - 1, rng)
+            asked += self._more(task, story.facts, story.question, options.questions - 1, rng)
             parts, labels = [], []
             for question, answer in asked:
                 prompt, reply = self.prompt(question), self.answer(answer)
@@ -173,7 +172,7 @@ class BabilongSource:
             for index in rng.permutation(len(told)):
                 yield told[index]
 
-    def more(
+    def _more(
         self,
         task: str,
         facts: Sequence[str],
@@ -205,15 +204,15 @@ class _Teller:
     ) -> None:
         self.source, self.task, self.options, self.rng = source, task, options, rng
         self.length = options.segment_length or source.segment_length
-        self.world = World(DIALECTS[task], random.Random(int(rng.integers(2**63))))
-        self.facts: list[str] = []
+        self.story = telling(task, random.Random(int(rng.integers(2**63))))
+        self.actors = DIALECTS[task].actors if options.distinct_actors else ()
         self.due: list[str] = []
         self.text, self.offsets = source.haystack.ids, source.haystack.offsets
         self.at = int(rng.integers(len(self.text)))
-        # Layout "flowing": what is told but not yet read, and the facts that end in it.
+        # Layout "flowing": what is told but not yet read, and the events whose facts end in it.
         self.ahead: list[np.ndarray] = []
         self.width = 0
-        self.pending: list[tuple[int, str]] = []
+        self.pending: list[tuple[int, Any]] = []
         self.regime, self.sentence, self.gap, self.owed = 0, 0, 0.0, 0.0
 
     def piece(self, segments: int) -> Piece:
@@ -232,23 +231,37 @@ class _Teller:
         )
 
     def _ask(self, index: int) -> list[Question]:
-        asked = self.source.more(self.task, self.facts, "", self.options.questions, self.rng)
+        kinds = (self.task, *(kind for kind in self.options.lessons if kind != self.task))
+        answers = {kind: said for kind in kinds if (said := self.story.answers(kind))}
+        asked: dict[str, str] = {}
+        for _ in range(self.options.questions if answers else 0):
+            kind = self._kind(list(answers))
+            left = sorted(set(answers[kind]) - set(asked))
+            if left:
+                question = left[int(self.rng.integers(len(left)))]
+                asked[question] = answers[kind][question]
         found = []
-        for question, answer in asked:
+        for question, answer in asked.items():
             prompt, reply = self.source.prompt(question), self.source.answer(answer)
             found.append(Question(index, np.concatenate([prompt, reply]), len(reply)))
         return found
 
-    def _tell(self) -> tuple[str, np.ndarray]:
-        event = self.world.step()
-        if self.options.distinct_actors:
+    def _kind(self, kinds: list[str]) -> str:
+        """The task itself half of the time, else one of the lessons, so that many lessons leave it room."""
+        if len(kinds) == 1 or (kinds[0] == self.task and self.rng.random() < 0.5):
+            return kinds[0]
+        return str(self.rng.choice(kinds))
+
+    def _tell(self) -> tuple[Any, np.ndarray]:
+        """The next event, and its fact's tokens."""
+        event = self.story.draw()
+        if self.actors:
             if not self.due:
-                self.due = [str(actor) for actor in self.rng.permutation(self.world.dialect.actors)]
+                self.due = [str(actor) for actor in self.rng.permutation(self.actors)]
             actor = self.due.pop()
             while event.actor != actor:
-                event = self.world.step()
-        fact = self.world.tell(event)
-        return fact, self.source.encode(fact)
+                event = self.story.draw()
+        return event, self.source.encode(self.story.tell(event))
 
     def _noise(self, count: int) -> np.ndarray:
         at = np.arange(self.at, self.at + count)
@@ -258,11 +271,11 @@ class _Teller:
     def _aligned(self) -> np.ndarray:
         left, told = self.length, []
         for _ in range(int(self.rng.choice(self.options.facts_per_segment))):
-            fact, ids = self._tell()
+            event, ids = self._tell()
             if len(ids) > left:
                 # Too long for this segment: nobody will ask about a fact that was not told.
                 break
-            self.facts = [*self.facts, fact][-RECENT_FACTS:]
+            self.story.note(event)
             told.append(ids)
             left -= len(ids)
         places = np.sort(self.rng.integers(0, left + 1, size=len(told)))
@@ -274,9 +287,10 @@ class _Teller:
         flat = np.concatenate(self.ahead)
         rest = flat[self.length :]
         self.ahead, self.width = [rest], len(rest)
-        read = [fact for end, fact in self.pending if end <= self.length]
-        self.facts = (self.facts + read)[-RECENT_FACTS:]
-        self.pending = [(e - self.length, f) for e, f in self.pending if e > self.length]
+        for end, event in self.pending:
+            if end <= self.length:
+                self.story.note(event)
+        self.pending = [(end - self.length, e) for end, e in self.pending if end > self.length]
         return flat[: self.length]
 
     def _flow(self) -> None:
@@ -293,8 +307,8 @@ class _Teller:
                 dense = rng.random() < self.options.no_gap
                 self.gap = 0.0 if dense else float(np.exp(rng.uniform(np.log(low), np.log(high))))
                 self.sentence = int(rng.integers(len(self.offsets) - 1))
-            fact, ids = self._tell()
-            self.pending.append((self.width + len(ids), fact))
+            event, ids = self._tell()
+            self.pending.append((self.width + len(ids), event))
             self.regime -= 1
             self.owed = float(self.rng.exponential(self.gap)) if self.gap else 0.0
         self.ahead.append(ids)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from memlm.tasks import babi
-from memlm.tasks.babi.generators.events import DIALECTS
+from memlm.tasks.babi import endless
 from memlm.templates import BABILONG_RECALL_TEMPLATE
 
 # Options that only some layouts use, and options that only matter with recalled passages.
@@ -18,6 +18,7 @@ READ_BY = {
     "ask_every": ("aligned", "flowing"),
     "end_probability": ("aligned", "flowing"),
     "distinct_actors": ("aligned", "flowing"),
+    "lessons": ("aligned", "flowing"),
 }
 RECALLING = ("retrieval_size", "retrieval_hops", "retrieval_tokens")
 
@@ -48,6 +49,11 @@ class BabilongOptions:
     ask_every: int = described("aligned, flowing: ask after every n-th segment and the last", 1)
     facts_per_segment: tuple[int, ...] = described(
         "aligned: how many facts a segment may have, one number drawn per segment", (0, 1, 1, 2)
+    )
+    lessons: tuple[str, ...] = described(
+        "aligned, flowing: what else is asked about a task's stories, other tasks and the steps they are "
+        "made of: handler (Who had the apple?), before (Where was Mary before the kitchen?)",
+        (),
     )
     distinct_actors: bool = described(
         "aligned, qa1: everybody moves once before anybody moves again, so that the newest fact is not "
@@ -89,7 +95,7 @@ class BabilongOptions:
         return self.layout in READ_BY.get(name, (self.layout,))
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "facts_per_segment", "gap_tokens"):
+        for name in ("tasks", "facts_per_segment", "gap_tokens", "lessons"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.layout not in ("story", "aligned", "flowing"):
             raise ValueError(
@@ -117,9 +123,15 @@ class BabilongOptions:
             raise ValueError("tasks is empty; name at least one, such as 'qa1'")
         for task in self.tasks:
             babi.check_task(task)
-            if self.layout != "story" and task not in DIALECTS:
+            if self.layout != "story" and task not in endless.TASKS:
                 raise ValueError(
                     f"tasks names {task!r}, which tells no endless story; use layout='story' for it"
+                )
+        for lesson in self.lessons:
+            if lesson not in (*endless.TASKS, *endless.LESSONS):
+                raise ValueError(
+                    f"lessons names {lesson!r}, which is neither a lesson nor a task that tells endless "
+                    f"stories; use {', '.join((*endless.LESSONS, *endless.TASKS))}"
                 )
         if self.distinct_actors and set(self.tasks) != {"qa1"}:
             raise ValueError(

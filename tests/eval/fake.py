@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -31,6 +31,9 @@ class Remembered:
 
     def detach(self) -> Remembered:
         return self
+
+    def select(self, rows: Sequence[int]) -> Remembered:
+        return Remembered([self.rows[row] for row in rows])
 
 
 class SolvingModel(nn.Module):

@@ -54,6 +54,20 @@ REFUSED = {
         "RecurrentGemmaRglru",
     ),
     "rwkv": ({"attention_hidden_size": 32}, "RwkvSelfAttention"),
+    "zamba": (
+        {
+            "num_attention_heads": 4,
+            "n_mamba_heads": 2,
+            "mamba_d_state": 8,
+            "layers_block_type": ["mamba"] * 2,
+        },
+        "ZambaMambaMixer",
+    ),
+    "minimax": (
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 2},
+        "MiniMaxLightningAttention",
+    ),
+    "xlstm": ({"num_heads": 4}, "xLSTM.*|mLSTM.*"),
 }
 
 
@@ -171,7 +185,9 @@ def test_what_cannot_be_carried_is_refused_by_name(family: str) -> None:
 
     over, name = REFUSED[family]
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**TINY, **over}))
-    with pytest.raises(ValueError, match=rf"the state of its {name} cannot be handed on.*Mamba-2"):
+    with pytest.raises(
+        ValueError, match=rf"the state of its ({name}) cannot be handed on.*Mamba-2"
+    ):
         MemLMForCausalLM.from_base(base, memory="base-recurrent")
 
 

@@ -148,9 +148,9 @@ def test_chunks_change_nothing_and_have_autograds_gradients(
 
     parts = {
         "query": random(2, 3, 2, 37, dk),
-        "write": random(*shape, dk),
-        "target": random(*shape, dv),
-        "erase": 0.3 * random(*shape, dk) if erases else None,
+        "key": random(*shape, dk),
+        "value": random(*shape, dv),
+        "step": 0.3 * random(*shape),
         "log_decay": None
         if decay is None
         else -random(*shape, *((dk,) if decay == "channel" else ())).abs(),
@@ -165,10 +165,11 @@ def test_chunks_change_nothing_and_have_autograds_gradients(
             if decay:
                 log = at["log_decay"].reshape(2, 3, -1, 1)
                 state = log.exp() * state
-            delta = at["target"]
+            delta = at["value"]
             if erases:
-                delta = delta - torch.einsum("bhk,bhkv->bhv", at["erase"], state)
-            state = state + at["write"].unsqueeze(-1) * delta.unsqueeze(-2)
+                delta = delta - torch.einsum("bhk,bhkv->bhv", at["key"], state)
+            delta = at["step"].unsqueeze(-1) * delta
+            state = state + at["key"].unsqueeze(-1) * delta.unsqueeze(-2)
             found.append(torch.einsum("bhrk,bhkv->bhrv", parts["query"][:, :, :, t], state))
         return torch.stack(found, 3), state
 
@@ -177,7 +178,7 @@ def test_chunks_change_nothing_and_have_autograds_gradients(
     weight = random(*expected[0].shape)
     slow = torch.autograd.grad((expected[0] * weight).sum() + expected[1].sum(), wanted)
     for chunk in (1, 8, 64):
-        found = delta_rule(Tokens(**parts), start, chunk)
+        found = delta_rule(Tokens(**parts, erases=erases), start, chunk)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         fast = torch.autograd.grad((found[0] * weight).sum() + found[1].sum(), wanted)
         torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-8)

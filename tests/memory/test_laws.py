@@ -14,6 +14,7 @@ import torch
 
 from memlm import MemoryState
 from memlm.memory import available_memories, memory_class
+from memlm.memory.parts.gates import GatedMemory
 from memlm.modeling import MemLMForCausalLM
 from tests.cases import (
     CASES,
@@ -361,11 +362,24 @@ def test_bfloat16_stays_close(memory: str, family: str) -> None:
             assert tensor.dtype == single.memory_state[name].dtype, name
 
 
-@pytest.mark.parametrize("memory", SILENT)
+@pytest.mark.parametrize(
+    ("memory", "skips"),
+    [
+        pytest.param(name, skips, id=f"{name}-skipped" if skips else name)
+        for name in SILENT
+        # Where the house may skip a memory, the mechanism itself is asked as well.
+        for skips in (False, True)
+        if not skips or memory_class(name).gates_of is not GatedMemory.gates_of
+    ],
+)
 # Writing that is not quite silent shows in the first segment; the long one is what the docs promise.
 @pytest.mark.parametrize("segments", [30, pytest.param(1000, marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_silence_leaves_the_state_as_it_was(memory: str, segments: int) -> None:
+def test_silence_leaves_the_state_as_it_was(
+    memory: str, segments: int, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not skips:
+        monkeypatch.setattr("memlm.backbone.silence.may_skip", lambda memory, x: False)
     config = replace(CASES[memory], **memory_class(memory).silent_with)
     model, ids = memory_model("llama", config), tokens(2, 3 * SEGMENT)
     silent = memory_model("llama", replace(config, write_threshold=float("inf")))

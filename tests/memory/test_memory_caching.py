@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,8 @@ from memlm.memory import MemoryCachingConfig
 from memlm.memory.base import Dims
 from memlm.memory.memory_caching import READS, MemoryCaching
 from memlm.memory.parts.gates import STRETCH
-from tests.cases import randomise
+from tests.cases import CASES, randomise
+from tests.memory import test_laws as laws
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 D, T, ROWS = 6, 5, 2
@@ -53,10 +55,11 @@ class Row:
         self.m, self.c, self.limit = memory, memory.config, limit
         self.kept: list[Kept] = []
         self.replaced = 0
+        self.last = torch.zeros(memory.heads, memory.keys, memory.values, dtype=torch.float64)
 
     def segment(self, xs: list[torch.Tensor]) -> list[torch.Tensor]:
         m = self.m
-        memory = torch.zeros(m.heads, m.keys, m.values, dtype=torch.float64)
+        memory = self.last if self.c.continues else torch.zeros_like(self.last)
         past: list[torch.Tensor] = []
         summed, total, mass = torch.zeros(D, dtype=torch.float64), 0.0, 0.0
         answers = []
@@ -83,6 +86,7 @@ class Row:
             memory = torch.stack(updated)
             answers.append(self.answer(x, questions, memory, summed / max(total, 1e-6)))
         if xs:
+            self.last = memory
             self.keep(Kept(memory, summed / max(total, 1e-6), mass))
         return answers
 
@@ -131,6 +135,8 @@ def check(limit: int | None, segments: int = 6, **options) -> list[Row]:
                 torch.testing.assert_close(state.summaries[index, slot], one.summary, **EXACT)
                 torch.testing.assert_close(state.mass[index, slot], one.mass, **EXACT)
             assert not state.mass[index, len(row.kept) :].any()
+            if memory.config.continues:
+                torch.testing.assert_close(state.last[index], row.last, **EXACT)
     parameters = list(memory.parameters())
     for a, b in zip(
         torch.autograd.grad(found, parameters),
@@ -171,6 +177,8 @@ def test_reading_all_best_slots_is_reading_all() -> None:
         {"summary": "mean"},
         {"conv_size": 0},
         {"erases": False},
+        {"continues": True},
+        {"continues": True, "erases": False, "read": "gated", "write_gate": "hard"},
         {"write_threshold": 0.5},
         {"num_heads": 3, "head_dim": 4, "value_dim": 5},
     ],
@@ -178,6 +186,22 @@ def test_reading_all_best_slots_is_reading_all() -> None:
 )
 def test_options_equal_the_list(options: dict) -> None:
     check(3, **options)
+
+
+def test_going_on_from_the_segment_before_is_one_memory_read_as_it_was() -> None:
+    """A linear one: slots hold the running sums at the segments' ends."""
+    memory = cell(continues=True, erases=False, conv_size=0, num_slots=4, read="residual")
+    state, sums = memory.init_state(ROWS), []
+    whole = torch.zeros(ROWS, memory.heads, memory.keys, memory.values, dtype=torch.float64)
+    for x, _ in texts(4):
+        z = F.silu(memory.qkv_proj(x)).view(ROWS, T, memory.heads, -1)
+        _, k, v = z.split([memory.keys, memory.keys, memory.values], dim=-1)
+        gate = torch.sigmoid(memory.b_proj(x))
+        whole = whole + torch.einsum("bth,bthk,bthv->bhkv", gate, F.normalize(k, dim=-1), v)
+        sums.append(whole)
+        _, state = memory(x, state, lambda x: x, mask=None)
+    torch.testing.assert_close(state.last, whole, **EXACT)
+    torch.testing.assert_close(state.memory, torch.stack(sums, dim=2), **EXACT)
 
 
 @torch.no_grad()
@@ -199,6 +223,22 @@ def test_what_is_stored_is_never_written_again() -> None:
         assert changed.sum() <= 1
         assert torch.equal(changed, after.mass != state.mass)
         state = after
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        (laws.test_carry, "llama"),
+        (laws.test_rows_of_a_ragged_batch_equal_rows_alone, "llama", "holes"),
+        (laws.test_purity, "llama"),
+    ],
+    ids=lambda law: law[0].__name__,
+)
+def test_going_on_keeps_the_laws(law: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, *given = law
+    case = replace(CASES["memory-caching"], continues=True)
+    monkeypatch.setitem(CASES, "memory-caching", case)
+    check("memory-caching", *given)
 
 
 def test_the_paper_s_settings() -> None:

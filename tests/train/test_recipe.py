@@ -73,7 +73,7 @@ def test_what_nothing_reads_is_named(changes: list[str], keys: list[str]) -> Non
 
 
 def test_shipped_recipes_say_nothing_that_is_not_read() -> None:
-    for path in SHIPPED.glob("*.yaml"):
+    for path in SHIPPED.rglob("*.yaml"):
         assert Recipe.from_dict(read_yaml(path)).unread() == [], path
 
 
@@ -198,12 +198,15 @@ def test_training_fields_are_those_of_the_arguments() -> None:
     )
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes_are_whole(path: Path) -> None:
-    overrides = ["data.path=."] if path.stem == "lm-documents" else []
-    made = Recipe.load(path.stem, overrides)
+NAMES = [file.relative_to(SHIPPED).with_suffix("").as_posix() for file in SHIPPED.rglob("*.yaml")]
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_shipped_recipes_are_whole(name: str) -> None:
+    overrides = ["data.path=."] if name == "lm-documents" else []
+    made = Recipe.load(name, overrides)
     assert made.curriculum.stages
-    assert "easured result" in path.read_text(encoding="utf-8")
+    assert "easured result" in (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def test_a_recipe_is_checked_before_anything_heavy_is_imported() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from memlm.eval.reporting.report import Report, percent
 from memlm.eval.reporting.runs import Run, as_text
@@ -13,12 +14,29 @@ from memlm.tasks.lengths import parse_length
 GUESS_QUESTIONS = 30
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of a report that its maker adds: text, and a table below it, which may have no rows."""
+
+    heading: str
+    text: str
+    heads: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
 class Findings:
     """What a report says: the runs, on which tasks they can be compared, and the answer in a sentence."""
 
-    def __init__(self, title: str, runs: Sequence[Run], chance: float | None) -> None:
+    def __init__(
+        self,
+        title: str,
+        runs: Sequence[Run],
+        chance: float | None,
+        sections: Sequence[Section] = (),
+    ) -> None:
         self.title = title
         self.runs = runs
+        self.sections = sections
         reports = {run.name: run.report for run in runs}
         every = list(dict.fromkeys(task for run in runs for task in run.report.tasks))
         common = [task for task in every if all(task in r.tasks for r in reports.values())]

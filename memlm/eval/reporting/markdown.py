@@ -17,6 +17,10 @@ MEAN_NOTE = (
 def markdown_of(findings: Findings, pictures: Sequence[str]) -> str:
     """The report as Markdown, beside the `pictures` that were drawn."""
     lines = [f"# {escape_cell(findings.title)}", "", escape_cell(findings.answer()), ""]
+    for section in findings.sections:
+        lines += [f"## {escape_cell(section.heading)}", "", escape_cell(section.text), ""]
+        if section.rows:
+            lines += [*_table([section.heads, *section.rows]), ""]
     if len(findings.runs) > 1:
         lines += [f"## {escape_cell(capitalised(findings.over))}", "", _means_table(findings), ""]
     for run in findings.runs:
@@ -59,3 +63,8 @@ def _settings_table(findings: Findings) -> str:
     for key, values in findings.settings():
         lines.append(f"| {escape_cell(key)} | " + " | ".join(map(escape_cell, values)) + " |")
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(map(escape_cell, row)) + " |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from memlm.eval.reporting.findings import Findings, capitalised, reasons_for_gap
+from memlm.eval.reporting.findings import Findings, Section, capitalised, reasons_for_gap
 from memlm.eval.reporting.markdown import MEAN_NOTE, markdown_of
 from memlm.eval.reporting.pictures import (
     COST,
@@ -35,19 +35,21 @@ def write_report(
     *,
     chance: float | None = None,
     title: str = "Accuracy by length of context",
+    sections: Sequence[Section] = (),
 ) -> list[Path]:
     """Write pictures, `report.md` and `report.html` about `runs` into the folder `out`; return their paths.
 
     A run is the folder of an evaluation, or a Report, which has no samples to draw depths or show wrong
     answers from. `chance` is what guessing scores, by default what the commonest answer of each task would
-    score, where the samples are enough to tell.
+    score, where the samples are enough to tell. sections: what stands before the pictures.
     """
     if not runs:
         raise ValueError("runs is empty; give at least one {name: folder}")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
-    findings = Findings(title, [Run.load(name, run) for name, run in runs.items()], chance)
+    loaded = [Run.load(name, run) for name, run in runs.items()]
+    findings = Findings(title, loaded, chance, sections)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(findings, folder)
     _write(folder / MARKDOWN, markdown_of(findings, pictures))

@@ -28,7 +28,8 @@ class Cell:
 
     `correct` counts by the corrected BABILong metric, `exact` by exact match, `published` by the metric
     as published. `seconds` is the time for model and data, `data_seconds` the data's part of it. `writes`
-    are the segments in which a write gate opened; None without gates.
+    are the segments in which a write gate opened; None without gates. `f1` is the sum of the answers' token
+    F1; None where answers are labels.
     """
 
     task: str
@@ -42,6 +43,7 @@ class Cell:
     data_seconds: float
     peak_memory_bytes: int
     writes: int | None = None
+    f1: float | None = None
 
     @property
     def accuracy(self) -> float:
@@ -60,6 +62,11 @@ class Cell:
     def writes_per_million(self) -> float | None:
         """Segments written per million tokens; None without gates."""
         return None if self.writes is None else 1e6 * self.writes / max(self.tokens, 1)
+
+    @property
+    def mean_f1(self) -> float | None:
+        """Mean token F1; None where answers are labels."""
+        return None if self.f1 is None else self.f1 / self.samples
 
     @property
     def data_wait_share(self) -> float:
@@ -136,6 +143,7 @@ class Report:
             "data_wait_share": self._by_cell(lambda c: c.data_wait_share),
             "seconds": self._by_cell(lambda c: c.seconds),
             "writes_per_million": self._by_cell(lambda c: c.writes_per_million),
+            "f1": self._by_cell(lambda c: c.mean_f1),
             "seed": self.settings.get("seed"),
             "settings": self.settings,
             "versions": self.versions,
@@ -172,6 +180,7 @@ class Report:
             lines.append("| mean | " + " | ".join(row) + " |")
         notes = ["\\* mean over the tasks that have a figure at this length"] if partial else []
         notes += [f"\\- {escape_cell(note)}" for note in self.skipped_notes()]
+        notes += [note for note in (self.f1_note(),) if note]
         return "\n".join([*lines, *(["", *notes] if notes else [])])
 
     def skipped_notes(self) -> list[str]:
@@ -188,6 +197,16 @@ class Report:
                 parts.append(length + ("" if every else f" ({', '.join(cells[length])})"))
             notes.append(f"not run at {', '.join(parts)}: {reason}")
         return notes
+
+    def f1_note(self) -> str:
+        """Mean token F1 by length, as a line; "" where answers are labels."""
+        parts = [
+            f"{cell.length} {percent(cell.mean_f1)}"
+            for length in self.lengths
+            for cell in self.at(length)
+            if cell.mean_f1 is not None
+        ]
+        return f"mean token F1, percent: {', '.join(parts)}" if parts else ""
 
     def writes_note(self) -> str:
         """How often memories were written, by length over all tasks, as a line; "" without gates."""
@@ -322,8 +341,9 @@ def escape_cell(text: str) -> str:
 
 def _read_cell(saved: dict[str, Any]) -> Cell:
     # Keys of later versions are ignored: what is known of a cell stays readable.
-    known = {f.name: saved[f.name] for f in fields(Cell) if f.name != "writes"}
-    cell = Cell(**known, writes=saved.get("writes"))
+    later: dict[str, Any] = {name: saved.get(name) for name in ("writes", "f1")}
+    known = {f.name: saved[f.name] for f in fields(Cell) if f.name not in later}
+    cell = Cell(**known, **later)
     if not 0 <= cell.correct <= cell.samples or cell.samples < 1:
         raise ValueError(f"{cell.task} has {cell.correct} of {cell.samples} samples right")
     return cell

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ WRONG_SHOWN = 3
 # Settings that follow from the others, from the model or from its tokenizer. All the rest are options of
 # `memlm eval` by their own names, so that a new one is in a command that repeats a run unless it is here.
 DERIVED = (
-    "model", "haystack_digest", "haystack_manifest", "stories_digest", "prompt_digest", "recall_template",
-    "command",
+    "model", "haystack_digest", "haystack_manifest", "stories_digest", "data_digest", "prompt_digest",
+    "silenced_by", "recall_template", "command",
 )  # fmt: skip
 # Settings that are options by other names; a file of prompts decides their style.
 RENAMED = {
@@ -79,6 +79,10 @@ class Run:
             return [settings["command"]]
         if not settings:
             return []
+        if "data_digest" in settings:
+            # Own questions have neither tasks nor lengths to choose.
+            asked = ["--samples", str(sum(cell.samples for cell in self.report.cells))]
+            return [self._command(asked)]
         lengths: dict[int, list[str]] = {}
         for length in self.report.lengths:
             if cells := self.report.at(length):
@@ -86,18 +90,22 @@ class Run:
         commands = []
         for samples, some in lengths.items():
             tasks = [t for t in self.report.tasks if any(self.report.cell(t, x) for x in some)]
-            words = ["memlm", "eval", "MODEL", "--tasks", *tasks, "--lengths", *some]
-            words += ["--samples", str(samples)]
-            options, beyond = _options(settings)
-            for key, value in options.items():
-                values = value if isinstance(value, list | tuple) else [value]
-                words += ["--" + key.replace("_", "-"), *map(as_text, values)]
-            command = shlex.join([*words, "--out", self.name])
-            if beyond:
-                said = ", ".join(f"{key}={value!r}" for key, value in beyond.items())
-                command += f"  # and from Python, as the command cannot say it: {said}"
-            commands.append(command)
+            asked = ["--tasks", *tasks, "--lengths", *some, "--samples", str(samples)]
+            commands.append(self._command(asked))
         return commands
+
+    def _command(self, asked: Sequence[str]) -> str:
+        """The command that asks what is `asked`, with the run's settings."""
+        words = ["memlm", "eval", "MODEL", *asked]
+        options, beyond = _options(self.report.settings)
+        for key, value in options.items():
+            values = value if isinstance(value, list | tuple) else [value]
+            words += ["--" + key.replace("_", "-"), *map(as_text, values)]
+        command = shlex.join([*words, "--out", self.name])
+        if beyond:
+            said = ", ".join(f"{key}={value!r}" for key, value in beyond.items())
+            command += f"  # and from Python, as the command cannot say it: {said}"
+        return command
 
 
 def _options(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

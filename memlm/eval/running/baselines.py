@@ -3,18 +3,23 @@
 last-tokens: the end of the document alone; full: attention over all of it; window: a sliding window of
 attention (Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index;
 chunks: every chunk by itself, and the surest answer. With the memory: twice, the document read a second
-time; question-first, the question known before reading.
+time; question-first, the question known before reading; silenced, the memory model with nothing
+remembered.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memlm.eval.log import FORMER_WORDS
+from memlm.eval.provenance import write_thresholds
 from memlm.eval.running.readers import (
+    Asked,
+    BatchPiece,
     BatchReader,
     LastReader,
     MemoryReader,
@@ -22,6 +27,7 @@ from memlm.eval.running.readers import (
     WholeReader,
 )
 from memlm.eval.running.unforgetting import ChunksReader, QuestionFirstReader, TwiceReader
+from memlm.memory import config_from_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,6 +145,48 @@ class WindowReader(MemoryReader):
         return {"baseline": self.name, "window": self.window}
 
 
+class SilencedReader(MemoryReader):
+    """Baseline "silenced": the memory model, trained as it is, remembers nothing of the document.
+
+    Where all its memories have write gates, their threshold is infinite while it reads, so that what a
+    memory does beside writing stays as it was. Otherwise every segment starts with a fresh state, so that
+    only the last one, which holds the question, need be read.
+    """
+
+    name = "silenced"
+
+    def __init__(
+        self,
+        model: MemLMForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        own_segment: bool = False,
+        keep_in: str | os.PathLike[str] | None = None,
+    ) -> None:
+        # Little is read, and a state without anything in it need not be kept.
+        super().__init__(model, tokenizer, own_segment)
+        thresholds = write_thresholds(model)
+        configs = map(config_from_dict, getattr(model.config, "memory", None) or [])
+        gated = all(getattr(config, "write_gate", "none") != "none" for config in configs)
+        # One threshold for all is what can be put back.
+        self._before = thresholds[0] if gated and len(thresholds) == 1 else None
+        if self._before is not None:
+            model.set_memory_options(write_threshold=float("inf"))
+
+    def close(self) -> None:
+        if self._before is not None:
+            self.model.set_memory_options(write_threshold=self._before)
+
+    def settings(self) -> dict[str, Any]:
+        fresh = self._before is None
+        return {
+            "baseline": self.name,
+            "silenced_by": "fresh states" if fresh else "write_threshold",
+        }
+
+    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
+        return super().pieces(batch, sys.maxsize if self._before is None else done)
+
+
 def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:
     return RecalledReader(base, tokenizer)
 
@@ -154,6 +202,7 @@ BASE_ALONE: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], BatchReader]
 WITH_MEMORY: dict[str, type[MemoryReader]] = {
     "twice": TwiceReader,
     "question-first": QuestionFirstReader,
+    "silenced": SilencedReader,
 }
 BASELINES = (*BASE_ALONE, *WITH_MEMORY)
 WINDOWED = ("last-tokens", "window", "chunks")

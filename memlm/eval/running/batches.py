@@ -17,7 +17,6 @@ from memlm.eval.running.readers import Asked, BatchPiece, BatchReader, Kept, Too
 from memlm.eval.running.samples import Sampled, SampleSource
 from memlm.retrieval.retriever import Recalled, RetrievalConfig, read_document, render_parts
 from memlm.tasks.lengths import format_length
-from memlm.tasks.registry import find_task
 from memlm.tokens import Part, encode_parts, leading_tokens
 
 if TYPE_CHECKING:
@@ -139,7 +138,8 @@ class BatchRunner:
                 recalled = np.array(encode_parts(self.tokenizer, shown), dtype=np.int32)
                 after_ids = np.concatenate([recalled, after_ids])
             start = np.concatenate([self._leading, self._encode([(before, True)])])
-            asked.append(Asked(sample, start, after_ids, passages))
+            document = self.source.document(batch.task, batch.length, index)
+            asked.append(Asked(sample, start, after_ids, passages, document))
         return asked
 
     def _make(self, todo: Sequence[Batch], done: int) -> Iterator[_Begin | BatchPiece]:
@@ -170,7 +170,7 @@ class BatchRunner:
                 begin.asked, pieces, self._answer_tokens(task), bar.update, kept
             )
         seconds, waited = clock.read()
-        mark = find_task(task).mark
+        mark = self.source.task(task).mark
         rows = []
         counts = [{}] * len(outputs) if writes is None else [{"writes": count} for count in writes]
         for index, asked, output, written in zip(
@@ -195,6 +195,7 @@ class BatchRunner:
                     "peak_memory_bytes": peak.bytes,
                     "fact_offsets": list(sample.fact_offsets),
                     "supporting": list(sample.story.supporting),
+                    **({} if score.f1 is None else {"f1": score.f1}),
                     **written,
                     **_recalled_of(asked),
                 }
@@ -202,7 +203,7 @@ class BatchRunner:
         return rows
 
     def _answer_tokens(self, task: str) -> int:
-        return max(self.max_new_tokens, find_task(task).answer_tokens)
+        return max(self.max_new_tokens, self.source.task(task).answer_tokens)
 
     def _encode(self, parts: Iterable[Part]) -> NDArray[np.int32]:
         key = tuple(parts)

@@ -18,10 +18,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def check_own_questions(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] | None,
+    lengths: Sequence[str | int] | None,
+    data: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str] | None,
+) -> None:
+    """Refuse what own questions do not have, and what no evaluation can do without."""
+    for name, value in (("tasks", tasks), ("lengths", lengths)):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value} choose samples of BABILong, but data={os.fspath(data or '')!r} brings "
+                "documents and questions of its own; leave one of the two out"
+            )
+    _check_run(tokenizer, out)
+
+
+def _check_run(tokenizer: PreTrainedTokenizerBase, out: str | os.PathLike[str] | None) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
+
+
 def cells_to_evaluate(
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    lengths: Sequence[str | int],
+    tasks: Sequence[str] | None,
+    lengths: Sequence[str | int] | None,
     haystack: str | os.PathLike[str] | Haystack,
     stories: str | os.PathLike[str],
     data: str | os.PathLike[str] | None,
@@ -29,8 +53,8 @@ def cells_to_evaluate(
     seed: int,
 ) -> list[tuple[str, int]]:
     """Refuse what cannot work before any work is done; return the cells to evaluate."""
-    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    lengths = [lengths] if isinstance(lengths, str | int) else list(lengths)
+    tasks = [tasks] if isinstance(tasks, str) else list(tasks or ())
+    lengths = [lengths] if isinstance(lengths, str | int) else list(lengths or ())
     if not tasks or not lengths:
         raise ValueError(f"tasks={tasks} and lengths={lengths} must each name at least one")
     for task in tasks:
@@ -40,12 +64,9 @@ def cells_to_evaluate(
     tokens = list(dict.fromkeys(parse_length(length) for length in lengths))
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
+    _check_run(tokenizer, out)
     if data is None and not isinstance(haystack, Haystack):
         check_source(haystack)
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"out={os.fspath(out)!r} is a file; name a folder")
     return list(itertools.product(dict.fromkeys(tasks), tokens))
 
 

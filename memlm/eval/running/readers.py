@@ -11,7 +11,7 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
@@ -49,13 +49,15 @@ class TooLong(Exception):
 class Asked:
     """One sample as a model sees it: ids before the document, the document, ids after it.
 
-    recalled: passages whose text is part of `after`.
+    recalled: passages whose text is part of `after`. document: equal where the same text is asked about;
+    None for a text of its own.
     """
 
     sample: Sampled
     before: NDArray[np.int32]
     after: NDArray[np.int32]
     recalled: tuple[Recalled, ...] = ()
+    document: Hashable = None
 
     @property
     def tokens(self) -> int:
@@ -249,8 +251,15 @@ class MemoryReader(BatchReader):
         """What is read before the question, in pieces, and how many tokens it has."""
         return asked.ids(), len(asked.before) + asked.sample.tokens
 
+    def texts_of(self, batch: Sequence[Asked]) -> list[int]:
+        """For each sample the number of the text that is read for it: one text is read once."""
+        known: dict[Hashable, int] = {}
+        keys = [(i,) if one.document is None else one.document for i, one in enumerate(batch)]
+        return [known.setdefault(key, len(known)) for key in keys]
+
     def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
-        texts = [self.text(asked) for asked in batch]
+        numbers = self.texts_of(batch)
+        texts = [self.text(batch[numbers.index(number)]) for number in range(max(numbers) + 1)]
         tapes = [Tape(pieces) for pieces, _ in texts]
         read = np.array([count for _, count in texts])
         whole = read if self.own_segment else read // self.segment * self.segment
@@ -266,13 +275,15 @@ class MemoryReader(BatchReader):
                 tape.take(row[:size])
             real = np.arange(width)[None, :] < sizes[:, None]
             yield BatchPiece(ids, None if bool(real.all()) else real)
-        prompts = []
-        for asked, tape, left in zip(batch, tapes, (read - whole).tolist(), strict=True):
-            prompt = np.empty(left + len(asked.after), dtype=np.int64)
-            tape.take(prompt[:left])
-            prompt[left:] = asked.after
-            prompts.append(prompt)
-        yield self._prompts(prompts)
+        rests = [np.empty(left, dtype=np.int64) for left in (read - whole).tolist()]
+        for tape, rest in zip(tapes, rests, strict=True):
+            tape.take(rest)
+        yield self._prompts(
+            [
+                np.concatenate([rests[number], asked.after])
+                for asked, number in zip(batch, numbers, strict=True)
+            ]
+        )
 
     def answer(
         self,
@@ -312,10 +323,15 @@ class MemoryReader(BatchReader):
                 state.save(self._file, {"batch": _identity_of(batch), **extra})
                 save_at = time.monotonic() + KEEP_SECONDS
         (prompts,) = last
+        written, numbers = writes.rows(), self.texts_of(batch)
+        if max(numbers) + 1 < len(batch):
+            if state is not None:
+                state = state.select(numbers)
+            written = None if written is None else [written[number] for number in numbers]
         outputs = self._generate(self.model, prompts, max_new_tokens, memory_state=state)
         if self._file is not None:
             self._file.unlink(missing_ok=True)
-        return Answers(outputs, writes.rows())
+        return Answers(outputs, written)
 
     def _segment(self, piece: BatchPiece) -> Segment:
         import torch

@@ -6,6 +6,7 @@ as if it had never stopped.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,7 +27,12 @@ from memlm.eval.reporting.plots import save_with_picture
 from memlm.eval.reporting.report import Cell, Report
 from memlm.eval.running.baselines import MODEL, is_memory_model, make_reader
 from memlm.eval.running.batches import Batch, BatchRunner, Recall, split_into_batches
-from memlm.eval.running.checks import cells_to_evaluate, check_composition
+from memlm.eval.running.checks import (
+    cells_to_evaluate,
+    check_composition,
+    check_own_questions,
+)
+from memlm.eval.running.own import OwnQuestions, are_own_questions
 from memlm.eval.running.prompts import Prompts
 from memlm.eval.running.samples import Composed, Published, SampleSource
 from memlm.retrieval.embedders import HashingEmbedder
@@ -47,6 +53,8 @@ if TYPE_CHECKING:
 
 # Passages of the baseline "retrieval", unless told otherwise.
 RECALLED = 5
+# Samples of a task and length, unless told otherwise.
+SAMPLES_PER_CELL = 100
 # Tokens of an answer, as in the published evaluation.
 MAX_NEW_TOKENS = 20
 
@@ -54,9 +62,9 @@ MAX_NEW_TOKENS = 20
 def evaluate(
     model: MemLMForCausalLM | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    lengths: Sequence[str | int],
-    samples: int = 100,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[str | int] | None = None,
+    samples: int | None = None,
     *,
     haystack: str | os.PathLike[str] | Haystack = "builtin",
     stories: str | os.PathLike[str] = "generated",
@@ -76,36 +84,45 @@ def evaluate(
     split: Split = "eval",
     progress: bool = True,
 ) -> Report:
-    """Score `model` on `samples` documents of every task and length, and report.
+    """Score `model` on `samples` documents of every task and length, or on one's own questions, and report.
 
     model: of memlm, or any causal language model of transformers. tasks: bAbI's, or probes
     (`memlm.tasks.registry.TASKS`). haystack: a source, of which `split` is used. stories: "generated" or a
     folder of bAbI files, of which the test file is preferred. data: samples in the published layout (a hub
-    id or a folder) in place of composed ones. baseline: who reads: "model", the given model itself, or a
-    name of `BASELINES`. The base model reads for "last-tokens" (only the end of the document), "full"
-    (attention to all of it), "window" (a sliding window), "chunks" (one chunk after the other) and
-    "retrieval" (recalled passages); the memory model for "twice" (the document twice) and "question-first".
-    window: tokens that "last-tokens", "window" and "chunks" see. prompt: "answer", "instruction", "chat" or
-    a YAML file; None picks "answer" for models of memlm, else "chat" where the tokenizer has a chat
-    template and "instruction" where it has none. position, distance: where facts stand, as in
-    `babilong.compose`. composition: "exact", or "published" for lengths, facts and noise by the published
-    code's rules (`babilong.Composition`). retrieval: how many passages of the document are recalled before
-    the question, from an index made for each sample; the baseline "retrieval" shows the model nothing else,
-    and recalls 5 when this is None. embedder: that of the index, a HashingEmbedder by default.
-    max_new_tokens: tokens of an answer; None is what the run in `out` has, else 20.
+    id or a folder) in place of composed ones; or own questions (a file of rows with "document" and
+    "questions", a folder of such files or "hub:ID"), without tasks and lengths, scored by SQuAD's exact
+    match and F1. samples: 100 by default; of own questions the first so many, by default all. baseline: who
+    reads: "model", the given model itself, or a name of `BASELINES`. The base model reads for "last-tokens"
+    (only the end of the document), "full" (attention to all of it), "window" (a sliding window), "chunks"
+    (one chunk after the other) and "retrieval" (recalled passages); the memory model for "twice" (the
+    document twice), "question-first" and "silenced" (nothing remembered). window: tokens that
+    "last-tokens", "window" and "chunks" see. prompt: "answer", "instruction", "chat" or a YAML file; None
+    picks "answer" for models of memlm, else "chat" where the tokenizer has a chat template and
+    "instruction" where it has none. position, distance: where facts stand, as in `babilong.compose`.
+    composition: "exact", or "published" for lengths, facts and noise by the published code's rules
+    (`babilong.Composition`). retrieval: how many passages of the document are recalled before the question,
+    from an index made for each sample; the baseline "retrieval" shows the model nothing else, and recalls 5
+    when this is None. embedder: that of the index, a HashingEmbedder by default. max_new_tokens: tokens of
+    an answer; None is what the run in `out` has, else 20, or what the longest right answer takes.
 
     With `out`, each batch is appended to `samples.jsonl`, and a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for). `summary.json` and `accuracy.png` are
     written at the end, about all that the folder holds. Cells that a baseline cannot take are left out,
     with the reason in `report.skipped`. ValueError on arguments that cannot work, before any work is done.
     """
-    plan = cells_to_evaluate(tokenizer, tasks, lengths, haystack, stories, data, out, seed)
+    own_questions = are_own_questions(data)
+    if own_questions:
+        check_own_questions(tokenizer, tasks, lengths, data, out)
+        plan = []
+    else:
+        plan = cells_to_evaluate(tokenizer, tasks, lengths, haystack, stories, data, out, seed)
+        samples = SAMPLES_PER_CELL if samples is None else samples
     if max_new_tokens is None:
         max_new_tokens = int(recorded(out).get("max_new_tokens", MAX_NEW_TOKENS))
     for name, value in (
         ("samples", samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)
     ):  # fmt: skip
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     rules = composition_of(composition, position=position, distance=distance)
     check_composition(
@@ -117,7 +134,7 @@ def evaluate(
             "embedder finds passages to recall, but retrieval is None; give retrieval, the number of "
             "passages, or leave embedder out"
         )
-    prompts = _prompts(model, tokenizer, prompt)
+    prompts = _prompts(model, tokenizer, prompt, own_questions)
     if retrieval is None and baseline == "retrieval":
         retrieval = RetrievalConfig(k=RECALLED)
     elif retrieval is not None and not isinstance(retrieval, RetrievalConfig):
@@ -132,8 +149,12 @@ def evaluate(
         stack.enter_context(without_training(model))
         reader = make_reader(model, tokenizer, baseline, window, own, out)
         stack.callback(reader.close)
-        if data is not None:
-            source: SampleSource = Published(data, tokenizer)
+        if data is not None and own_questions:
+            questions = OwnQuestions(data, tokenizer, samples)
+            source: SampleSource = questions
+            plan = list(questions.cells)
+        elif data is not None:
+            source = Published(data, tokenizer)
         else:
             if isinstance(haystack, Haystack):
                 noise = haystack.tokenized(tokenizer)
@@ -143,7 +164,7 @@ def evaluate(
                 stories, noise, tokenizer, seed,
                 position=position, distance=distance, composition=rules,
             )  # fmt: skip
-        counts = {cell: source.prepare(*cell, samples) for cell in plan}
+        counts = {cell: source.prepare(*cell, samples or 0) for cell in plan}
         settings = {
             **source.settings(),
             **reader.settings(),
@@ -161,7 +182,8 @@ def evaluate(
         if source.settings().get("haystack") == "installed":
             about["haystack_manifest"] = manifest(split)
         thresholds = write_thresholds(model)
-        if len(thresholds) == 1 and thresholds[0]:
+        # A silenced run says so itself.
+        if len(thresholds) == 1 and 0 < thresholds[0] < math.inf:
             about["write_threshold"] = thresholds[0]
         runner = BatchRunner(reader, source, prompts, tokenizer, max_new_tokens, recall)
         log = stack.enter_context(RunLog(out, settings))
@@ -198,14 +220,17 @@ def _config(model: Any, name: str, default: Any) -> Any:
 
 
 def _prompts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str | os.PathLike[str] | None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | os.PathLike[str] | None,
+    own_questions: bool,
 ) -> Prompts:
     if prompt is None:
         chats = getattr(tokenizer, "chat_template", None) is not None
         prompt = "answer" if is_memory_model(model) else "chat" if chats else "instruction"
     template = _config(model, "question_template", BABILONG_QUESTION_TEMPLATE)
-    # A model of memlm was trained on documents without a start token.
-    bare = is_memory_model(model) and prompt == "answer"
+    # A model of memlm was trained on composed documents without a start token, and on own ones with it.
+    bare = is_memory_model(model) and prompt == "answer" and not own_questions
     return Prompts.of(prompt, tokenizer, template, bare)
 
 
@@ -266,4 +291,5 @@ def _cell(task: str, length: str, rows: Sequence[Row]) -> Cell:
         data_seconds=sums["data_seconds"],
         peak_memory_bytes=max(row["peak_memory_bytes"] for row in rows),
         writes=sum(row["writes"] for row in rows) if all("writes" in row for row in rows) else None,
+        f1=sum(row["f1"] for row in rows) if all("f1" in row for row in rows) else None,
     )

@@ -10,7 +10,7 @@ import itertools
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,6 +71,14 @@ class SampleSource(ABC):
     def holds(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of an earlier run is about the sample this source gives now."""
         return True
+
+    def task(self, name: str) -> Task:
+        """How the answers of a task are scored."""
+        return find_task(name)
+
+    def document(self, task: str, length: int, index: int) -> Hashable:
+        """The same for samples that are asked about the same text, which is then read once."""
+        return index
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -120,6 +120,10 @@ class QuestionFirstReader(MemoryReader):
 
     name: ClassVar[str] = "question-first"
 
+    def texts_of(self, batch: Sequence[Asked]) -> list[int]:
+        # What is read begins with the question.
+        return list(range(len(batch)))
+
     def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
         pieces = itertools.chain([asked.before, asked.after], asked.sample.ids())
         return pieces, len(asked.before) + len(asked.after) + asked.sample.tokens

@@ -36,16 +36,17 @@ CHANNEL_CHUNK = 16
 class Tokens(NamedTuple):
     """What the tokens of a piece of text do to the state, and ask of it.
 
-    query (B, H, R, T, dk): R questions of each token. write (B, H, T, dk), target (B, H, T, dv). erase
-    (B, H, T, dk); None: nothing is erased. log_decay (B, H, T), or (B, H, T, dk) by channel, at most 0;
-    None: nothing decays.
+    query (B, H, R, T, dk): R questions of each token. key (B, H, T, dk), value (B, H, T, dv): w = key, and
+    u = step value. step (B, H, T): how far each token writes. erases: whether e = step key; if not, nothing
+    is erased. log_decay (B, H, T), or (B, H, T, dk) by channel, at most 0; None: nothing decays.
     """
 
     query: Tensor
-    write: Tensor
-    target: Tensor
-    erase: Tensor | None = None
+    key: Tensor
+    value: Tensor
+    step: Tensor
     log_decay: Tensor | None = None
+    erases: bool = True
 
 
 def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
@@ -53,10 +54,12 @@ def delta_rule(tokens: Tokens, state: Tensor, chunk: int) -> tuple[Tensor, Tenso
 
     chunk: tokens computed at once; it changes nothing but rounding.
     """
-    length = tokens.write.shape[2]
+    length, step = tokens.key.shape[2], tokens.step.unsqueeze(-1)
     by_channel = tokens.log_decay is not None and tokens.log_decay.ndim == 4
     size = min(chunk, CHANNEL_CHUNK if by_channel else chunk, length)
-    w, u, e, log_decay = (_chunked(part, size) for part in tokens[1:])
+    erase = step * tokens.key if tokens.erases else None
+    parts = (tokens.key, step * tokens.value, erase, tokens.log_decay)
+    w, u, e, log_decay = (_chunked(part, size) for part in parts)
     assert w is not None and u is not None
 
     keep = None if log_decay is None else log_decay.cumsum(dim=3)  # g

@@ -80,6 +80,25 @@ class GatedMemory(Memory):
         """What a gate must reach now, to count."""
         return self.config.train_threshold if self.training else self.config.write_threshold
 
+    @property
+    def can_be_silent(self) -> bool:
+        """Whether a gate can be exactly zero."""
+        return self.config.write_gate == "hard" or self.threshold > 0
+
+    def gates_of(self, x: Any, state: Any, mask: Tensor | None) -> Tensor | None:
+        """The write gates of a segment, (B, H, T); None where they are known only when most work is done.
+
+        For whoever wants to know, before `forward`, whether it would write: all zero means that
+        `forward_silent` gives the same for less.
+        """
+        return None
+
+    def forward_silent(
+        self, x: Any, state: Any, inner: Any, *, mask: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """What `forward` gives where all of `gates_of` are zero: only the state's transient leaves move."""
+        raise NotImplementedError
+
     def gates_at(self, logit: Tensor) -> Tensor:
         """The gates at `logit`, from 0 to 1, of any shape."""
         if self.training and self.config.gate_noise:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,25 @@ def tokens_back_from(order: Tensor | None, y: Tensor) -> Tensor:
     if order is None:
         return y
     return torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
+
+
+def recent_inputs(
+    x: Tensor, before: Tensor, real: Tensor | None, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What `short_convolution` would keep of `project(x)`, projecting those tokens alone: like `before`.
+
+    x (B, T, D), project: to (B, ., n). before, real: as `short_convolution` takes them.
+    """
+    kept, length = before.shape[1], x.shape[1]
+    if real is None and length >= kept:
+        return project(x[:, length - kept :]).to(before.dtype)
+    count = torch.full_like(x[:, :1, 0], length, dtype=torch.long)
+    count = count if real is None else real.sum(dim=1, keepdim=True)
+    # Places in `before` and `x` joined.
+    places = count + torch.arange(kept, device=x.device)
+    new = project(tokens_at(x, (places - kept).clamp(min=0)))
+    old = tokens_at(before, places.clamp(max=kept - 1))
+    return torch.where((places < kept).unsqueeze(-1), old, new.to(before.dtype))
 
 
 def short_convolution(

@@ -16,9 +16,10 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
     given = Path(path)
     if given.is_file():
         return given
-    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
-    name = given.name.removesuffix(".yaml")
-    if given.parent == Path(".") and name in shipped:
+    files = sorted(SHIPPED.rglob("*.yaml"))
+    shipped = {file.relative_to(SHIPPED).with_suffix("").as_posix(): file for file in files}
+    name = given.as_posix().removesuffix(".yaml")
+    if name in shipped:
         return shipped[name]
     raise FileNotFoundError(
         f"recipe {os.fspath(path)!r} does not exist; give a YAML file, or one of "

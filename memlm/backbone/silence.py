@@ -1,0 +1,45 @@
+"""Segments in which nothing is written: a memory that can tell so beforehand is read, and left as it is.
+
+Only where no gradient is wanted and a value may decide what is computed: not in training, not under
+torch.compile, not while a CUDA graph is captured. On an accelerator the question waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.memory.base import QKV, Memory
+from memlm.memory.parts.gates import GatedMemory
+
+
+def run_memory(
+    memory: Memory, x: Any, state: Any, inner: Any, *, mask: Tensor | None, write: bool
+) -> tuple[Tensor, Any]:
+    """`memory` on `x`, without the work of writing where all gates of all rows are zero."""
+    if (
+        write
+        and isinstance(memory, GatedMemory)
+        and may_skip(memory, x.k if isinstance(x, QKV) else x)
+    ):
+        gates = memory.gates_of(x, state, mask)
+        if gates is not None and not bool(gates.any()):
+            return memory.forward_silent(x, state, inner, mask=mask)
+    return memory(x, state, inner, mask=mask, write=write)
+
+
+def may_skip(memory: GatedMemory, x: Tensor) -> bool:
+    """Whether the gates may be asked for first."""
+    return (
+        memory.can_be_silent
+        and not memory.training
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not x.is_meta
+        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        # Whoever hooks the memory's forward, expects it to run.
+        and not memory._forward_hooks
+        and not memory._forward_pre_hooks
+    )

@@ -1,0 +1,252 @@
+"""Stories of bAbI that never end, with every question that follows from what was told.
+
+A story of the original tasks asks five questions and ends. Training asks many more: of each of its
+tasks after every few facts, and lessons besides, simpler questions that an answer is made of and
+that no task asks. Who had the apple, and where had Mary been before she came to the kitchen, are the
+two steps of where the apple was before the kitchen; learned one by one they are learned fast, where
+all at once was not learned at all (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from memlm.tasks.babi.generators.events import DIALECTS, NUMBERS
+from memlm.tasks.babi.generators.world import DIRECTIONS, PLACES, Event, World
+
+LESSONS = ("handler", "before")
+TASKS = (*DIALECTS, "qa4")
+# The newest facts that are asked about: all four actors have moved within these, 999 times in 1,000.
+RECENT_FACTS = 32
+# Newest facts of qa4 that are asked about; its stories have two.
+RECENT_PLACEMENTS = 4
+
+
+class Telling(Protocol):
+    """An endless story. What happens is drawn, told, and counts as known once it was noted."""
+
+    def draw(self) -> Any:
+        """Let the next thing happen and return it."""
+
+    def tell(self, event: Any) -> str:
+        """The fact, as bAbI words it."""
+
+    def note(self, event: Any) -> None:
+        """Take `event` as read: from now on it may be asked about."""
+
+    def answers(self, kind: str) -> dict[str, str]:
+        """Every question of a task or lesson that the noted facts answer, with its answer."""
+
+
+def telling(task: str, rng: random.Random) -> Telling:
+    """An endless story of `task`, one of TASKS."""
+    return Rooms(rng) if task == "qa4" else Events(task, rng)
+
+
+class Events:
+    """Actors who move about, carry things and hand them over: qa1 to qa3 and qa5 to qa8."""
+
+    def __init__(self, task: str, rng: random.Random) -> None:
+        self.world = World(DIALECTS[task], rng)
+        self.count = 0
+        # actor -> their places in order, each with the number of the fact that told it.
+        self.ways: dict[str, list[tuple[str, int]]] = {}
+        # thing -> its newest event: the number, the actor who has it or put it down, how many moves of
+        # theirs were noted when they got it (None: nobody told) and when they put it down (None: not yet).
+        self.hands: dict[str, tuple[int, str, int | None, int | None]] = {}
+        # thing -> number, giver, receiver of its newest gift; (giver, receiver) -> their newest gift.
+        self.gifts: dict[str, tuple[int, str, str]] = {}
+        self.given: dict[tuple[str, str], str] = {}
+        # actor -> things they ever had, in the order of having them first; the number of the fact by which
+        # something last passed through their hands.
+        self.had: dict[str, dict[str, None]] = {}
+        self.busy: dict[str, int] = {}
+
+    def draw(self) -> Event:
+        return self.world.step()
+
+    def tell(self, event: Event) -> str:
+        return self.world.tell(event)
+
+    def note(self, event: Event) -> None:
+        self.count += 1
+        if event.kind == "move":
+            self.ways.setdefault(event.actor, []).append((event.thing, self.count))
+            return
+        holder = event.receiver or event.actor
+        begun: int | None = len(self.ways.get(holder, []))
+        ended = None
+        if event.kind == "drop":
+            before = self.hands.get(event.thing)
+            begun, ended = (before[2] if before and before[1] == holder else None), begun
+        self.hands[event.thing] = (self.count, holder, begun, ended)
+        for actor in dict.fromkeys((event.actor, holder)):
+            self.had.setdefault(actor, {})[event.thing] = None
+            self.busy[actor] = self.count
+        if event.kind == "give":
+            self.gifts[event.thing] = (self.count, event.actor, event.receiver)
+            self.given[event.actor, event.receiver] = event.thing
+
+    def answers(self, kind: str) -> dict[str, str]:
+        return _ANSWERS[kind](self)
+
+    def recent(self, number: int) -> bool:
+        """Whether the fact with this number is among the newest."""
+        return number > self.count - RECENT_FACTS
+
+    def journeys(self) -> dict[str, list[str]]:
+        """thing -> the places its newest carrier took it to, as far as was told."""
+        found = {}
+        for thing, (number, actor, begun, ended) in self.hands.items():
+            if begun is not None and self.recent(number):
+                found[thing] = [place for place, _ in self.ways.get(actor, [])[begun:ended]]
+        return found
+
+
+class Rooms:
+    """Places north, south, east or west of one another: qa4, told on and on.
+
+    Each fact is drawn for itself, so the places do not lie on one map: the newest word on a place and a
+    direction is what counts.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.known: dict[tuple[str, str], str] = {}
+
+    def draw(self) -> tuple[str, str, str]:
+        subject, other = self.rng.sample(PLACES, 2)
+        return subject, self.rng.choice(sorted(DIRECTIONS)), other
+
+    def tell(self, event: tuple[str, str, str]) -> str:
+        subject, direction, other = event
+        return f"The {subject} is {direction} of the {other}."
+
+    def note(self, event: tuple[str, str, str]) -> None:
+        subject, direction, other = event
+        # What lay here before does so no longer, whichever way round it was told.
+        self.known.pop((direction, other), None)
+        self.known.pop((DIRECTIONS[direction], subject), None)
+        self.known[direction, other] = subject
+
+    def answers(self, kind: str) -> dict[str, str]:
+        found = {}
+        for direction, other in list(self.known)[-RECENT_PLACEMENTS:] if kind == "qa4" else ():
+            subject = self.known[direction, other]
+            found[f"What is {direction} of the {other}?"] = subject
+            found[f"What is the {other} {DIRECTIONS[direction]} of?"] = subject
+        return found
+
+
+def _whereabouts_of_actors(story: Events) -> dict[str, str]:
+    newest = {actor: way[-1] for actor, way in story.ways.items()}
+    return {
+        f"Where is {actor}?": place
+        for actor, (place, number) in newest.items()
+        if story.recent(number)
+    }
+
+
+def _whereabouts_of_things(story: Events) -> dict[str, str]:
+    found = {}
+    for thing, (number, actor, begun, ended) in story.hands.items():
+        way = story.ways.get(actor, [])
+        # Something carried is where its carrier moved to with it; something put down, where they stood.
+        places = way[begun:] if ended is None else way[:ended]
+        if places and story.recent(number):
+            found[f"Where is the {thing}?"] = places[-1][0]
+    return found
+
+
+def _steps(way: list[str]) -> dict[str, str]:
+    """Each place that was come to from another -> the place before its latest visit."""
+    visits = {place: at for at, place in enumerate(way)}
+    return {place: way[at - 1] for place, at in visits.items() if at}
+
+
+def _places_before(story: Events) -> dict[str, str]:
+    return {
+        f"Where was the {thing} before the {place}?": before
+        for thing, way in story.journeys().items()
+        for place, before in _steps(way).items()
+    }
+
+
+def _givings(story: Events) -> dict[str, str]:
+    found = {}
+    for thing, (number, giver, receiver) in story.gifts.items():
+        if not story.recent(number):
+            continue
+        found[f"Who gave the {thing}?"] = giver
+        found[f"Who gave the {thing} to {receiver}?"] = giver
+        found[f"Who received the {thing}?"] = receiver
+        found[f"Who did {giver} give the {thing} to?"] = receiver
+        if story.given[giver, receiver] == thing:
+            found[f"What did {giver} give to {receiver}?"] = thing
+    return found
+
+
+def _presences(story: Events) -> dict[str, str]:
+    return {
+        f"Is {actor} in the {place}?": "yes" if place == way[-1][0] else "no"
+        for actor, way in story.ways.items()
+        if story.recent(way[-1][1])
+        for place in PLACES
+    }
+
+
+def _carried(story: Events, actor: str) -> list[str]:
+    """What an actor carries, in the order in which they first had it."""
+    return [
+        thing
+        for thing in story.had[actor]
+        if story.hands[thing][1] == actor and story.hands[thing][3] is None
+    ]
+
+
+def _counts(story: Events) -> dict[str, str]:
+    return {
+        f"How many objects is {actor} carrying?": NUMBERS[len(_carried(story, actor))]
+        for actor, number in story.busy.items()
+        if story.recent(number)
+    }
+
+
+def _listings(story: Events) -> dict[str, str]:
+    return {
+        f"What is {actor} carrying?": ",".join(_carried(story, actor)) or "nothing"
+        for actor, number in story.busy.items()
+        if story.recent(number)
+    }
+
+
+def _handlers(story: Events) -> dict[str, str]:
+    return {
+        f"Who had the {thing}?": actor
+        for thing, (number, actor, _, _) in story.hands.items()
+        if story.recent(number)
+    }
+
+
+def _ways_before(story: Events) -> dict[str, str]:
+    return {
+        f"Where was {actor} before the {place}?": before
+        for actor, way in story.ways.items()
+        for place, before in _steps([p for p, number in way if story.recent(number)]).items()
+    }
+
+
+_ANSWERS: dict[str, Callable[[Events], dict[str, str]]] = {
+    "qa1": _whereabouts_of_actors,
+    "qa2": _whereabouts_of_things,
+    "qa3": _places_before,
+    "qa4": lambda story: {},
+    "qa5": _givings,
+    "qa6": _presences,
+    "qa7": _counts,
+    "qa8": _listings,
+    "handler": _handlers,
+    "before": _ways_before,
+}

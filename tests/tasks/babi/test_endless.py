@@ -1,0 +1,85 @@
+"""Stories without end: their answers are the solver's, and lessons are what the sentences say."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from memlm.tasks import babi
+from memlm.tasks.babi.endless import LESSONS, RECENT_FACTS, TASKS, Telling, telling
+
+MOVED = re.compile(r"(\w+) (?:moved|went|went back|journeyed|travelled) to the (\w+)\.")
+HANDED = re.compile(r"\w+ (?:gave|handed|passed) the (\w+) to (\w+)\.")
+HANDLED = re.compile(
+    r"(\w+) (?:got|grabbed|took|picked up|dropped|left|discarded|put down) the (\w+)"
+)
+
+
+def told(task: str, seed: int, count: int) -> Iterator[tuple[Telling, list[str]]]:
+    """A story after each of its first `count` facts."""
+    story, facts = telling(task, random.Random(seed)), []
+    for _ in range(count):
+        event = story.draw()
+        facts.append(story.tell(event))
+        story.note(event)
+        yield story, facts
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_answer_is_the_solver_s(task: str) -> None:
+    checked = 0
+    for seed in range(8):
+        for number, (story, facts) in enumerate(told(task, seed, 45)):
+            for question, answer in story.answers(task).items() if number % 4 == 0 else ():
+                assert babi.solve(facts, question) == answer, (facts, question)
+                checked += 1
+    assert checked > 80
+
+
+def handlers(facts: list[str]) -> dict[str, str]:
+    found = {}
+    for fact in facts:
+        if match := HANDED.match(fact):
+            found[match[1]] = match[2]
+        elif match := HANDLED.match(fact):
+            found[match[2]] = match[1]
+    return {f"Who had the {thing}?": actor for thing, actor in found.items()}
+
+
+def ways(facts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    at: dict[str, str] = {}
+    for fact in facts:
+        if match := MOVED.match(fact):
+            actor, place = match.groups()
+            if actor in at:
+                found[f"Where was {actor} before the {place}?"] = at[actor]
+            at[actor] = place
+    return found
+
+
+@pytest.mark.parametrize("task", ["qa2", "qa5"])
+def test_lessons_ask_for_the_steps_an_answer_is_made_of(task: str) -> None:
+    for seed in range(4):
+        for story, facts in told(task, seed, RECENT_FACTS):
+            assert story.answers("handler") == handlers(facts)
+            assert story.answers("before") == ways(facts)
+
+
+def test_what_is_long_past_is_not_asked_about() -> None:
+    for story, facts in told("qa3", 0, 300):
+        recent = " ".join(facts[-RECENT_FACTS:])
+        for kind in ("qa1", "qa2", "qa3", *LESSONS):
+            for question in story.answers(kind):
+                subject = re.findall(r"\w+", question.split(" before ")[0])[-1]
+                assert subject in recent
+
+
+def test_a_task_that_has_no_such_question_answers_none() -> None:
+    for story, _ in told("qa4", 0, 3):
+        assert story.answers("qa1") == {}
+    for story, _ in told("qa1", 0, 20):
+        assert story.answers("handler") == story.answers("qa4") == {}
