@@ -18,8 +18,11 @@ from memlm.card import BEGIN, END, write_card
 from memlm.cli import main
 from tests.cases import FAMILIES, randomise, tokens
 from tests.tokenizers import TEXT, tokenizer
+from tests.written import make
+from tests.written.make import base_for
 
 pytestmark = pytest.mark.usefixtures("unpainted")
+WRITTEN = Path(make.__file__).parent
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -219,6 +222,19 @@ def test_an_adapter_with_lora_is_put_on_its_base_again(model, base, tmp_path) ->
     plain = LlamaForCausalLM.from_pretrained(base)
     alone = peft.PeftModel.from_pretrained(plain, folder)
     torch.testing.assert_close(alone(ids).logits, model.base(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["armt", "armt-bfloat16", "rmt"])
+@torch.no_grad()
+def test_memories_that_earlier_versions_wrote_are_adapters(name) -> None:
+    folder = WRITTEN / "0.1" / name
+    whole = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    base = base_for(whole.config.memory, whole.base.dtype)
+    base.load_state_dict(whole.base.state_dict())
+    again = MemLMForCausalLM.from_adapter(folder / "memory", base).eval()
+    ids = tokens(2, 20)
+    assert torch.equal(again(ids).logits, whole(ids).logits)
+    assert again.config.memory_dtype == whole.config.memory_dtype == "base"
 
 
 def test_a_model_with_lora_in_its_base_is_saved_as_an_adapter(model, tmp_path, caplog) -> None:

@@ -210,6 +210,13 @@ def test_the_command_line_reports_without_a_base_where_there_was_none(tmp_path, 
     assert main(["eval", "effect", "qa1", *asked]) == 0
     told = capsys.readouterr().out
     assert "memory silenced" in told and "There is no untouched base" in told
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "the trained base, which sees the last 256 tokens alone" in text
+    again = [*asked[:-1], str(tmp_path / "other"), "--none", "qa1"]
+    assert main(["eval", "effect", "qa1", *again]) == 0
+    # Judged as it is: this one has a memory, and uses it.
+    text = (tmp_path / "other" / "report.md").read_text(encoding="utf-8")
+    assert "a model trained without memory" in text and "| none | 100 " in text
     assert "untouched base\n" not in told and str(tmp_path / "out" / "report.html") in told
     assert main(["eval", "effect", "qa1", *asked, "--base", "./nowhere"]) == 2
     assert "--base" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from memlm.eval import Report, evaluate
 from memlm.eval.metrics import normalised_match, token_f1
 from memlm.eval.reporting.report import load_rows
 from memlm.eval.reporting.runs import Run
+from memlm.tasks.lengths import parse_length
 from tests.cases import FAMILIES, randomise
 from tests.eval.fake import SolvingModel
 from tests.tokenizers import tokenizer
@@ -79,6 +80,9 @@ def test_every_question_is_asked_where_it_stands_and_scored(data, words, tmp_pat
     middle = rows["Where is Mary?", "garden"]
     assert 0.4 < middle["fact_offsets"][0] / middle["tokens"] < 0.6
     assert sum(cell.samples for cell in report.cells) == 5
+    for row in load_rows(tmp_path / "out"):
+        length = parse_length(row["length"])
+        assert length == 256 or length / 2 < row["tokens"] <= length
     assert sum(cell.correct for cell in report.cells) == 4
     assert sum(cell.f1 for cell in report.cells) == pytest.approx(4.0)
     assert Report.load(tmp_path / "out").cells == report.cells
@@ -88,16 +92,34 @@ def test_every_question_is_asked_where_it_stands_and_scored(data, words, tmp_pat
 
 
 def test_a_document_is_read_once_for_all_questions_at_one_place(words, tmp_path) -> None:
-    questions = [asked("Where is Mary?", "garden"), asked("Where is John?", "kitchen")] * 3
-    data = write(tmp_path / "mine.jsonl", [{"document": FIRST, "questions": questions}])
+    """Two documents in one batch, with questions about each in turn."""
+    rows = []
+    for places in (("garden", "kitchen"), ("office", "hallway")):
+        document = FIRST.replace("garden", places[0]).replace("kitchen", places[1])
+        people = zip(("Mary", "John"), places, strict=True)
+        questions = [asked(f"Where is {name}?", place) for name, place in people]
+        rows.append({"document": document, "questions": questions * 2})
+    data = write(tmp_path / "mine.jsonl", rows)
     model = SolvingModel(words)
     report = evaluate(model, words, data=data, progress=False)
-    assert [cell.correct for cell in report.cells] == [6]
-    assert {rows for rows, _ in model.batches} == {1}
+    assert [cell.correct for cell in report.cells] == [8]
+    assert {rows for rows, _ in model.batches} == {2}
     # The question comes first there, so that there is no common text.
     model = SolvingModel(words)
     evaluate(model, words, data=data, baseline="question-first", progress=False)
-    assert {rows for rows, _ in model.batches} == {6}
+    assert {rows for rows, _ in model.batches} == {8}
+
+
+def test_a_question_knows_nothing_of_what_is_read_after_it(words, tmp_path) -> None:
+    """Two questions about one document, close together: what lies between them counts for one."""
+    document = f"{NOISE * 20}John moved to the kitchen. John moved to the hallway."
+    questions = [
+        asked("Where is John?", "hallway"),
+        asked("Where is John?", "kitchen", at=document.index("John moved to the hallway")),
+    ]
+    data = write(tmp_path / "mine.jsonl", [{"document": document, "questions": questions}])
+    report = evaluate(SolvingModel(words), words, data=data, progress=False)
+    assert [cell.correct for cell in report.cells] == [2]
 
 
 def test_later_documents_are_asked_about_earlier_ones(words, tmp_path) -> None:
