@@ -235,7 +235,7 @@ class _Teller:
         kinds = [kind for kind in self.options.lessons if kind != self.task]
         lessons = {kind: said for kind in kinds if (said := self.story.answers(kind))}
         room = self.options.questions
-        # Drawn from all that the task may ask, so that a seed's documents are what they were before lessons.
+        # Drawn from all that the task may ask, so that a seed gives the documents it gave before lessons.
         asked = self._drawn(
             _questions(self.task), self.story.answers(self.task), room - bool(lessons)
         )
