@@ -232,16 +232,18 @@ class _Teller:
 
     def _ask(self, index: int) -> list[Question]:
         """Questions after a segment: the task's own, and lessons for the last or for want of more."""
-        own = self.story.answers(self.task)
         kinds = [kind for kind in self.options.lessons if kind != self.task]
         lessons = {kind: said for kind in kinds if (said := self.story.answers(kind))}
         room = self.options.questions
-        asked = self._drawn(own, room - bool(lessons))
+        # Drawn from all that the task may ask, so that a seed gives the documents it gave before lessons.
+        asked = self._drawn(
+            _questions(self.task), self.story.answers(self.task), room - bool(lessons)
+        )
         while len(asked) < room and lessons:
             # By kind first, so that a lesson with few questions is asked as often as another.
             kind = str(self.rng.choice(list(lessons)))
             left = {q: answer for q, answer in lessons[kind].items() if q not in asked}
-            asked |= self._drawn(left, 1)
+            asked |= self._drawn(sorted(left), left, 1)
             if not left:
                 del lessons[kind]
         found = []
@@ -250,11 +252,13 @@ class _Teller:
             found.append(Question(index, np.concatenate([prompt, reply]), len(reply)))
         return found
 
-    def _drawn(self, answers: dict[str, str], count: int) -> dict[str, str]:
-        """Up to `count` of these questions, at random."""
-        questions = sorted(answers)
-        chosen = self.rng.permutation(len(questions))[:count] if count else ()
-        return {questions[at]: answers[questions[at]] for at in chosen}
+    def _drawn(
+        self, questions: Sequence[str], answers: dict[str, str], count: int
+    ) -> dict[str, str]:
+        """Up to `count` of the questions that have answers, at random."""
+        order = self.rng.permutation(len(questions)) if count else ()
+        known = (questions[at] for at in order if questions[at] in answers)
+        return {question: answers[question] for question in islice(known, count)}
 
     def _tell(self) -> tuple[Any, np.ndarray]:
         """The next event, and its fact's tokens."""
