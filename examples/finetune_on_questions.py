@@ -1,7 +1,7 @@
 """Give a model a memory, train both on your own documents and questions, and ask about a new document.
 
     python examples/finetune_on_questions.py HuggingFaceTB/SmolLM2-135M examples/questions.jsonl runs/mine \
-        --document new.txt --question "Who has the key?" model.segment_length=256
+        --document new.txt --question "Who has the key?" model.segment_length=64
 
 Every line of the data is {"document": ..., "questions": [{"question": ..., "answer": ...}, ...]}.
 """

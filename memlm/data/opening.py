@@ -31,6 +31,11 @@ def open_rows(source: str | os.PathLike[str], split: str = "train") -> Rows:
         body, _, column = name.removeprefix("hub:").partition(":")
         hub, _, config = body.partition("@")
         return open_hub(hub, config or None, column or None, split)
+    if split != "train":
+        raise ValueError(
+            f"split={split!r} is for data sets of the hub, and {name!r} is a file or folder; name the "
+            "part to read instead"
+        )
     files = _files(path)
     suffixes = {_kind(file) for file in files}
     if len(suffixes) > 1:

@@ -231,26 +231,34 @@ class _Teller:
         )
 
     def _ask(self, index: int) -> list[Question]:
-        kinds = (self.task, *(kind for kind in self.options.lessons if kind != self.task))
-        answers = {kind: said for kind in kinds if (said := self.story.answers(kind))}
-        asked: dict[str, str] = {}
-        for _ in range(self.options.questions if answers else 0):
-            kind = self._kind(list(answers))
-            left = sorted(set(answers[kind]) - set(asked))
-            if left:
-                question = left[int(self.rng.integers(len(left)))]
-                asked[question] = answers[kind][question]
+        """Questions after a segment: the task's own, and lessons for the last or for want of more."""
+        kinds = [kind for kind in self.options.lessons if kind != self.task]
+        lessons = {kind: said for kind in kinds if (said := self.story.answers(kind))}
+        room = self.options.questions
+        # Drawn from all that the task may ask, so that a seed gives the documents it gave before lessons.
+        asked = self._drawn(
+            _questions(self.task), self.story.answers(self.task), room - bool(lessons)
+        )
+        while len(asked) < room and lessons:
+            # By kind first, so that a lesson with few questions is asked as often as another.
+            kind = str(self.rng.choice(list(lessons)))
+            left = {q: answer for q, answer in lessons[kind].items() if q not in asked}
+            asked |= self._drawn(sorted(left), left, 1)
+            if not left:
+                del lessons[kind]
         found = []
         for question, answer in asked.items():
             prompt, reply = self.source.prompt(question), self.source.answer(answer)
             found.append(Question(index, np.concatenate([prompt, reply]), len(reply)))
         return found
 
-    def _kind(self, kinds: list[str]) -> str:
-        """The task itself half of the time, else one of the lessons, so that many lessons leave it room."""
-        if len(kinds) == 1 or (kinds[0] == self.task and self.rng.random() < 0.5):
-            return kinds[0]
-        return str(self.rng.choice(kinds))
+    def _drawn(
+        self, questions: Sequence[str], answers: dict[str, str], count: int
+    ) -> dict[str, str]:
+        """Up to `count` of the questions that have answers, at random."""
+        order = self.rng.permutation(len(questions)) if count else ()
+        known = (questions[at] for at in order if questions[at] in answers)
+        return {question: answers[question] for question in islice(known, count)}
 
     def _tell(self) -> tuple[Any, np.ndarray]:
         """The next event, and its fact's tokens."""

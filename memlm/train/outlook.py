@@ -102,9 +102,10 @@ class Outlook:
         first = "" if survey.whole else "the first "
         asked = f", {survey.questions:,} questions" if survey.questions else ""
         longest = int(survey.lengths.max())
+        segments = -(-longest // self.segment_length)
         yield (
             f"data: {first}{rows:,} rows{asked}, {about}{int(survey.lengths.sum()):,} tokens; the longest "
-            f"has {longest:,}, {-(-longest // self.segment_length):,} segments"
+            f"has {longest:,}, or {segments:,} segment{'s' if segments > 1 else ''}"
         )
         if survey.single and survey.whole and self.steps:
             epochs = self.steps * self.rows_per_step / rows
@@ -154,7 +155,10 @@ def try_out(trainer: MemLMTrainer, source: Source, curriculum: Curriculum) -> Tr
     stream.deal(batch_size=args.train_batch_size, accumulation=1, rank=0, world=1)
     batches = list(islice(stream, WARM_UP + TIMED))
     if args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        # As the Trainer will; transformers 5 has changed the name.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        name = next(name for name in names if hasattr(trainer.model, name))
+        getattr(trainer.model, name)(args.gradient_checkpointing_kwargs)
     seconds = []
     devices = [args.device] if args.device.type == "cuda" else []
     with torch.random.fork_rng(devices), PeakMemory(args.device) as memory:

@@ -87,7 +87,7 @@ def train(
     began, cpu = time.perf_counter(), time.process_time()
     run = prepare(recipe, out, checkpoint)
     trainer, interrupt = run.trainer, run.interrupt
-    if on_outlook is not None:
+    if on_outlook is not None and trainer.is_world_process_zero():
         on_outlook(look_ahead(trainer, run.source, run.curriculum, run.survey))
     if progress and trainer.is_world_process_zero():
         trainer.add_callback(ProgressLine(len(run.curriculum.stages)))

@@ -17,6 +17,7 @@ from memlm.data import (
     make_row,
     open_rows,
 )
+from memlm.data.order import ShuffledRows
 
 ASKED = {
     "document": "Mary left. John came.",
@@ -186,6 +187,33 @@ def test_files_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
 def test_a_table_s_row_is_named_by_its_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"my\.parquet' row 1 .* is empty"):
         open_rows(parquet(tmp_path, [{"text": "x"}, {"text": None}]))
+
+
+def test_a_data_set_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    path, read = parquet(tmp_path, [{"body": f"Text {n}.", "id": n} for n in range(5)]), []
+    load = datasets.load_dataset
+
+    def from_hub(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        read.append((name, config, split, streaming))
+        return load("parquet", data_files=str(path), split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    rows = open_rows("me/texts@small:body", split="validation")
+    assert read == [("me/texts", "small", "validation", True)]
+    assert rows.size is None and [row.text for row in rows] == [f"Text {n}." for n in range(5)]
+    # How many there are is found when an epoch has been read.
+    shuffled, again = ShuffledRows(rows, seed=1), ShuffledRows(rows, seed=1)
+    order = [shuffled[n].text for n in range(15)]
+    assert sorted(order[:5]) == sorted(order[5:10]) == sorted(order[10:])
+    assert len({tuple(order[at : at + 5]) for at in (0, 5, 10)}) == 3
+    # Forwards, back to an epoch before, and back within one.
+    assert [again[n].text for n in (13, 3, 1)] == [order[n] for n in (13, 3, 1)]
+    with pytest.raises(ValueError, match=r"me/texts' row 0 has no column 'txt'.*body, id"):
+        open_rows("hub:me/texts:txt")
+    with pytest.raises(ValueError, match="split='test' is for data sets of the hub"):
+        open_rows(path, split="test")
 
 
 def test_a_stream_is_shuffled_anew_every_epoch_and_the_same_for_a_seed(tmp_path: Path) -> None:

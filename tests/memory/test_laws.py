@@ -35,6 +35,13 @@ SILENT = [
     for name in MEMORIES
     if "write_threshold" in {f.name for f in fields(memory_class(name).Config)}
 ]
+# Where the house may skip a memory, the mechanism itself is asked as well.
+SILENCES = [
+    (name, skips)
+    for name in SILENT
+    for skips in (False, True)
+    if not skips or memory_class(name).gates_of is not GatedMemory.gates_of
+]
 
 # One mechanism per site: where a memory sits decides what it meets of an architecture.
 PER_SITE = ("rmt", "armt", "titans-mac", "infini")
@@ -362,16 +369,7 @@ def test_bfloat16_stays_close(memory: str, family: str) -> None:
             assert tensor.dtype == single.memory_state[name].dtype, name
 
 
-@pytest.mark.parametrize(
-    ("memory", "skips"),
-    [
-        pytest.param(name, skips, id=f"{name}-skipped" if skips else name)
-        for name in SILENT
-        # Where the house may skip a memory, the mechanism itself is asked as well.
-        for skips in (False, True)
-        if not skips or memory_class(name).gates_of is not GatedMemory.gates_of
-    ],
-)
+@pytest.mark.parametrize(("memory", "skips"), SILENCES)
 # Writing that is not quite silent shows in the first segment; the long one is what the docs promise.
 @pytest.mark.parametrize("segments", [30, pytest.param(1000, marks=pytest.mark.slow)])
 @torch.no_grad()

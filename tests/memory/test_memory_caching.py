@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +12,7 @@ from memlm.memory import MemoryCachingConfig
 from memlm.memory.base import Dims
 from memlm.memory.memory_caching import READS, MemoryCaching
 from memlm.memory.parts.gates import STRETCH
-from tests.cases import CASES, randomise
-from tests.memory import test_laws as laws
+from tests.cases import randomise
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 D, T, ROWS = 6, 5, 2
@@ -223,22 +221,6 @@ def test_what_is_stored_is_never_written_again() -> None:
         assert changed.sum() <= 1
         assert torch.equal(changed, after.mass != state.mass)
         state = after
-
-
-@pytest.mark.parametrize(
-    "law",
-    [
-        (laws.test_carry, "llama"),
-        (laws.test_rows_of_a_ragged_batch_equal_rows_alone, "llama", "holes"),
-        (laws.test_purity, "llama"),
-    ],
-    ids=lambda law: law[0].__name__,
-)
-def test_going_on_keeps_the_laws(law: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    check, *given = law
-    case = replace(CASES["memory-caching"], continues=True)
-    monkeypatch.setitem(CASES, "memory-caching", case)
-    check("memory-caching", *given)
 
 
 def test_the_paper_s_settings() -> None:

@@ -58,7 +58,8 @@ def test_the_plan_is_what_can_be_counted(own: Path, tmp_path: Path) -> None:  # 
 
 
 def test_a_trial_leaves_nothing_behind(own: Path, tmp_path: Path) -> None:  # noqa: F811
-    made = recipe(own, "training.max_steps=2")
+    dropping = {**LORA, "lora_dropout": 0.5}
+    made = recipe(own, "training.max_steps=2", f"model.lora={json.dumps(dropping)}")
     run = prepare(made, tmp_path / "tried", None)
     before, random = weights(run.trainer.model), torch.get_rng_state()
     look_ahead(run.trainer, run.source, run.curriculum, run.survey)

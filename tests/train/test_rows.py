@@ -55,6 +55,17 @@ def test_a_document_is_one_piece_with_its_questions_behind_their_segments(tmp_pa
     assert tok.decode(last.ids[-last.answer :]) == " hallway<eos>"
 
 
+def test_a_question_at_a_border_is_asked_before_the_next_segment(tmp_path: Path) -> None:
+    """A segment's last token has been read when the segment has, and the next one's first has not."""
+    row = asked(1)
+    tok = tokenizer("byte-bpe")
+    ids = tok(row["document"], add_special_tokens=False).input_ids
+    ends = [len(tok.decode(ids[:n])) for n in (SEGMENT, SEGMENT + 1)]
+    row["questions"] = [{"question": "Who?", "answer": "Mary", "at": at} for at in ends]
+    (piece,) = source(write(tmp_path, row)).document(0, Stage(max_segments=1))
+    assert [question.segment for question in piece.questions] == [0, 1]
+
+
 def test_a_document_is_read_once_and_asked_on_forks(tmp_path: Path) -> None:
     """Loss and gradients are those of reading it by hand, with each answer after its question."""
     torch.manual_seed(0)

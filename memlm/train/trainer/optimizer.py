@@ -28,7 +28,7 @@ def set_memory_rates(
         changed = {name: value for name, value in group.items() if name != "params"}
         if rate is not None:
             changed["lr"] = rate
-        if decay is not None and (group["weight_decay"] or not arguments.weight_decay):
+        if decay is not None and (group.get("weight_decay") or not arguments.weight_decay):
             changed["weight_decay"] = decay
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         optimizer.add_param_group({**changed, "params": mine})
@@ -42,6 +42,11 @@ def stage_scheduler(stream: TrainingStream, optimizer: Any, peak: float) -> Any:
         return stream.curriculum.learning_rate_at(stream.step, peak) / (peak or 1.0)
 
     if peak == 0:
+        if len({group["lr"] for group in optimizer.param_groups}) > 1:
+            raise ValueError(
+                "learning_rate=0 leaves no scale for memory_learning_rate to follow the stages' rates by; "
+                "give a learning_rate"
+            )
         # The factor is then the stage's rate itself.
         for group in optimizer.param_groups:
             group["initial_lr"] = 1.0

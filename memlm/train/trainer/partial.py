@@ -26,7 +26,7 @@ class TrainedAlone(Trainer):
         if not saves_trained_alone(model):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_trained(model, Path(output_dir or self.args.output_dir))
+            save_trained(model, Path(output_dir or self.args.output_dir), state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -42,10 +42,13 @@ def saves_trained_alone(model: MemLMForCausalLM) -> bool:
     return quantised or hasattr(model.base, "peft_config")
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the parameters that are trained, where the Trainer looks for a checkpoint's weights."""
+def save_trained(model: nn.Module, folder: Path, whole: Any = None) -> None:
+    """Write the parameters that are trained, where the Trainer looks for a checkpoint's weights.
+
+    whole: the state dict, gathered from the processes that have it in parts.
+    """
     tensors = {
-        name: parameter.detach().cpu().contiguous().clone()
+        name: (whole[name] if whole else parameter).detach().cpu().contiguous().clone()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
