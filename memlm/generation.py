@@ -1,4 +1,4 @@
-"""Generation from memory: full segments are committed, and the open one is run again at every token."""
+"""Generation from memory: full segments are committed, and tokens are added to the open one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from memlm.arguments import refuse
 from memlm.attach import MemoryStack
+from memlm.backbone import Backbone, OpenSegment
 from memlm.rolling import Reader, RollingMemory
 from memlm.segment import BORDERS, documents_in
 from memlm.state import MemoryState
@@ -33,28 +34,44 @@ class MemoryGenerationMixin(GenerationMixin):
     """`generate` of transformers for a `Reader` with memories."""
 
     memory: MemoryStack
+    backbone: Backbone
+    base: PreTrainedModel
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         memory_state: MemoryState | None = None,
-        rolling: RollingMemory | None = None,
+        past_key_values: RollingMemory | None = None,
         logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Commit the full segments, and hand over the open one, padded on the left."""
+        """Commit the full segments, and hand over what is to be computed of the open one."""
         refuse({**kwargs, "use_cache": None})
-        if rolling is None:
-            rolling = RollingMemory(cast(Reader, self), memory_state)
-        ids, mask, state = rolling.advance(input_ids, attention_mask)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "memory_state": state,
-            "logits_to_keep": 1,
-            "write": False,
-        }
+        if past_key_values is None:
+            past_key_values = RollingMemory(cast(Reader, self), memory_state)
+        ids, mask, state = past_key_values.advance(input_ids, attention_mask)
+        given = {"input_ids": ids, "attention_mask": mask, "memory_state": state, "write": False}
+        if past_key_values.segment is not None:
+            given["past_key_values"] = past_key_values
+        return {**given, "logits_to_keep": 1}
+
+    @torch.no_grad()
+    def _added(
+        self, ids: Tensor, mask: Tensor | None, state: MemoryState, segment: OpenSegment
+    ) -> Tensor:
+        """(B, 1, V) logits after tokens (B, T) that are added to an open segment."""
+        self._check_ready()
+        hidden, _, _ = self.backbone.run_segment(
+            ids,
+            None if mask is None else mask.to(torch.bool),
+            self.memory.cells(),
+            None,
+            self.memory.unpack(state),
+            False,
+            segment,
+        )
+        return self.backbone.logits(hidden[:, -1:])
 
     @torch.no_grad()
     def generate(
@@ -66,18 +83,38 @@ class MemoryGenerationMixin(GenerationMixin):
     ) -> Any:
         """Continue prompts of any length, after what `memory_state` remembers.
 
-        Takes what transformers' `generate` takes, and returns the same. The open segment is run again
-        at every token from the last committed state, and is committed when the next token needs a new
-        segment. So the tokens are the same as if the whole prefix were read again at every step.
+        Takes what transformers' `generate` takes, and returns the same. Keys, values and what memories have
+        written are kept within the open segment, and the segment is committed when the next token needs a
+        new one. So the tokens are the same as if the whole prefix were read again at every step. With
+        use_cache=False, or where something cannot go on within a segment (`reruns`), the open segment is
+        run again at every token.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         _check(prompt, kwargs)
         if prompt is not None and memory_state is not None:
             memory_state = self.memory.admit(memory_state, prompt.shape[0])
-        kwargs["use_cache"] = False
-        prompts = None if prompt is None else (len(prompt), prompt.shape[1])
-        rolling = RollingMemory(cast(Reader, self), memory_state, prompts)
-        return super().generate(inputs, *args, rolling=rolling, **kwargs)
+        kwargs["use_cache"] = keeps = self._keeps(kwargs.get("use_cache"))
+        rolling = RollingMemory(
+            cast(Reader, self), memory_state, self.backbone.open_segment if keeps else None
+        )
+        return super().generate(inputs, *args, past_key_values=rolling, **kwargs)
+
+    def _keeps(self, wanted: bool | None) -> bool:
+        """Whether the open segment is kept. ValueError where it is `wanted` and cannot be."""
+        reason = self.reruns
+        if wanted and reason:
+            raise ValueError(
+                f"use_cache=True: the open segment has to be run again at every token, since {reason}; "
+                "leave use_cache out"
+            )
+        return wanted is not False and not reason
+
+    @property
+    def reruns(self) -> str | None:
+        """Why generation runs the open segment again at every token; None where it adds token to token."""
+        if self.training and self.base.is_gradient_checkpointing:
+            return "gradient checkpointing keeps nothing in training mode"
+        return self.memory.reruns() or self.backbone.reruns(self.memory.cells())
 
 
 def _check(prompt: Tensor | None, arguments: Mapping[str, Any]) -> None:

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from memlm.memory import available_memories
-from tests.cases import SEGMENT, memory_model, tokens
+from tests.cases import CASES, SEGMENT, memory_model, tokens
 from tests.memory.test_laws import with_none
 
 # Past the end of two segments from some lengths, of one from all.
 NEW = SEGMENT + 4
 memories = pytest.mark.parametrize("memory", available_memories())
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 
 
 @torch.no_grad()
@@ -140,8 +141,7 @@ def test_beams_of_like_prompts_keep_their_own_documents() -> None:
         assert torch.equal(together[row], alone[0])
 
 
-def test_a_committed_prefix_of_another_document_is_not_taken() -> None:
-    """Rows that change places within a beam group find their own group's state, never another's."""
+def test_rows_that_change_places_take_what_they_committed_along() -> None:
     from memlm.rolling import RollingMemory
 
     model = memory_model("llama", "armt")
@@ -150,33 +150,58 @@ def test_a_committed_prefix_of_another_document_is_not_taken() -> None:
     rolling = RollingMemory(model, state)
     # Two beams of each document; both documents have a beam that begins with `a`.
     rolling.advance(torch.stack([torch.cat([x, tail]) for x in (a, b, b, a)]), None)
-    swapped = torch.stack([torch.cat([x, tail]) for x in (b, a, a, b)])
-    _, _, got = rolling.advance(swapped, None)
+    rolling.reorder_cache(torch.tensor([1, 0, 3, 3]))
+    swapped = torch.stack([torch.cat([x, tail, tail[:1]]) for x in (b, a, a, a)])
+    ids, mask, got = rolling.advance(swapped, None)
     fresh = RollingMemory(model, state).advance(swapped, None)[2]
+    assert mask is None and torch.equal(ids, swapped[:, SEGMENT:])
     for name, tensor in fresh.tensors.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}])
-def test_a_token_costs_the_same_after_a_long_prompt(monkeypatch, search: dict) -> None:
-    """No token compares the prompt or builds a state: both would cost most of a long document's time."""
-    model, compared, built = memory_model("llama", "armt"), [], []
-    equal, init_state = torch.equal, type(model.memory).init_state
-
-    def counted(a: torch.Tensor, b: torch.Tensor) -> bool:
-        compared.append(a.numel())
-        return equal(a, b)
+def test_a_token_costs_one_token(monkeypatch, search: dict) -> None:
+    """The base model is given each token once, and once more when its segment is committed."""
+    model, built, given = memory_model("llama", "armt"), [], []
+    init_state = type(model.memory).init_state
 
     def noted(self, batch_size: int):
         built.append(batch_size)
         return init_state(self, batch_size)
 
-    monkeypatch.setattr("memlm.rolling.torch.equal", counted)
     monkeypatch.setattr(type(model.memory), "init_state", noted)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: given.append(out.shape[1])
+    )
     model.generate(tokens(2, 20 * SEGMENT + 1), **{**GREEDY, **search})
-    rows = 2 * search.get("num_beams", 1)
-    assert built == [rows]
-    assert compared and max(compared) <= NEW
+    assert built == [2 * search.get("num_beams", 1)]
+    first = [*[SEGMENT] * 20, *[1] * SEGMENT]
+    assert given == [*first, SEGMENT, *[1] * (NEW - SEGMENT)]
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [["rmt", "gated-delta"], ["armt", "titans-mal", "transformer-xl"], ["titans-mag", "infini"]],
+    ids="+".join,
+)
+def test_the_cache_of_several_memories(memory: list[str]) -> None:
+    model, ids = memory_model("llama", [CASES[name] for name in memory]), tokens(2, SEGMENT + 3)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    kept, again = (
+        model.generate(ids, attention_mask=mask, use_cache=use, **GREEDY, **LOGITS)
+        for use in (True, False)
+    )
+    for a, b in zip(kept.logits, again.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_asking_for_a_cache_where_there_can_be_none_is_refused() -> None:
+    model, ids = memory_model("llama", "titans-mac"), tokens(1, 3)
+    assert "titans-mac" in model.reruns
+    with pytest.raises(ValueError, match=r"use_cache=True.*titans-mac.*leave use_cache out"):
+        model.generate(ids, use_cache=True, **GREEDY)
+    assert memory_model("llama", "armt").reruns is None
 
 
 def test_admitting_a_state_builds_none(monkeypatch) -> None:
