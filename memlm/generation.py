@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from memlm.arguments import refuse
 from memlm.attach import MemoryStack
 from memlm.backbone import Backbone, OpenSegment
-from memlm.rolling import Reader, RollingMemory
+from memlm.rolling import Reader, RollingMemory, padded
 from memlm.segment import BORDERS, documents_in
 from memlm.state import MemoryState
+from memlm.writes import WriteCount
 
 # Arguments of `forward` that generation sets by itself, or has no use for.
 _NOT_IN_GENERATION = (
@@ -77,8 +80,10 @@ class MemoryGenerationMixin(GenerationMixin):
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         memory_state: MemoryState | None = None,
+        writes: WriteCount | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue prompts of any length, after what `memory_state` remembers.
@@ -87,22 +92,41 @@ class MemoryGenerationMixin(GenerationMixin):
         written are kept within the open segment, and the segment is committed when the next token needs a
         new one. So the tokens are the same as if the whole prefix were read again at every step. With
         use_cache=False, or where something cannot go on within a segment (`reruns`), the open segment is
-        run again at every token.
+        run again at every token. writes: counts the segments in which a write gate opened.
+
+        With return_dict_in_generate=True there are also, a row per sequence, memory_state (committed),
+        open_ids (S, n), the tokens since then up to the row's end, padded on the left, and open_mask
+        (S, n), None without padding. Going on from them with `torch.cat([out.open_ids, more], 1)` is
+        going on with the unbroken text.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         _check(prompt, kwargs)
+        given = {} if generation_config is None else generation_config.to_dict()
+        given = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
+        _check_settings(given, writes)
         if prompt is not None and memory_state is not None:
             memory_state = self.memory.admit(memory_state, prompt.shape[0])
-        kwargs["use_cache"] = keeps = self._keeps(kwargs.get("use_cache"))
+        keeps = self._keeps(given.get("use_cache", self.generation_config.use_cache), kwargs)
+        if generation_config is None:
+            kwargs["use_cache"] = keeps
+        else:
+            kwargs.pop("use_cache", None)
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.use_cache = keeps
         rolling = RollingMemory(
-            cast(Reader, self), memory_state, self.backbone.open_segment if keeps else None
+            cast(Reader, self),
+            memory_state,
+            self.backbone.open_segment if keeps else None,
+            _ids(given.get("eos_token_id", self.generation_config.eos_token_id)),
+            writes,
         )
-        return super().generate(inputs, *args, past_key_values=rolling, **kwargs)
+        out = super().generate(inputs, generation_config, *args, past_key_values=rolling, **kwargs)
+        return out if isinstance(out, Tensor) else _with_memory(out, rolling)
 
-    def _keeps(self, wanted: bool | None) -> bool:
-        """Whether the open segment is kept. ValueError where it is `wanted` and cannot be."""
+    def _keeps(self, wanted: bool | None, asked: Mapping[str, Any]) -> bool:
+        """Whether the open segment is kept. ValueError where a call `asked` for it and it cannot be."""
         reason = self.reruns
-        if wanted and reason:
+        if asked.get("use_cache") and reason:
             raise ValueError(
                 f"use_cache=True: the open segment has to be run again at every token, since {reason}; "
                 "leave use_cache out"
@@ -115,6 +139,38 @@ class MemoryGenerationMixin(GenerationMixin):
         if self.training and self.base.is_gradient_checkpointing:
             return "gradient checkpointing keeps nothing in training mode"
         return self.memory.reruns() or self.backbone.reruns(self.memory.cells())
+
+
+def _with_memory(out: Any, rolling: RollingMemory) -> Any:
+    """What transformers returns, with what is remembered in the place of the cache."""
+    found = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
+    place = rolling.after(out.sequences, isinstance(out, GenerateBeamDecoderOnlyOutput))
+    found["memory_state"] = place.state
+    found["open_ids"], found["open_mask"] = padded(place.rows, "left")
+    return found
+
+
+def _ids(tokens: Any) -> list[int]:
+    """One token, several or none, as a list."""
+    if tokens is None:
+        return []
+    found = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _check_settings(given: Mapping[str, Any], writes: WriteCount | None) -> None:
+    """Refuse what asks for another cache than the open segment's."""
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}={given[name]!r} is for a cache of the whole text, which a memory reads in "
+                "segments; leave it out"
+            )
+    for name in ("num_beams", "num_return_sequences"):
+        if writes is not None and (given.get(name) or 1) != 1:
+            raise ValueError(
+                f"writes counts one sequence per prompt; leave out {name}={given[name]}"
+            )
 
 
 def _check(prompt: Tensor | None, arguments: Mapping[str, Any]) -> None:

@@ -294,8 +294,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         rolling = kwargs.get("past_key_values")
         if isinstance(rolling, RollingMemory) and rolling.segment is not None:
             assert input_ids is not None and memory_state is not None
-            logits = self._added(input_ids, attention_mask, memory_state, rolling.segment)
-            return MemLMOutput(logits=logits, memory_state=memory_state)
+            added = self._added(input_ids, attention_mask, memory_state, rolling.segment)
+            return MemLMOutput(logits=added, memory_state=memory_state)
         refuse(kwargs)
         if unknown := {k for k, v in kwargs.items() if v is not None} - set(REFUSED):
             raise TypeError(f"forward() got unexpected arguments {sorted(unknown)}")

@@ -14,6 +14,7 @@ from transformers import Cache
 from memlm.backbone import OpenSegment
 from memlm.segment import Segment, cut
 from memlm.state import MemoryState
+from memlm.writes import WriteCount
 
 
 class Reader(Protocol):
@@ -24,7 +25,12 @@ class Reader(Protocol):
 
     def init_state(self, batch_size: int) -> MemoryState: ...
 
-    def read(self, segments: Iterable[Segment], memory_state: MemoryState) -> MemoryState: ...
+    def read(
+        self,
+        segments: Iterable[Segment],
+        memory_state: MemoryState,
+        writes: WriteCount | None = None,
+    ) -> MemoryState: ...
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,11 @@ class RollingMemory(Cache):
         initial: MemoryState | None,
         begin: Callable[[], OpenSegment] | None = None,
         ends: Sequence[int] = (),
+        writes: WriteCount | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.model, self.initial, self.begin = model, initial, begin
-        self.ends = list(ends)
+        self.ends, self.writes = list(ends), writes
         # Kept of the open segment: the tokens of `place` and of columns `columns[0]` to `columns[1]`.
         self.segment: OpenSegment | None = None
         self.place: Place | None = None
@@ -106,20 +113,21 @@ class RollingMemory(Cache):
             self.columns = known, total
             return input_ids[:, given:], None, self.place.state
         self.columns = known, total
-        ids, mask = _padded(self.place.then(input_ids[:, known:]), "left")
+        ids, mask = padded(self.place.then(input_ids[:, known:]), "left")
         return ids, mask, self.place.state
 
-    def after(self, sequences: Tensor, documents: int, beams: bool) -> Place:
-        """The place behind what was generated: sequences (S, N), of which each document has as many.
+    def after(self, sequences: Tensor, beams: bool) -> Place:
+        """The place behind sequences (S, N), the rows that were generated.
 
-        beams: whether the sequences are not the rows that were generated last.
+        beams: they are others than the last step's rows, though of the same prompts, as many of each.
         """
         assert self.place is not None and self.start is not None
         place, known = self.place, self.columns[0]
         if beams:
+            # From the prompts on: what their beams have committed since is not told apart.
             place, known = self.start
-            each, kept = len(sequences) // documents, len(place.rows) // documents
-            place = place.select([row // each * kept for row in range(len(sequences))])
+            kept, found = len(place.rows), len(sequences)
+            place = place.select([row * kept // found for row in range(found)])
         return self._commit(Place(place.state, place.then(sequences[:, known:]), place.prompts))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -150,9 +158,9 @@ class RollingMemory(Cache):
         full = [(len(row) - 1) // length * length for row in rows]
         state = place.state
         if any(full):
-            ids, mask = _padded([row[:n] for row, n in zip(rows, full, strict=True)], "right")
+            ids, mask = padded([row[:n] for row, n in zip(rows, full, strict=True)], "right")
             mask = None if mask is None else mask.to(torch.bool)
-            state = self.model.read(cut(ids, mask, None, length), state)
+            state = self.model.read(cut(ids, mask, None, length), state, self.writes)
         prompts = [max(0, given - n) for given, n in zip(place.prompts, full, strict=True)]
         return Place(state, [row[n:] for row, n in zip(rows, full, strict=True)], prompts)
 
@@ -182,7 +190,8 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     return [row[real] for row, real in zip(input_ids, attention_mask.to(torch.bool), strict=True)]
 
 
-def _padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor | None]:
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor | None]:
+    """Rows of tokens as one rectangle, padded on a side, and their mask, None without padding."""
     # These rows are on the model's device; `memlm.padding` is for rows that are not there yet.
     if len({len(row) for row in rows}) == 1:
         return torch.stack(rows), None

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from memlm.modeling import MemLMForCausalLM
 from memlm.retrieval.base import Embedder
@@ -127,18 +128,27 @@ class DocumentStream:
                     self._append(piece[at : at + BLOCK], document)
 
     @torch.no_grad()
-    def ask(self, question: str, max_new_tokens: int = 32) -> Answer:
+    def ask(
+        self,
+        question: str,
+        max_new_tokens: int = 32,
+        streamer: BaseStreamer | None = None,
+        **generate_arguments: Any,
+    ) -> Answer:
         """Answer a question about what was written; the stream stays as it is.
 
         The question follows the document as the model's `question_template` says. Recalled passages stand
         before it as `recall_template` says, and are the answer's `sources`. Decoding is greedy, up to an
-        end token (the tokenizer's, or one of the model's `generation_config`) or to `max_new_tokens`.
+        end token (the tokenizer's, or one of the model's `generation_config`) or to `max_new_tokens`,
+        unless `generate_arguments` (those of transformers' `generate`) say otherwise. streamer: is given
+        tokens as they come, first the prompt's, which transformers' streamers pass over with
+        skip_prompt=True.
         ValueError when nothing was written and there is nothing to recall.
         """
+        _check_arguments(generate_arguments)
         if not question.strip():
             raise ValueError(f"question={question!r} is empty; ask something")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        _check_length(max_new_tokens)
         with self._lock:
             sources = [] if self.retriever is None else self.retriever.recall(question.strip())
             tail = self._open_ids + self._encode(self._text)
@@ -154,19 +164,23 @@ class DocumentStream:
             )
         else:
             prompt = tail + prompt
+        given = {"max_new_tokens": max_new_tokens, "streamer": streamer, **generate_arguments}
+        out = self._generate(prompt, state, **given)
+        text = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+        return Answer(text.strip(), sources)
+
+    def _generate(self, prompt: list[int], state: MemoryState, **arguments: Any) -> Any:
+        """What `generate` returns for a prompt."""
         ids = self._tensor(prompt)
         pad = self.tokenizer.pad_token_id
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            memory_state=state,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self._ends(),
-            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+        settings: dict[str, Any] = {
+            "do_sample": False,
+            "eos_token_id": self._ends(),
+            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+        }
+        return self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), memory_state=state, **(settings | arguments)
         )
-        text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        return Answer(text.strip(), sources)
 
     @torch.no_grad()
     def score(self, text: str) -> float:
@@ -338,3 +352,28 @@ class DocumentStream:
         if not text:
             return []
         return self._leading() + encode_after(self._tokens, self._context, text)
+
+
+# Arguments of `generate` that a stream gives by itself.
+OWN = (
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "memory_state",
+    "num_return_sequences",
+    "return_dict_in_generate",
+)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    for name in OWN:
+        if name in arguments:
+            raise ValueError(
+                f"{name}={arguments[name]!r} is the stream's own: it reads and answers one text; leave it "
+                "out, or call model.generate"
+            )
+
+
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")

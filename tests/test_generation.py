@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from memlm.memory import available_memories
 from tests.cases import CASES, SEGMENT, memory_model, tokens
@@ -223,3 +224,45 @@ def test_prompts_that_differ_in_padding_keep_their_own_memory_in_beam_search() -
     for index, row in enumerate((long, short)):
         alone = model.generate(row, **search)[:, row.shape[1] :]
         assert torch.equal(both[2 * index : 2 * index + 2], alone)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@torch.no_grad()
+def test_what_is_returned_is_where_the_text_stands(search: dict) -> None:
+    model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT + 2)
+    given = {**GREEDY, **search, "max_new_tokens": 3 * SEGMENT}
+    free = model.generate(ids, **given)
+    # One row ends early, and what pads it afterwards is not remembered.
+    end = int(free[0, ids.shape[1] + 2])
+    out = model.generate(ids, **{**given, "eos_token_id": end, "return_dict_in_generate": True})
+    assert "past_key_values" not in out
+    for row, sequence in enumerate(out.sequences):
+        new = sequence[ids.shape[1] :].tolist()
+        text = sequence[: ids.shape[1] + (new.index(end) + 1 if end in new else len(new))]
+        full = (len(text) - 1) // SEGMENT * SEGMENT
+        real = slice(None) if out.open_mask is None else out.open_mask[row].bool()
+        assert torch.equal(out.open_ids[row][real], text[full:])
+        state = model(text[None, :full], logits_to_keep=None).memory_state
+        for name, tensor in state.tensors.items():
+            torch.testing.assert_close(out.memory_state[name][row], tensor[0], rtol=0, atol=1e-8)
+
+
+def test_going_on_from_what_is_returned_is_going_on_with_the_text() -> None:
+    model, ids, more = memory_model("llama", "rmt"), tokens(2, 4), tokens(2, 3, seed=8)
+    out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+    turn = torch.cat([out.open_ids, more], 1)
+    on = model.generate(turn, memory_state=out.memory_state, **GREEDY)
+    unbroken = model.generate(torch.cat([out.sequences, more], 1), **GREEDY)
+    assert torch.equal(on[:, turn.shape[1] :], unbroken[:, -NEW:])
+
+
+def test_another_cache_is_refused_and_a_configuration_is_obeyed() -> None:
+    model, ids = memory_model("llama", "armt"), tokens(1, 3)
+    for name, value in (("cache_implementation", "static"), ("prefill_chunk_size", 4)):
+        with pytest.raises(ValueError, match=f"{name}=.*leave it out"):
+            model.generate(ids, **{name: value}, **GREEDY)
+    given: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, i, out: given.append(out.shape[1]))
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=False)
+    model.generate(ids, config)
+    assert given == [3, 4, 5]

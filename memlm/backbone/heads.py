@@ -77,10 +77,11 @@ def _attend(
         else:
             if extra and mask is None:
                 mask = run.mask_for(QKV(x.k, x.k, x.v))
-            front = Front(extra, None if mask is None or not extra else mask[:, :extra])
+            real = None if mask is None or not extra else mask[:, :extra]
+            front = Front(extra, real)
             cos, sin = _angles(run, layer, x, extra, mask)
         q, k, v = x
-        if cos is not None:
+        if cos is not None and sin is not None:
             rotate = find_in_family(module, ROTATION)
             assert rotate is not None
             # Queries have the positions of their own keys, which come after the prepended ones.
@@ -96,9 +97,9 @@ def _attend(
             k, v = kept.keys.update(k, v, layer)
         seen = attention_mask
         # Alone, a query sees everything before it, unless something there is not real.
-        if front.count and (seen is not None or front.real is not None or q.shape[2] > 1):
+        if front.size and (seen is not None or front.real is not None or q.shape[2] > 1):
             if seen is None:
-                seen = _causal(q, k.shape[2] - front.count)
+                seen = _causal(q, k.shape[2] - front.size)
             seen = with_keys_in_front(seen, front, q.shape[2])
         y = attention(module, q, k, v, seen, **kwargs)[0].transpose(1, 2)
         if not parts:
@@ -125,7 +126,7 @@ def _angles_of_added(
     run: Run, layer: int, x: QKV, front: Front
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """(cos, sin) for tokens added to an open segment."""
-    if run.rotation is None or not front.count:
+    if run.rotation is None or not front.size:
         return run.rotation or (None, None)
     assert run.open is not None
     return run.backbone.rotary(layer, x.v, run.open.places_behind(front))
@@ -151,10 +152,10 @@ def with_keys_in_front(seen: Tensor, front: Front, queries: int) -> Tensor:
     Or one (B, T') that knows of no queries.
     """
     if seen.ndim == 2 and front.real is None:
-        return F.pad(seen, (front.count, 0), value=1)
+        return F.pad(seen, (front.size, 0), value=1)
     _check_4d(seen)
     if front.real is None:
-        return F.pad(seen, (front.count, 0), value=True if seen.dtype == torch.bool else 0.0)
+        return F.pad(seen, (front.size, 0), value=True if seen.dtype == torch.bool else 0.0)
     real = front.real.to(seen.device)[:, None, None].expand(-1, -1, queries, -1)
     if seen.dtype != torch.bool:
         real = torch.zeros_like(real, dtype=seen.dtype).masked_fill(~real, _least(seen))

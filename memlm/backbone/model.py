@@ -338,7 +338,7 @@ class Backbone:
         """`x` (B, T, E) through the decoder, after what it has seen of the segment."""
         seen = open_segment.enter(x, mask)
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": True}
-        if "past_key_values" in signature_of(type(self.decoder)._memlm_original).parameters:
+        if "past_key_values" in signature_of(original_class(self.decoder)).parameters:
             arguments["past_key_values"] = open_segment.keys
         if seen is not None:
             arguments["attention_mask"] = seen.to(torch.long)
@@ -350,7 +350,7 @@ class Backbone:
 
     def reruns(self, cells: Cells) -> str | None:
         """Why tokens cannot be added to a segment that has begun, as half a sentence; None: they can."""
-        taken = signature_of(type(self.decoder)._memlm_original).parameters
+        taken = signature_of(original_class(self.decoder)).parameters
         for index, layer in enumerate(self.layers):
             carried = ("recurrence", index) in cells
             if not carried and obstacle([layer]) != NO_RECURRENCE:

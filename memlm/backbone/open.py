@@ -25,12 +25,12 @@ Use = Callable[..., tuple[Any, Any]]
 
 
 class Front(NamedTuple):
-    """What a memory put in front of a stage's sequence: how many positions, and which (B, count) are real.
+    """What a memory put in front of a stage's sequence: how many positions, and which (B, size) are real.
 
     real: None when all are.
     """
 
-    count: int
+    size: int
     real: Tensor | None
 
     def reorder(self, rows: Tensor) -> Front:
@@ -99,7 +99,7 @@ class OpenSegment:
         """(B or 1, T) places in a layer's sequence that has `front` in front of the decoder's columns."""
         assert self.places is not None
         if front.real is None:
-            return self.places + front.count
+            return self.places + front.size
         return self.places + front.real.sum(dim=1, keepdim=True).to(self.places.device)
 
     def progress(self, name: str, continues: Continues, state: Any) -> Progress:
