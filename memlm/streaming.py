@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from memlm.tokens import (
     next_block,
     tokens_begun,
 )
+from memlm.turns import Message, as_messages, turn_of
 from memlm.writes import WriteCount
 
 FILE = "stream.safetensors"
@@ -107,6 +108,8 @@ class DocumentStream:
         # the document's start.
         self._text = ""
         self._context: str | None = None
+        # The last exchange of a dialogue: chat templates write a turn by what stands before it.
+        self._turns: list[dict[str, str]] = []
         self.retriever = as_retriever(retrieval)
 
     def write(self, text: str | Iterable[str], document: str | None = None) -> None:
@@ -168,6 +171,59 @@ class DocumentStream:
         out = self._generate(prompt, state, **given)
         text = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
         return Answer(text.strip(), sources)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        max_new_tokens: int = 256,
+        streamer: BaseStreamer | None = None,
+        **generate_arguments: Any,
+    ) -> Answer:
+        """Go on with a dialogue about what was written; turns and answer become part of what is remembered.
+
+        messages: the new turns, what the user says or messages of `role` and `content`. They are written as
+        the tokenizer's chat template writes them behind the last exchange; control tokens in what they say
+        are text. The rest is as in `ask`, without what a question has of its own. ValueError for a template
+        that does not only add, and in a stream with retrieval. An error leaves the stream as it was.
+        """
+        _check_arguments(generate_arguments)
+        _check_length(max_new_tokens)
+        new = as_messages(messages)
+        if self.retriever is not None:
+            raise ValueError(
+                "a stream with retrieval would remember recalled passages as if they had been said; use "
+                "ask, or a stream without retrieval"
+            )
+        with self._writing:
+            parts, closing = turn_of(self.tokenizer, self._turns, new)
+            first, writes = self._leading(), self._writes.copy()
+            begun = self._context is not None or self._text
+            bos = self.tokenizer.bos_token
+            if bos and (begun or self.tokenizer.bos_token_id in first):
+                # The document has its beginning already.
+                parts[0] = parts[0][0].removeprefix(bos), parts[0][1]
+            prompt = self._open_ids + (self._encode(self._text) if self._text else first)
+            prompt += self._filled(parts)
+            given = {"max_new_tokens": max_new_tokens, "streamer": streamer, **generate_arguments}
+            out = self._generate(
+                prompt, self._state, writes=writes, return_dict_in_generate=True, **given
+            )
+            said, rest = out.sequences[0, len(prompt) :].tolist(), out.open_ids[0].tolist()
+            text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+            if closing and said[-1] in self._ends():
+                end = self.tokenizer.decode([said[-1]])
+                if closing.startswith(end):
+                    closing = closing.removeprefix(end)
+                else:
+                    rest = rest[:-1]
+            with self._lock:
+                self._committed += len(prompt) + len(said) - len(out.open_ids[0])
+                self._state, self._open_ids, self._writes = out.memory_state, rest, writes
+                self._text, self._context = "", ""
+                self._turns = [*new, {"role": "assistant", "content": text}]
+                self._read(self._filled([(closing, True)]))
+        return Answer(text)
 
     def _generate(self, prompt: list[int], state: MemoryState, **arguments: Any) -> Any:
         """What `generate` returns for a prompt."""
@@ -243,6 +299,7 @@ class DocumentStream:
                 "writes": self._writes.rows(),
                 "text": self._text,
                 "context": self._context,
+                "turns": self._turns,
                 "split_special_tokens": self.split_special_tokens,
                 "retrieval": None if self.retriever is None else self.retriever.state(),
                 "segment_length": self.model.segment_length,
@@ -300,6 +357,7 @@ class DocumentStream:
         stream._committed, stream._open_ids = saved["committed"], saved["open"]
         stream._text, stream._context = saved["text"], saved["context"]
         stream._writes = WriteCount(saved.get("writes"))
+        stream._turns = saved.get("turns", [])
         return stream
 
     def _make_locks(self) -> None:

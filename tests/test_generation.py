@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from memlm.memory import available_memories
+from memlm.memory import TitansMAGConfig, available_memories
 from tests.cases import CASES, SEGMENT, memory_model, tokens
 from tests.memory.test_laws import with_none
 
@@ -180,17 +182,33 @@ def test_a_token_costs_one_token(monkeypatch, search: dict) -> None:
     assert given == [*first, SEGMENT, *[1] * (NEW - SEGMENT)]
 
 
+SEVERAL = [
+    ["rmt", "gated-delta"],
+    ["armt", "titans-mal", "transformer-xl"],
+    ["titans-mag", "infini"],
+]
+# Chunks that end within a segment, at other tokens in other rows.
+CHUNKED = TitansMAGConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3)
+
+
 @pytest.mark.parametrize(
-    "memory",
-    [["rmt", "gated-delta"], ["armt", "titans-mal", "transformer-xl"], ["titans-mag", "infini"]],
-    ids="+".join,
+    ("memory", "search"),
+    [
+        *(
+            pytest.param([CASES[name] for name in names], {}, id="+".join(names))
+            for names in SEVERAL
+        ),
+        pytest.param(CHUNKED, {}, id="chunks"),
+        pytest.param(CHUNKED, {"num_beams": 3}, id="chunks-beams"),
+        pytest.param(replace(CHUNKED, write_gate="sigmoid"), {}, id="gate"),
+    ],
 )
-def test_the_cache_of_several_memories(memory: list[str]) -> None:
-    model, ids = memory_model("llama", [CASES[name] for name in memory]), tokens(2, SEGMENT + 3)
+def test_the_cache_of_other_memories(memory: object, search: dict) -> None:
+    model, ids = memory_model("llama", memory), tokens(3, SEGMENT + 3)
     mask = torch.ones_like(ids)
-    mask[0, :4] = 0
+    mask[0, :4], mask[1, :1] = 0, 0
     kept, again = (
-        model.generate(ids, attention_mask=mask, use_cache=use, **GREEDY, **LOGITS)
+        model.generate(ids, attention_mask=mask, use_cache=use, **GREEDY, **LOGITS, **search)
         for use in (True, False)
     )
     for a, b in zip(kept.logits, again.logits, strict=True):
