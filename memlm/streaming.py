@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ INDEX = "index"
 VERSION = 2
 # Characters per block: large enough that tokenising costs little, small enough not to cause a delay.
 BLOCK = 4096
+
+
+class Pool(Protocol):
+    """What reads the segments of many streams."""
+
+    def add(self, stream: DocumentStream) -> None: ...
 
 
 class Answer(str):
@@ -100,8 +106,9 @@ class DocumentStream:
         self._make_locks()
         self._state = model.init_state(1).detach()
         self._committed = 0
-        # Tokens after the last committed segment. Between two calls there is at most one segment of them,
-        # and at least one token once something was read: the last token predicts the next one.
+        # Tokens after the last committed segment. Between two calls there is at most one segment of them
+        # (in a pool, all that waits), and at least one token once something was read: the last token
+        # predicts the next one.
         self._open_ids: list[int] = []
         self._writes = WriteCount()
         # Text not tokenised yet, and the text before it, which decides how it is tokenised; None at
@@ -111,6 +118,8 @@ class DocumentStream:
         # The last exchange of a dialogue: chat templates write a turn by what stands before it.
         self._turns: list[dict[str, str]] = []
         self.retriever = as_retriever(retrieval)
+        # In a pool, what is written waits among the open tokens.
+        self._pool: Pool | None = None
 
     def write(self, text: str | Iterable[str], document: str | None = None) -> None:
         """Read text: a string, or pieces of one (a list, a generator, an open file), lazily.
@@ -285,6 +294,8 @@ class DocumentStream:
             other._state = self._state.fork()
             other._open_ids = list(self._open_ids)
             other.retriever = None if self.retriever is None else self.retriever.fork()
+        if self._pool is not None:
+            self._pool.add(other)
         return other
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -377,6 +388,9 @@ class DocumentStream:
 
     def _read(self, ids: list[int]) -> None:
         """Add tokens to the open segment, and commit every segment that another token follows."""
+        if self._pool is not None:
+            self._open_ids.extend(ids)
+            return
         ids, state, writes = self._open_ids + ids, self._state, self._writes.copy()
         length = self.model.segment_length
         full = max(0, (len(ids) - 1) // length * length)

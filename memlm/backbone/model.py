@@ -356,7 +356,7 @@ class Backbone:
             if not carried and obstacle([layer]) != NO_RECURRENCE:
                 return f"layer {index} of the base model has a recurrence that no memory carries"
             if (carried and self.has_attention(index)) or self.kind(index) == "conv":
-                return "the base model has layers of several kinds"
+                return f"layer {index} of the base model has more than one kind of state"
             if not carried and not (self.has_attention(index) and "past_key_values" in taken):
                 return f"layer {index} of the base model has no keys and values to keep"
         return None
