@@ -58,6 +58,9 @@ from memlm.backbone.stages import (
 from memlm.memory.base import LOADED, Dims, Site
 from memlm.memory.parts.tokens import tokens_back_from, tokens_in
 
+# Kinds of attention whose keys and values say everything about the tokens before.
+PLAIN = (None, "full_attention", "sliding_attention", "chunked_attention")
+
 
 class Backbone:
     """A causal language model of transformers, opened at its stages. Raises ValueError if it has none."""
@@ -351,14 +354,18 @@ class Backbone:
     def reruns(self, cells: Cells) -> str | None:
         """Why tokens cannot be added to a segment that has begun, as half a sentence; None: they can."""
         taken = signature_of(original_class(self.decoder)).parameters
+        shared = getattr(self.config, "num_kv_shared_layers", 0)
         for index, layer in enumerate(self.layers):
             carried = ("recurrence", index) in cells
             if not carried and obstacle([layer]) != NO_RECURRENCE:
                 return f"layer {index} of the base model has a recurrence that no memory carries"
-            if (carried and self.has_attention(index)) or self.kind(index) == "conv":
-                return f"layer {index} of the base model has more than one kind of state"
-            if not carried and not (self.has_attention(index) and "past_key_values" in taken):
+            if carried:
+                if self.has_attention(index):
+                    return f"layer {index} of the base model has attention beside its recurrence"
+            elif not self.has_attention(index) or "past_key_values" not in taken:
                 return f"layer {index} of the base model has no keys and values to keep"
+            elif shared or self.kind(index) not in PLAIN:
+                return f"layer {index} of the base model keeps more than keys and values of its own"
         return None
 
     def open_segment(self) -> OpenSegment:
