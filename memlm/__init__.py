@@ -17,6 +17,7 @@ _WHERE = {
     "DocumentStream": "memlm.streaming",
     "Answer": "memlm.streaming",
     "load_pretrained": "memlm.pretrained",
+    "StreamPool": "memlm.pool",
     "windows": "memlm.windowed",
 }
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MemLMConfig",
     "MemLMForCausalLM",
     "MemoryState",
+    "StreamPool",
     "load_pretrained",
     "windows",
 ]
@@ -32,6 +34,7 @@ __all__ = [
 if TYPE_CHECKING:
     from memlm.config import MemLMConfig
     from memlm.modeling import MemLMForCausalLM
+    from memlm.pool import StreamPool
     from memlm.pretrained import load_pretrained
     from memlm.state import MemoryState
     from memlm.streaming import Answer, DocumentStream

@@ -15,8 +15,8 @@ from memlm.segment import IGNORE, Alignment, Packing, documents_in, shift_labels
 # Arguments that every model of transformers takes and this one cannot honour, and what to use instead.
 REFUSED = {
     "inputs_embeds": "memories read token ids; give input_ids",
-    "past_key_values": "nothing is cached; hand on memory_state, which remembers what was read",
-    "use_cache": "nothing is cached; hand on memory_state, which remembers what was read",
+    "past_key_values": "a call keeps no cache; hand on memory_state, which remembers what was read",
+    "use_cache": "a call keeps no cache; hand on memory_state, which remembers what was read",
     "output_attentions": "attention is run segment by segment and not kept; call model.base for the base's",
     "output_hidden_states": "hidden states are run segment by segment and not kept; call model.base for "
     "the base's, or model.base_model for the last layer's with memories",

@@ -317,6 +317,14 @@ class MemoryStack(nn.Module):
             for one in memory.cells.values():
                 self.configs[number] = config_to_dict(cast(Memory, one).config)
 
+    def reruns(self) -> str | None:
+        """Why tokens cannot be added to a segment that has begun, as half a sentence; None: they can."""
+        for label, cell in self._labelled():
+            how, _, reason = cell.continues
+            if how == "again":
+                return f"the memory {label.partition('.')[0]!r} cannot go on within one ({reason})"
+        return None
+
     def check_finite(self, sizes: Sequence[Tensor], state: MemoryState, first_segment: int) -> None:
         """Refuse to go on with a state that is not finite: FloatingPointError, naming where it began.
 

@@ -1,19 +1,23 @@
-"""Generation from memory: full segments are committed, and the open one is run again at every token."""
+"""Generation from memory: full segments are committed, and tokens are added to the open one."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from memlm.arguments import refuse
 from memlm.attach import MemoryStack
-from memlm.rolling import Reader, RollingMemory
+from memlm.backbone import Backbone, OpenSegment
+from memlm.rolling import Reader, RollingMemory, padded
 from memlm.segment import BORDERS, documents_in
 from memlm.state import MemoryState
+from memlm.writes import WriteCount
 
 # Arguments of `forward` that generation sets by itself, or has no use for.
 _NOT_IN_GENERATION = (
@@ -33,51 +37,140 @@ class MemoryGenerationMixin(GenerationMixin):
     """`generate` of transformers for a `Reader` with memories."""
 
     memory: MemoryStack
+    backbone: Backbone
+    base: PreTrainedModel
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         memory_state: MemoryState | None = None,
-        rolling: RollingMemory | None = None,
+        past_key_values: RollingMemory | None = None,
         logits_to_keep: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Commit the full segments, and hand over the open one, padded on the left."""
+        """Commit the full segments, and hand over what is to be computed of the open one."""
         refuse({**kwargs, "use_cache": None})
-        if rolling is None:
-            rolling = RollingMemory(cast(Reader, self), memory_state)
-        ids, mask, state = rolling.advance(input_ids, attention_mask)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "memory_state": state,
-            "logits_to_keep": 1,
-            "write": False,
-        }
+        if past_key_values is None:
+            past_key_values = RollingMemory(cast(Reader, self), memory_state)
+        ids, mask, state = past_key_values.advance(input_ids, attention_mask)
+        given = {"input_ids": ids, "attention_mask": mask, "memory_state": state, "write": False}
+        if past_key_values.segment is not None:
+            given["past_key_values"] = past_key_values
+        return {**given, "logits_to_keep": 1}
+
+    @torch.no_grad()
+    def _added(
+        self, ids: Tensor, mask: Tensor | None, state: MemoryState, segment: OpenSegment
+    ) -> Tensor:
+        """(B, 1, V) logits after tokens (B, T) that are added to an open segment."""
+        self._check_ready()
+        hidden, _, _ = self.backbone.run_segment(
+            ids,
+            None if mask is None else mask.to(torch.bool),
+            self.memory.cells(),
+            None,
+            self.memory.unpack(state),
+            False,
+            segment,
+        )
+        return self.backbone.logits(hidden[:, -1:])
 
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         memory_state: MemoryState | None = None,
+        writes: WriteCount | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue prompts of any length, after what `memory_state` remembers.
 
-        Takes what transformers' `generate` takes, and returns the same. The open segment is run again
-        at every token from the last committed state, and is committed when the next token needs a new
-        segment. So the tokens are the same as if the whole prefix were read again at every step.
+        Takes what transformers' `generate` takes, and returns the same. Keys, values and what memories have
+        written are kept within the open segment, and the segment is committed when the next token needs a
+        new one. So the tokens are the same as if the whole prefix were read again at every step. With
+        use_cache=False, or where something cannot go on within a segment (`reruns`), the open segment is
+        run again at every token. writes: counts the segments in which a write gate opened.
+
+        With return_dict_in_generate=True there are also, a row per sequence, memory_state (committed),
+        open_ids (S, n), the tokens since then up to the row's end, padded on the left, and open_mask
+        (S, n), None without padding. Going on from them with `torch.cat([out.open_ids, more], 1)` is
+        going on with the unbroken text.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         _check(prompt, kwargs)
+        given = {} if generation_config is None else generation_config.to_dict()
+        given = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
+        _check_settings(given, writes)
         if prompt is not None and memory_state is not None:
             memory_state = self.memory.admit(memory_state, prompt.shape[0])
-        kwargs["use_cache"] = False
-        prompts = None if prompt is None else (len(prompt), prompt.shape[1])
-        rolling = RollingMemory(cast(Reader, self), memory_state, prompts)
-        return super().generate(inputs, *args, rolling=rolling, **kwargs)
+        keeps = self._keeps(given.get("use_cache", self.generation_config.use_cache), kwargs)
+        if generation_config is None:
+            kwargs["use_cache"] = keeps
+        else:
+            kwargs.pop("use_cache", None)
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.use_cache = keeps
+        rolling = RollingMemory(
+            cast(Reader, self),
+            memory_state,
+            self.backbone.open_segment if keeps else None,
+            _ids(given.get("eos_token_id", self.generation_config.eos_token_id)),
+            writes,
+        )
+        out = super().generate(inputs, generation_config, *args, past_key_values=rolling, **kwargs)
+        return out if isinstance(out, Tensor) else _with_memory(out, rolling)
+
+    def _keeps(self, wanted: bool | None, asked: Mapping[str, Any]) -> bool:
+        """Whether the open segment is kept. ValueError where a call `asked` for it and it cannot be."""
+        reason = self.reruns
+        if asked.get("use_cache") and reason:
+            raise ValueError(
+                f"use_cache=True: the open segment has to be run again at every token, since {reason}; "
+                "leave use_cache out"
+            )
+        return wanted is not False and not reason
+
+    @property
+    def reruns(self) -> str | None:
+        """Why generation runs the open segment again at every token; None where it adds token to token."""
+        if self.training and self.base.is_gradient_checkpointing:
+            return "gradient checkpointing keeps nothing in training mode"
+        return self.memory.reruns() or self.backbone.reruns(self.memory.cells())
+
+
+def _with_memory(out: Any, rolling: RollingMemory) -> Any:
+    """What transformers returns, with what is remembered in the place of the cache."""
+    found = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
+    place = rolling.after(out.sequences, isinstance(out, GenerateBeamDecoderOnlyOutput))
+    found["memory_state"] = place.state
+    found["open_ids"], found["open_mask"] = padded(place.rows, "left")
+    return found
+
+
+def _ids(tokens: Any) -> list[int]:
+    """One token, several or none, as a list."""
+    if tokens is None:
+        return []
+    found = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _check_settings(given: Mapping[str, Any], writes: WriteCount | None) -> None:
+    """Refuse what asks for another cache than the open segment's."""
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}={given[name]!r} is for a cache of the whole text, which a memory reads in "
+                "segments; leave it out"
+            )
+    for name in ("num_beams", "num_return_sequences"):
+        if writes is not None and (given.get(name) or 1) != 1:
+            raise ValueError(
+                f"writes counts one sequence per prompt; leave out {name}={given[name]}"
+            )
 
 
 def _check(prompt: Tensor | None, arguments: Mapping[str, Any]) -> None:

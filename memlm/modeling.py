@@ -23,6 +23,7 @@ from memlm.generation import MemoryGenerationMixin
 from memlm.logits import Collector, Nothing, Sum, collector, summed_cross_entropy
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.output import LogitsNotMade, MemLMOutput
+from memlm.rolling import RollingMemory
 from memlm.saving import SavingMixin
 from memlm.scan import Anchor, first_window, scan
 from memlm.schedule import sequential
@@ -290,6 +291,11 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         # Not in the signature: transformers' Trainer believes that a batch must have every argument with
         # "label" in its name, and would evaluate without a loss.
         shift_labels = kwargs.pop("shift_labels", None)
+        rolling = kwargs.get("past_key_values")
+        if isinstance(rolling, RollingMemory) and rolling.segment is not None:
+            assert input_ids is not None and memory_state is not None
+            added = self._added(input_ids, attention_mask, memory_state, rolling.segment)
+            return MemLMOutput(logits=added, memory_state=memory_state)
         refuse(kwargs)
         if unknown := {k for k, v in kwargs.items() if v is not None} - set(REFUSED):
             raise TypeError(f"forward() got unexpected arguments {sorted(unknown)}")
@@ -362,10 +368,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
     def _window(
         self, write: bool, keep: Collector
     ) -> Callable[[list[Segment], MemoryState], tuple[Losses, MemoryState]]:
-        self.backbone.check_open()
-        # Somebody may have called the base model's own `set_attn_implementation`, which ignores memories.
-        self._open_heads()
-        self.memory.check_present(self.backbone.device)
+        self._check_ready()
         cells, tokens = self.memory.cells(), self.memory.tokens
 
         def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
@@ -406,6 +409,12 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             return (total.value, extra.value), state
 
         return window
+
+    def _check_ready(self) -> None:
+        self.backbone.check_open()
+        # Somebody may have called the base model's own `set_attn_implementation`, which ignores memories.
+        self._open_heads()
+        self.memory.check_present(self.backbone.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy (nats) over the targets of one segment, in float32 or wider."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache
 
+from memlm.backbone import OpenSegment
 from memlm.segment import Segment, cut
 from memlm.state import MemoryState
+from memlm.writes import WriteCount
 
 
 class Reader(Protocol):
@@ -21,72 +25,151 @@ class Reader(Protocol):
 
     def init_state(self, batch_size: int) -> MemoryState: ...
 
-    def read(self, segments: Iterable[Segment], memory_state: MemoryState) -> MemoryState: ...
+    def read(
+        self,
+        segments: Iterable[Segment],
+        memory_state: MemoryState,
+        writes: WriteCount | None = None,
+    ) -> MemoryState: ...
 
 
-class RollingMemory:
-    """The committed part of every row during one `generate`, and the state after it.
+@dataclass(frozen=True)
+class Place:
+    """How far every row has been read.
 
-    Rows are found by their content, not by their number: beam search exchanges rows between steps, and
-    a row's committed state is a function of its tokens (and of the document it began in) alone.
+    state: what was committed. rows: each row's tokens after that. prompts: how many of them a prompt gave.
+    """
 
-    prompts: (count, width) of the prompts, when they are known: the first `width` columns are then the same
-    at every step, and only rows of the same prompt change places, so that only what follows has to be
-    compared. None compares whole rows.
+    state: MemoryState
+    rows: list[Tensor]
+    prompts: list[int]
+
+    def select(self, index: list[int]) -> Place:
+        """Row i is what row index[i] was."""
+        if index == list(range(len(self.rows))):
+            return self
+        rows = [self.rows[i] for i in index]
+        return Place(self.state.select(index), rows, [self.prompts[i] for i in index])
+
+    def then(self, fresh: Tensor) -> list[Tensor]:
+        """Each row's open tokens, with `fresh` (B, n) behind them."""
+        if not fresh.shape[1]:
+            return self.rows
+        return [torch.cat(pair) for pair in zip(self.rows, fresh, strict=True)]
+
+
+class RollingMemory(Cache):
+    """Where every row stands during one `generate`, and what is kept of its open segment.
+
+    It goes through `generate` in the place of transformers' cache, which beam search tells which row goes
+    on from which. After the prompts, all rows have their tokens in the same columns.
+
+    begin: makes an open segment of which nothing is computed yet; None to compute it anew at every token.
+    ends: tokens that end a row; what follows one in a row is padding, and is never committed.
     """
 
     def __init__(
         self,
         model: Reader,
-        state: MemoryState | None,
-        prompts: tuple[int, int] | None = None,
+        initial: MemoryState | None,
+        begin: Callable[[], OpenSegment] | None = None,
+        ends: Sequence[int] = (),
+        writes: WriteCount | None = None,
     ) -> None:
-        self.model = model
-        self.initial = state
-        count, self.width = (None, 0) if prompts is None else prompts
-        self.documents: int | None = count if state is None else state.batch_size
-        self.state: MemoryState | None = None
-        # Tokens of each row within the prompts' columns, and the committed ones after them.
-        self.prompts: list[Tensor] = []
-        self.committed: list[Tensor] = []
-        self.done: list[int] = []
+        super().__init__(layers=[])
+        self.model, self.initial, self.begin = model, initial, begin
+        self.ends, self.writes = list(ends), writes
+        # Kept of the open segment: the tokens of `place` and of columns `columns[0]` to `columns[1]`.
+        self.segment: OpenSegment | None = None
+        self.place: Place | None = None
+        self.columns = 0, 0
+        # Behind the prompts' full segments.
+        self.start: tuple[Place, int] | None = None
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
 
     def advance(
         self, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, MemoryState]:
+    ) -> tuple[Tensor, Tensor | None, MemoryState]:
         """Commit all full segments of input_ids (B, N) that are followed by a token.
 
-        Returns the open segments (B, T') padded on the left, their mask, and the committed state.
+        Returns the committed state and what has to be computed after it: the tokens of the open segment,
+        padded on the left, with their mask (None without padding), or those to be added to `segment`.
         """
-        if not self.prompts or not self.width:
-            self.prompts = _rows(input_ids, attention_mask, slice(0, self.width))
-        rows = _rows(input_ids, attention_mask, slice(self.width, None))
-        sizes = [len(prompt) + len(row) for prompt, row in zip(self.prompts, rows, strict=True)]
+        known, given = self.columns
+        total = input_ids.shape[1]
+        if self.place is None:
+            self.place = self._commit(self._prompts(input_ids, attention_mask))
+            self.start, known = (self.place, total), total
+            self._begin_segment()
+        elif max(map(len, self.place.rows)) + total - known > self.model.segment_length:
+            rows = self.place.then(input_ids[:, known:])
+            self.place = self._commit(Place(self.place.state, rows, self.place.prompts))
+            known = total
+            self._begin_segment()
+        elif self.segment is not None:
+            self.columns = known, total
+            return input_ids[:, given:], None, self.place.state
+        self.columns = known, total
+        ids, mask = padded(self.place.then(input_ids[:, known:]), "left")
+        return ids, mask, self.place.state
+
+    def after(self, sequences: Tensor, beams: bool) -> Place:
+        """The place behind sequences (S, N), the rows that were generated.
+
+        beams: they are others than the last step's rows, though of the same prompts, as many of each.
+        """
+        assert self.place is not None and self.start is not None
+        place, known = self.place, self.columns[0]
+        if beams:
+            # From the prompts on: what their beams have committed since is not told apart.
+            place, known = self.start
+            kept, found = len(place.rows), len(sequences)
+            place = place.select([row * kept // found for row in range(found)])
+        return self._commit(Place(place.state, place.then(sequences[:, known:]), place.prompts))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from what row beam_idx[i] was."""
+        assert self.place is not None
+        before, self.place = self.place, self.place.select(beam_idx.tolist())
+        if self.segment is not None and self.place is not before:
+            old, new = (place.state.tensors.values() for place in (before, self.place))
+            known = {id(a): b for a, b in zip(old, new, strict=True)}
+            self.segment.reorder(beam_idx, known)
+
+    def _begin_segment(self) -> None:
+        self.segment = None if self.begin is None else self.begin()
+
+    def _prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Place:
+        rows = _rows(input_ids, attention_mask)
+        sizes = [len(row) for row in rows]
         if 0 in sizes:
             raise ValueError(
                 "input_ids has a prompt without a token; give at least one token per row"
             )
-        length = self.model.segment_length
-        state, done = self._align(rows)
-        goal = [(size - 1) // length * length for size in sizes]
-        if any(a < b for a, b in zip(done, goal, strict=True)):
-            ids, mask = _padded(self._between(rows, done, goal), "right")
-            state = self.model.read(cut(ids, mask.to(torch.bool), None, length), state)
-        self.state, self.done = state, goal
-        self.committed = [
-            row[: max(0, end - len(prompt))]
-            for prompt, row, end in zip(self.prompts, rows, goal, strict=True)
-        ]
-        ids, mask = _padded(self._between(rows, goal, sizes), "left")
-        return ids, mask, state
+        return Place(self._initial(len(rows)), rows, sizes)
 
-    def _between(self, rows: list[Tensor], begin: list[int], end: list[int]) -> list[Tensor]:
-        """Tokens `begin` to `end` of each row, counted from the first of its prompt."""
-        found = []
-        for prompt, row, a, b in zip(self.prompts, rows, begin, end, strict=True):
-            size = len(prompt)
-            found.append(torch.cat([prompt[a:b], row[max(0, a - size) : max(0, b - size)]]))
-        return found
+    def _commit(self, place: Place) -> Place:
+        """`place` with the full segments committed that are followed by a token."""
+        rows = [self._to_its_end(*pair) for pair in zip(place.rows, place.prompts, strict=True)]
+        length = self.model.segment_length
+        full = [(len(row) - 1) // length * length for row in rows]
+        state = place.state
+        if any(full):
+            ids, mask = padded([row[:n] for row, n in zip(rows, full, strict=True)], "right")
+            mask = None if mask is None else mask.to(torch.bool)
+            state = self.model.read(cut(ids, mask, None, length), state, self.writes)
+        prompts = [max(0, given - n) for given, n in zip(place.prompts, full, strict=True)]
+        return Place(state, [row[n:] for row, n in zip(rows, full, strict=True)], prompts)
+
+    def _to_its_end(self, row: Tensor, prompt: int) -> Tensor:
+        """`row` up to the first token behind the prompt that ends it."""
+        if not self.ends or len(row) == prompt:
+            return row
+        ends = torch.isin(row[prompt:], torch.tensor(self.ends, device=row.device)).nonzero()
+        return row[: prompt + int(ends[0]) + 1] if len(ends) else row
 
     def _initial(self, count: int) -> MemoryState:
         if self.initial is None:
@@ -99,47 +182,19 @@ class RollingMemory:
         repeat = count // self.initial.batch_size
         return self.initial.select([row // repeat for row in range(count)])
 
-    def _align(self, rows: list[Tensor]) -> tuple[MemoryState, list[int]]:
-        """The committed state of each row, and how many tokens each state has read."""
-        count = len(rows)
-        if self.state is None:
-            return self._initial(count), [0] * count
-        group = count if self.documents is None else max(1, count // self.documents)
-        source = [
-            self._source(index, row, index // group * group, group)
-            for index, row in enumerate(rows)
-        ]
-        if source == list(range(count)):
-            return self.state, self.done
-        picked = self.state.select([max(i, 0) for i in source])
-        done = [self.done[i] if i >= 0 else 0 for i in source]
-        if -1 in source:
-            known = torch.tensor([i >= 0 for i in source], device=rows[0].device)
-            picked = picked.where(known, self._initial(count))
-        return picked, done
 
-    def _source(self, index: int, row: Tensor, first: int, group: int) -> int:
-        """The previous step's row, `index` if possible, that had committed the start of `row`; or -1."""
-        for other in (index, *range(first, first + group)):
-            prefix = self.committed[other]
-            if len(prefix) <= len(row) and torch.equal(prefix, row[: len(prefix)]):
-                return other
-        return -1
-
-
-def _rows(input_ids: Tensor, attention_mask: Tensor | None, columns: slice) -> list[Tensor]:
-    """The real tokens of each row in some columns of a batch (B, N)."""
-    ids = input_ids[:, columns]
+def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The real tokens of each row of a batch (B, N)."""
     if attention_mask is None:
-        return list(ids)
-    mask = attention_mask[:, columns].to(torch.bool)
-    return (
-        list(ids) if bool(mask.all()) else [row[real] for row, real in zip(ids, mask, strict=True)]
-    )
+        return list(input_ids)
+    return [row[real] for row, real in zip(input_ids, attention_mask.to(torch.bool), strict=True)]
 
 
-def _padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor | None]:
+    """Rows of tokens as one rectangle, padded on a side, and their mask, None without padding."""
     # These rows are on the model's device; `memlm.padding` is for rows that are not there yet.
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows), None
     real = [torch.ones_like(row) for row in rows]
     ids, mask = (pad_sequence(r, batch_first=True, padding_side=side) for r in (rows, real))
     return ids, mask

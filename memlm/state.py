@@ -161,6 +161,18 @@ class MemoryState:
         index = index % max(self.batch_size, 1)
         return self.map(lambda value: value.index_select(0, index.to(value.device)), len(index))
 
+    @classmethod
+    def cat(cls, states: Sequence[MemoryState]) -> MemoryState:
+        """The rows of `states`, of one model, below each other. ValueError where they do not fit."""
+        first = states[0]
+        for state in states[1:]:
+            if state.signature != first.signature or state.tensors.keys() != first.tensors.keys():
+                raise ValueError(
+                    "states of different models have no rows in common; use one model's"
+                )
+        found = {name: torch.cat([one[name] for one in states]) for name in first.tensors}
+        return cls(found, sum(state.batch_size for state in states), first.signature)
+
     def where(self, rows: Tensor, other: MemoryState) -> MemoryState:
         """This state on rows where `rows` (B,) is True, `other` on the rest."""
         return MemoryState(

@@ -11,12 +11,13 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from memlm.modeling import MemLMForCausalLM
 from memlm.retrieval.base import Embedder
@@ -35,6 +36,7 @@ from memlm.tokens import (
     next_block,
     tokens_begun,
 )
+from memlm.turns import Message, as_messages, turn_of
 from memlm.writes import WriteCount
 
 FILE = "stream.safetensors"
@@ -42,6 +44,12 @@ INDEX = "index"
 VERSION = 2
 # Characters per block: large enough that tokenising costs little, small enough not to cause a delay.
 BLOCK = 4096
+
+
+class Pool(Protocol):
+    """What reads the segments of many streams."""
+
+    def add(self, stream: DocumentStream) -> None: ...
 
 
 class Answer(str):
@@ -98,15 +106,20 @@ class DocumentStream:
         self._make_locks()
         self._state = model.init_state(1).detach()
         self._committed = 0
-        # Tokens after the last committed segment. Between two calls there is at most one segment of them,
-        # and at least one token once something was read: the last token predicts the next one.
+        # Tokens after the last committed segment. Between two calls there is at most one segment of them
+        # (in a pool, all that waits), and at least one token once something was read: the last token
+        # predicts the next one.
         self._open_ids: list[int] = []
         self._writes = WriteCount()
         # Text not tokenised yet, and the text before it, which decides how it is tokenised; None at
         # the document's start.
         self._text = ""
         self._context: str | None = None
+        # The last exchange of a dialogue: chat templates write a turn by what stands before it.
+        self._turns: list[dict[str, str]] = []
         self.retriever = as_retriever(retrieval)
+        # In a pool, what is written waits among the open tokens.
+        self._pool: Pool | None = None
 
     def write(self, text: str | Iterable[str], document: str | None = None) -> None:
         """Read text: a string, or pieces of one (a list, a generator, an open file), lazily.
@@ -127,18 +140,27 @@ class DocumentStream:
                     self._append(piece[at : at + BLOCK], document)
 
     @torch.no_grad()
-    def ask(self, question: str, max_new_tokens: int = 32) -> Answer:
+    def ask(
+        self,
+        question: str,
+        max_new_tokens: int = 32,
+        streamer: BaseStreamer | None = None,
+        **generate_arguments: Any,
+    ) -> Answer:
         """Answer a question about what was written; the stream stays as it is.
 
         The question follows the document as the model's `question_template` says. Recalled passages stand
         before it as `recall_template` says, and are the answer's `sources`. Decoding is greedy, up to an
-        end token (the tokenizer's, or one of the model's `generation_config`) or to `max_new_tokens`.
+        end token (the tokenizer's, or one of the model's `generation_config`) or to `max_new_tokens`,
+        unless `generate_arguments` (those of transformers' `generate`) say otherwise. streamer: is given
+        tokens as they come, first the prompt's, which transformers' streamers pass over with
+        skip_prompt=True.
         ValueError when nothing was written and there is nothing to recall.
         """
+        _check_arguments(generate_arguments)
         if not question.strip():
             raise ValueError(f"question={question!r} is empty; ask something")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        _check_length(max_new_tokens)
         with self._lock:
             sources = [] if self.retriever is None else self.retriever.recall(question.strip())
             tail = self._open_ids + self._encode(self._text)
@@ -154,19 +176,76 @@ class DocumentStream:
             )
         else:
             prompt = tail + prompt
+        given = {"max_new_tokens": max_new_tokens, "streamer": streamer, **generate_arguments}
+        out = self._generate(prompt, state, **given)
+        text = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+        return Answer(text.strip(), sources)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        max_new_tokens: int = 256,
+        streamer: BaseStreamer | None = None,
+        **generate_arguments: Any,
+    ) -> Answer:
+        """Go on with a dialogue about what was written; turns and answer become part of what is remembered.
+
+        messages: the new turns, what the user says or messages of `role` and `content`. They are written as
+        the tokenizer's chat template writes them behind the last exchange; control tokens in what they say
+        are text. The rest is as in `ask`, without what a question has of its own. ValueError for a template
+        that does not only add, and in a stream with retrieval. An error leaves the stream as it was.
+        """
+        _check_arguments(generate_arguments)
+        _check_length(max_new_tokens)
+        new = as_messages(messages)
+        if self.retriever is not None:
+            raise ValueError(
+                "a stream with retrieval would remember recalled passages as if they had been said; use "
+                "ask, or a stream without retrieval"
+            )
+        with self._writing:
+            parts, closing = turn_of(self.tokenizer, self._turns, new)
+            first, writes = self._leading(), self._writes.copy()
+            begun = self._context is not None or self._text
+            bos = self.tokenizer.bos_token
+            if bos and (begun or self.tokenizer.bos_token_id in first):
+                # The document has its beginning already.
+                parts[0] = parts[0][0].removeprefix(bos), parts[0][1]
+            prompt = self._open_ids + (self._encode(self._text) if self._text else first)
+            prompt += self._filled(parts)
+            given = {"max_new_tokens": max_new_tokens, "streamer": streamer, **generate_arguments}
+            out = self._generate(
+                prompt, self._state, writes=writes, return_dict_in_generate=True, **given
+            )
+            said, rest = out.sequences[0, len(prompt) :].tolist(), out.open_ids[0].tolist()
+            text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+            if closing and said[-1] in self._ends():
+                end = self.tokenizer.decode([said[-1]])
+                if closing.startswith(end):
+                    closing = closing.removeprefix(end)
+                else:
+                    rest = rest[:-1]
+            with self._lock:
+                self._committed += len(prompt) + len(said) - len(out.open_ids[0])
+                self._state, self._open_ids, self._writes = out.memory_state, rest, writes
+                self._text, self._context = "", ""
+                self._turns = [*new, {"role": "assistant", "content": text}]
+                self._read(self._filled([(closing, True)]))
+        return Answer(text)
+
+    def _generate(self, prompt: list[int], state: MemoryState, **arguments: Any) -> Any:
+        """What `generate` returns for a prompt."""
         ids = self._tensor(prompt)
         pad = self.tokenizer.pad_token_id
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            memory_state=state,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=self._ends(),
-            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+        settings: dict[str, Any] = {
+            "do_sample": False,
+            "eos_token_id": self._ends(),
+            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+        }
+        return self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), memory_state=state, **(settings | arguments)
         )
-        text = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        return Answer(text.strip(), sources)
 
     @torch.no_grad()
     def score(self, text: str) -> float:
@@ -215,6 +294,8 @@ class DocumentStream:
             other._state = self._state.fork()
             other._open_ids = list(self._open_ids)
             other.retriever = None if self.retriever is None else self.retriever.fork()
+        if self._pool is not None:
+            self._pool.add(other)
         return other
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -229,6 +310,7 @@ class DocumentStream:
                 "writes": self._writes.rows(),
                 "text": self._text,
                 "context": self._context,
+                "turns": self._turns,
                 "split_special_tokens": self.split_special_tokens,
                 "retrieval": None if self.retriever is None else self.retriever.state(),
                 "segment_length": self.model.segment_length,
@@ -286,6 +368,7 @@ class DocumentStream:
         stream._committed, stream._open_ids = saved["committed"], saved["open"]
         stream._text, stream._context = saved["text"], saved["context"]
         stream._writes = WriteCount(saved.get("writes"))
+        stream._turns = saved.get("turns", [])
         return stream
 
     def _make_locks(self) -> None:
@@ -305,6 +388,9 @@ class DocumentStream:
 
     def _read(self, ids: list[int]) -> None:
         """Add tokens to the open segment, and commit every segment that another token follows."""
+        if self._pool is not None:
+            self._open_ids.extend(ids)
+            return
         ids, state, writes = self._open_ids + ids, self._state, self._writes.copy()
         length = self.model.segment_length
         full = max(0, (len(ids) - 1) // length * length)
@@ -338,3 +424,28 @@ class DocumentStream:
         if not text:
             return []
         return self._leading() + encode_after(self._tokens, self._context, text)
+
+
+# Arguments of `generate` that a stream gives by itself.
+OWN = (
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "memory_state",
+    "num_return_sequences",
+    "return_dict_in_generate",
+)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    for name in OWN:
+        if name in arguments:
+            raise ValueError(
+                f"{name}={arguments[name]!r} is the stream's own: it reads and answers one text; leave it "
+                "out, or call model.generate"
+            )
+
+
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import shlex
 import shutil
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from memlm import MemLMForCausalLM
 from memlm.cli import main
 from tests.cases import FAMILIES
+from tests.test_chat import TEMPLATE
 from tests.tokenizers import TEXT, tokenizer
 
 pytestmark = pytest.mark.usefixtures("unpainted")
@@ -60,6 +63,32 @@ def test_ask_reads_files_and_goes_on_with_a_saved_stream(folder, book, tmp_path,
     assert main([*again, "--max-new-tokens", "3"]) == 0
     second = capsys.readouterr().out
     assert first.splitlines()[:3] == second.splitlines()[:3]
+
+
+def test_a_dialogue_is_printed_as_it_comes_and_saved(
+    folder, book, tmp_path, capsys, monkeypatch
+) -> None:
+    talking = tmp_path / "model"
+    shutil.copytree(folder, talking)
+    tok = copy.deepcopy(tokenizer("byte-bpe"))
+    tok.chat_template = TEMPLATE
+    tok.save_pretrained(talking)
+    given = ["--max-new-tokens", "3", "--chat"]
+    saved = str(tmp_path / "stream")
+    ask = ["ask", str(talking), str(book), *given, "--save", saved, "-q", "Where?", "-q", "Why?"]
+    assert main(ask) == 0
+    first = capsys.readouterr().out
+    assert "> Where?\n" in first and "> Why?\n" in first
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\n"))
+    assert main(["ask", str(talking), "--load", saved, *given]) == 0
+    # Two exchanges of more than three tokens each are remembered beside the book.
+    read = [
+        int(out.split(" tokens read")[0].replace(",", ""))
+        for out in (first, capsys.readouterr().out)
+    ]
+    assert read[1] > read[0] + 6
+    assert main(["ask", str(folder), str(book)]) == 2
+    assert "-q QUESTION" in capsys.readouterr().err
 
 
 def test_files_and_overrides_may_follow_options(folder, book, tmp_path, capsys) -> None:

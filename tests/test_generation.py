@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from memlm.memory import available_memories
-from tests.cases import SEGMENT, memory_model, tokens
+from memlm.memory import TitansMAGConfig, available_memories
+from tests.cases import CASES, SEGMENT, memory_model, tokens
 from tests.memory.test_laws import with_none
 
 # Past the end of two segments from some lengths, of one from all.
 NEW = SEGMENT + 4
 memories = pytest.mark.parametrize("memory", available_memories())
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 
 
 @torch.no_grad()
@@ -140,8 +144,7 @@ def test_beams_of_like_prompts_keep_their_own_documents() -> None:
         assert torch.equal(together[row], alone[0])
 
 
-def test_a_committed_prefix_of_another_document_is_not_taken() -> None:
-    """Rows that change places within a beam group find their own group's state, never another's."""
+def test_rows_that_change_places_take_what_they_committed_along() -> None:
     from memlm.rolling import RollingMemory
 
     model = memory_model("llama", "armt")
@@ -150,33 +153,74 @@ def test_a_committed_prefix_of_another_document_is_not_taken() -> None:
     rolling = RollingMemory(model, state)
     # Two beams of each document; both documents have a beam that begins with `a`.
     rolling.advance(torch.stack([torch.cat([x, tail]) for x in (a, b, b, a)]), None)
-    swapped = torch.stack([torch.cat([x, tail]) for x in (b, a, a, b)])
-    _, _, got = rolling.advance(swapped, None)
+    rolling.reorder_cache(torch.tensor([1, 0, 3, 3]))
+    swapped = torch.stack([torch.cat([x, tail, tail[:1]]) for x in (b, a, a, a)])
+    ids, mask, got = rolling.advance(swapped, None)
     fresh = RollingMemory(model, state).advance(swapped, None)[2]
+    assert mask is None and torch.equal(ids, swapped[:, SEGMENT:])
     for name, tensor in fresh.tensors.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}])
-def test_a_token_costs_the_same_after_a_long_prompt(monkeypatch, search: dict) -> None:
-    """No token compares the prompt or builds a state: both would cost most of a long document's time."""
-    model, compared, built = memory_model("llama", "armt"), [], []
-    equal, init_state = torch.equal, type(model.memory).init_state
-
-    def counted(a: torch.Tensor, b: torch.Tensor) -> bool:
-        compared.append(a.numel())
-        return equal(a, b)
+def test_a_token_costs_one_token(monkeypatch, search: dict) -> None:
+    """The base model is given each token once, and once more when its segment is committed."""
+    model, built, given = memory_model("llama", "armt"), [], []
+    init_state = type(model.memory).init_state
 
     def noted(self, batch_size: int):
         built.append(batch_size)
         return init_state(self, batch_size)
 
-    monkeypatch.setattr("memlm.rolling.torch.equal", counted)
     monkeypatch.setattr(type(model.memory), "init_state", noted)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, ids, out: given.append(out.shape[1])
+    )
     model.generate(tokens(2, 20 * SEGMENT + 1), **{**GREEDY, **search})
-    rows = 2 * search.get("num_beams", 1)
-    assert built == [rows]
-    assert compared and max(compared) <= NEW
+    assert built == [2 * search.get("num_beams", 1)]
+    first = [*[SEGMENT] * 20, *[1] * SEGMENT]
+    assert given == [*first, SEGMENT, *[1] * (NEW - SEGMENT)]
+
+
+SEVERAL = [
+    ["rmt", "gated-delta"],
+    ["armt", "titans-mal", "transformer-xl"],
+    ["titans-mag", "infini"],
+]
+# Chunks that end within a segment, at other tokens in other rows.
+CHUNKED = TitansMAGConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3)
+
+
+@pytest.mark.parametrize(
+    ("memory", "search"),
+    [
+        *(
+            pytest.param([CASES[name] for name in names], {}, id="+".join(names))
+            for names in SEVERAL
+        ),
+        pytest.param(CHUNKED, {}, id="chunks"),
+        pytest.param(CHUNKED, {"num_beams": 3}, id="chunks-beams"),
+        pytest.param(replace(CHUNKED, write_gate="sigmoid"), {}, id="gate"),
+    ],
+)
+def test_the_cache_of_other_memories(memory: object, search: dict) -> None:
+    model, ids = memory_model("llama", memory), tokens(3, SEGMENT + 3)
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[1, :1] = 0, 0
+    kept, again = (
+        model.generate(ids, attention_mask=mask, use_cache=use, **GREEDY, **LOGITS, **search)
+        for use in (True, False)
+    )
+    for a, b in zip(kept.logits, again.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_asking_for_a_cache_where_there_can_be_none_is_refused() -> None:
+    model, ids = memory_model("llama", "titans-mac"), tokens(1, 3)
+    assert "titans-mac" in model.reruns
+    with pytest.raises(ValueError, match=r"use_cache=True.*titans-mac.*leave use_cache out"):
+        model.generate(ids, use_cache=True, **GREEDY)
+    assert memory_model("llama", "armt").reruns is None
 
 
 def test_admitting_a_state_builds_none(monkeypatch) -> None:
@@ -198,3 +242,45 @@ def test_prompts_that_differ_in_padding_keep_their_own_memory_in_beam_search() -
     for index, row in enumerate((long, short)):
         alone = model.generate(row, **search)[:, row.shape[1] :]
         assert torch.equal(both[2 * index : 2 * index + 2], alone)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@torch.no_grad()
+def test_what_is_returned_is_where_the_text_stands(search: dict) -> None:
+    model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT + 2)
+    given = {**GREEDY, **search, "max_new_tokens": 3 * SEGMENT}
+    free = model.generate(ids, **given)
+    # One row ends early, and what pads it afterwards is not remembered.
+    end = int(free[0, ids.shape[1] + 2])
+    out = model.generate(ids, **{**given, "eos_token_id": end, "return_dict_in_generate": True})
+    assert "past_key_values" not in out
+    for row, sequence in enumerate(out.sequences):
+        new = sequence[ids.shape[1] :].tolist()
+        text = sequence[: ids.shape[1] + (new.index(end) + 1 if end in new else len(new))]
+        full = (len(text) - 1) // SEGMENT * SEGMENT
+        real = slice(None) if out.open_mask is None else out.open_mask[row].bool()
+        assert torch.equal(out.open_ids[row][real], text[full:])
+        state = model(text[None, :full], logits_to_keep=None).memory_state
+        for name, tensor in state.tensors.items():
+            torch.testing.assert_close(out.memory_state[name][row], tensor[0], rtol=0, atol=1e-8)
+
+
+def test_going_on_from_what_is_returned_is_going_on_with_the_text() -> None:
+    model, ids, more = memory_model("llama", "rmt"), tokens(2, 4), tokens(2, 3, seed=8)
+    out = model.generate(ids, **GREEDY, return_dict_in_generate=True)
+    turn = torch.cat([out.open_ids, more], 1)
+    on = model.generate(turn, memory_state=out.memory_state, **GREEDY)
+    unbroken = model.generate(torch.cat([out.sequences, more], 1), **GREEDY)
+    assert torch.equal(on[:, turn.shape[1] :], unbroken[:, -NEW:])
+
+
+def test_another_cache_is_refused_and_a_configuration_is_obeyed() -> None:
+    model, ids = memory_model("llama", "armt"), tokens(1, 3)
+    for name, value in (("cache_implementation", "static"), ("prefill_chunk_size", 4)):
+        with pytest.raises(ValueError, match=f"{name}=.*leave it out"):
+            model.generate(ids, **{name: value}, **GREEDY)
+    given: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda m, i, out: given.append(out.shape[1]))
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=False)
+    model.generate(ids, config)
+    assert given == [3, 4, 5]

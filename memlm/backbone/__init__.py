@@ -8,6 +8,7 @@ the memories at work during one segment and the states they leave; `heads` opens
 from memlm.backbone.finding import find_attention, find_in_family, find_layers, new_base, works_on
 from memlm.backbone.heads import apply_rotary
 from memlm.backbone.model import Backbone
+from memlm.backbone.open import OpenSegment
 from memlm.backbone.run import Cell, Cells, Run
 from memlm.backbone.stages import original_class
 
@@ -15,6 +16,7 @@ __all__ = [
     "Backbone",
     "Cell",
     "Cells",
+    "OpenSegment",
     "Run",
     "apply_rotary",
     "find_attention",

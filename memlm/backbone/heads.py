@@ -19,7 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm.backbone.finding import find_in_family
-from memlm.backbone.run import RUN
+from memlm.backbone.open import Front
+from memlm.backbone.run import RUN, Run
 from memlm.backbone.stages import original_class, signature_of
 from memlm.memory.base import QKV, Attended, Dims
 
@@ -68,48 +69,97 @@ def _attend(
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     def stage(x: QKV, mask: Tensor | None = None, parts: bool = False) -> Any:
+        kept = run.open
         extra = x.k.shape[2] - key.shape[2]
-        seen = attention_mask
-        if extra:
-            if mask is None:
+        if kept is not None and kept.begun:
+            front = kept.front["heads", layer]
+            cos, sin = _angles_of_added(run, layer, x, front)
+        else:
+            if extra and mask is None:
                 mask = run.mask_for(QKV(x.k, x.k, x.v))
-            seen = _with_keys_in_front(attention_mask, mask, x, extra)
-        q, k = x.q, x.k
-        cos = None
-        if run.rotation is not None:
+            real = None if mask is None or not extra else mask[:, :extra]
+            front = Front(extra, real)
+            cos, sin = _angles(run, layer, x, extra, mask)
+        q, k, v = x
+        if cos is not None and sin is not None:
             rotate = find_in_family(module, ROTATION)
             assert rotate is not None
+            # Queries have the positions of their own keys, which come after the prepended ones.
+            q, own = apply_rotary(rotate, q, k[:, :, extra:], cos[:, extra:], sin[:, extra:])
             if extra:
-                # Queries have the positions of their own keys, which come after the prepended ones.
-                if mask is None:
-                    mask = torch.ones(x.v.shape[0], x.v.shape[2], dtype=torch.bool, device=q.device)
-                cos, sin = run.backbone.rotary(layer, x.v, places_of(mask))
-                q, own = apply_rotary(rotate, q, k[:, :, extra:], cos[:, extra:], sin[:, extra:])
-                front = k[:, :, :extra]
-                front = apply_rotary(rotate, front, front[:, :0], cos[:, :extra], sin[:, :extra])[0]
-                k = torch.cat([front, own], dim=2)
-            else:
-                cos, sin = run.rotation
-                q, k = apply_rotary(rotate, q, k, cos, sin)
-        y = attention(module, q, k, x.v, seen, **kwargs)[0].transpose(1, 2)
-        return Attended(y, *_lse_and_query(q, k, seen, cos, kwargs)) if parts else y
+                before = k[:, :, :extra]
+                before = apply_rotary(
+                    rotate, before, before[:, :0], cos[:, :extra], sin[:, :extra]
+                )[0]
+            k = torch.cat([before, own], dim=2) if extra else own
+        if kept is not None:
+            kept.front["heads", layer] = front
+            k, v = kept.keys.update(k, v, layer)
+        seen = attention_mask
+        # Alone, a query sees everything before it, unless something there is not real.
+        if front.size and (seen is not None or front.real is not None or q.shape[2] > 1):
+            if seen is None:
+                seen = _causal(q, k.shape[2] - front.size)
+            seen = with_keys_in_front(seen, front, q.shape[2])
+        y = attention(module, q, k, v, seen, **kwargs)[0].transpose(1, 2)
+        if not parts:
+            return y
+        return Attended(y, *_lse_and_query(q, k, seen, _first_cos(run, layer, x, cos), kwargs))
 
     return run.chain("heads", layer, stage, QKV(query, key, value)).transpose(1, 2), None
 
 
-def _with_keys_in_front(seen: Tensor | None, mask: Tensor | None, x: QKV, extra: int) -> Tensor:
-    """An attention mask (., 1, T, T) with `extra` more keys, which every query sees where they are real."""
-    queries = x.q.shape[2]
-    if seen is None:
-        shape = (queries, x.k.shape[2] - extra)
-        seen = torch.ones(shape, dtype=torch.bool, device=x.q.device).tril()[None, None]
-    _check_4d(seen)
+def _angles(
+    run: Run, layer: int, x: QKV, extra: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(cos, sin) for all keys of `x`, the first `extra` of which stand in front of the segment."""
+    if run.rotation is None:
+        return None, None
+    if not extra:
+        return run.rotation
     if mask is None:
-        return F.pad(seen, (extra, 0), value=True if seen.dtype == torch.bool else 0.0)
-    front = mask[:, None, None, :extra].expand(-1, -1, queries, -1)
+        mask = torch.ones(x.v.shape[0], x.v.shape[2], dtype=torch.bool, device=x.v.device)
+    return run.backbone.rotary(layer, x.v, places_of(mask))
+
+
+def _angles_of_added(
+    run: Run, layer: int, x: QKV, front: Front
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """(cos, sin) for tokens added to an open segment."""
+    if run.rotation is None or not front.size:
+        return run.rotation or (None, None)
+    assert run.open is not None
+    return run.backbone.rotary(layer, x.v, run.open.places_behind(front))
+
+
+def _first_cos(run: Run, layer: int, x: QKV, cos: Tensor | None) -> Tensor | None:
+    """cos at the first position."""
+    if cos is None or run.open is None:
+        return cos
+    first = torch.zeros(1, 1, dtype=torch.long, device=x.v.device)
+    return run.backbone.rotary(layer, x.v, first)[0]
+
+
+def _causal(q: Tensor, keys: int) -> Tensor:
+    """(1, 1, T, keys) bool: a causal mask for queries (B, H, T, dh) that belong to the last keys."""
+    shape = (q.shape[2], keys)
+    return torch.ones(shape, dtype=torch.bool, device=q.device).tril(keys - shape[0])[None, None]
+
+
+def with_keys_in_front(seen: Tensor, front: Front, queries: int) -> Tensor:
+    """An attention mask (., 1, T, T') with more keys in front, which every query sees where they are real.
+
+    Or one (B, T') that knows of no queries.
+    """
+    if seen.ndim == 2 and front.real is None:
+        return F.pad(seen, (front.size, 0), value=1)
+    _check_4d(seen)
+    if front.real is None:
+        return F.pad(seen, (front.size, 0), value=True if seen.dtype == torch.bool else 0.0)
+    real = front.real.to(seen.device)[:, None, None].expand(-1, -1, queries, -1)
     if seen.dtype != torch.bool:
-        front = torch.zeros_like(front, dtype=seen.dtype).masked_fill(~front, _least(seen))
-    return torch.cat([front, seen.expand(front.shape[0], -1, -1, -1)], dim=-1)
+        real = torch.zeros_like(real, dtype=seen.dtype).masked_fill(~real, _least(seen))
+    return torch.cat([real, seen.expand(real.shape[0], -1, -1, -1)], dim=-1)
 
 
 def _lse_and_query(

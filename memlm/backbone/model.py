@@ -21,8 +21,17 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm.backbone.finding import find_attention, find_layers, layer_list, unwrapped, works_on
-from memlm.backbone.heads import OPENED, not_later, open_attention, places_of, rotates_by_position
+from memlm.backbone.heads import (
+    OPENED,
+    not_later,
+    open_attention,
+    places_of,
+    rotates_by_position,
+    with_keys_in_front,
+)
+from memlm.backbone.open import Front, OpenSegment
 from memlm.backbone.recurrence import (
+    NO_RECURRENCE,
     SUPPORTED,
     GateStage,
     LimitedStage,
@@ -47,6 +56,10 @@ from memlm.backbone.stages import (
     signature_of,
 )
 from memlm.memory.base import LOADED, Dims, Site
+from memlm.memory.parts.tokens import tokens_back_from, tokens_in
+
+# Kinds of attention whose keys and values say everything about the tokens before.
+PLAIN = (None, "full_attention", "sliding_attention", "chunked_attention")
 
 
 class Backbone:
@@ -223,15 +236,17 @@ class Backbone:
         tokens: Tensor | None,
         states: Mapping[str, Any],
         write: bool,
+        open_segment: OpenSegment | None = None,
     ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
         """One segment through the base model and its memories.
 
         ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to append to the segment, or None.
+        open_segment: `ids` are added to it, and what is computed of them is kept in it; nothing is written.
         Returns last hidden states (B, T, D), the states the cells returned, by name, and in training the
         router loss () of a base with experts that asks for it (`output_router_logits`), else None.
         """
         router_losses: list[Tensor] = []
-        run = Run(self, cells, states, write, mask)
+        run = Run(self, cells, states, write, mask, open_segment)
         if tokens is not None and not write:
             tokens = None
 
@@ -242,11 +257,16 @@ class Backbone:
                 x = torch.cat([x, tokens.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
                 if mask is not None:
                     mask = F.pad(mask, (0, tokens.shape[0]), value=True)
+            order = None
+            if open_segment is not None and mask is not None:
+                # Windows count columns, so no padding may stand behind what a memory puts in front.
+                order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+                x, mask = tokens_in(order, x), mask.gather(1, order)
             with entered(run.but(mask=mask) if cells else None), self._handed_over():
-                found = self._decode(x, mask)
+                found = self._decode(x, mask, open_segment)
             if self._balances_routers:
                 router_losses.append(self._router_loss(found, mask))
-            return found.last_hidden_state[:, :length]
+            return tokens_back_from(order, found.last_hidden_state)[:, :length]
 
         hidden = run.chain("model", -1, decoder, self.embed(ids)).to(ids.device)
         losses = torch.stack(router_losses).mean().to(ids.device) if router_losses else None
@@ -301,7 +321,9 @@ class Backbone:
         finally:
             HIDDEN.reset(token)
 
-    def _decode(self, x: Tensor, mask: Tensor | None) -> Any:
+    def _decode(self, x: Tensor, mask: Tensor | None, open_segment: OpenSegment | None) -> Any:
+        if open_segment is not None:
+            return self._decode_more(x, mask, open_segment)
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
         if mask is not None:
             # A row without a token would attend to nothing and fill its gradients with NaN. So it may see
@@ -314,6 +336,41 @@ class Backbone:
         if self._balances_routers:
             arguments["output_router_logits"] = True
         return self.decoder(**arguments)
+
+    def _decode_more(self, x: Tensor, mask: Tensor | None, open_segment: OpenSegment) -> Any:
+        """`x` (B, T, E) through the decoder, after what it has seen of the segment."""
+        seen = open_segment.enter(x, mask)
+        arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": True}
+        if "past_key_values" in signature_of(original_class(self.decoder)).parameters:
+            arguments["past_key_values"] = open_segment.keys
+        if seen is not None:
+            arguments["attention_mask"] = seen.to(torch.long)
+        if self._takes_positions:
+            arguments["position_ids"] = open_segment.places
+        found = self.decoder(**arguments)
+        open_segment.leave(x)
+        return found
+
+    def reruns(self, cells: Cells) -> str | None:
+        """Why tokens cannot be added to a segment that has begun, as half a sentence; None: they can."""
+        taken = signature_of(original_class(self.decoder)).parameters
+        shared = getattr(self.config, "num_kv_shared_layers", 0)
+        for index, layer in enumerate(self.layers):
+            carried = ("recurrence", index) in cells
+            if not carried and obstacle([layer]) != NO_RECURRENCE:
+                return f"layer {index} of the base model has a recurrence that no memory carries"
+            if carried:
+                if self.has_attention(index):
+                    return f"layer {index} of the base model has attention beside its recurrence"
+            elif not self.has_attention(index) or "past_key_values" not in taken:
+                return f"layer {index} of the base model has no keys and values to keep"
+            elif shared or self.kind(index) not in PLAIN:
+                return f"layer {index} of the base model keeps more than keys and values of its own"
+        return None
+
+    def open_segment(self) -> OpenSegment:
+        """A segment nothing has been computed of."""
+        return OpenSegment(self.config)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The base model's own head, with its scaling and soft-capping. (..., D) -> (..., V)."""
@@ -346,6 +403,21 @@ class Backbone:
         given = dict(arguments)
         seen = make_mask(config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None)
         given["attention_mask"] = seen if times is None else not_later(seen, times)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = positions
+        if given.get("position_embeddings") is not None:
+            given["position_embeddings"] = self.rotary(layer, x, positions)
+        return given
+
+    def behind(
+        self, layer: int, arguments: Mapping[str, Any], x: Tensor, front: Front, where: OpenSegment
+    ) -> dict[str, Any]:
+        """A stage's arguments for `x` (B, T, D), added tokens whose sequence has `front` in front of it."""
+        given = dict(arguments)
+        seen = given.get("attention_mask")
+        if seen is not None:
+            given["attention_mask"] = with_keys_in_front(seen, front, x.shape[1])
+        positions = where.places_behind(front)
         if given.get("position_ids") is not None:
             given["position_ids"] = positions
         if given.get("position_embeddings") is not None:

@@ -58,6 +58,7 @@ SUPPORTED = (
     "Mamba-2, Bamba, Falcon-H1, Granite 4 (hybrid), Nemotron-H, Zamba2, Qwen3-Next, Qwen3.5, OLMo-Hybrid "
     "or Kimi-Linear"
 )
+NO_RECURRENCE = "no layer of it has a recurrent state"
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -113,7 +114,7 @@ def obstacle(layers: Sequence[nn.Module]) -> str | None:
     own = {type(part).__name__ for part in parts if any(hasattr(part, mark) for mark in marks)}
     if own:
         return f"the state of its {' and '.join(sorted(own))} cannot be handed on from segment to segment"
-    return "no layer of it has a recurrent state"
+    return NO_RECURRENCE
 
 
 class Carried:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlm.backbone.open import Front, OpenSegment
 from memlm.backbone.silence import run_memory
 from memlm.memory.base import QKV, Memory, Site
 
@@ -55,6 +56,10 @@ class Places(Protocol):
         times: Tensor | None = None,
     ) -> dict[str, Any]: ...
 
+    def behind(
+        self, layer: int, arguments: Mapping[str, Any], x: Tensor, front: Front, where: OpenSegment
+    ) -> dict[str, Any]: ...
+
     def unrotated(
         self, layer: int, arguments: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], tuple[Tensor, Tensor] | None]: ...
@@ -70,7 +75,7 @@ class Run:
 
     heads: the layer whose attention module is running, when its "heads" have memories. rotation: the
     (cos, sin) withheld from it. wanted: how many positions, counted from the end, need the attention
-    module's output; None is all.
+    module's output; None is all. open: what is kept of the segment, when tokens may be added to it later.
     """
 
     heads: int | None = None
@@ -84,9 +89,10 @@ class Run:
         states: Mapping[str, Any],
         write: bool,
         mask: Tensor | None = None,
+        open_segment: OpenSegment | None = None,
     ) -> None:
         self.backbone, self.cells, self.states = backbone, cells, states
-        self.write, self.mask = write, mask
+        self.write, self.mask, self.open = write, mask, open_segment
         self.differentiates = torch.is_grad_enabled()
         self.left = Left()
 
@@ -122,6 +128,9 @@ class Run:
                 "use_reentrant=True does, and what it writes would lose its gradient; give activation "
                 "checkpointing use_reentrant=False (CheckpointImpl.NO_REENTRANT)"
             )
+        if self.open is not None and self.open.begun and cell.memory.continues.how == "front":
+            self.left.add(cell.name, self.states[cell.name])
+            return inner(x)
         known = self.mask_for(x) if mask is None else mask
         return cell.within(partial(self._use, cell, inner, x, known))[0]
 
@@ -129,7 +138,12 @@ class Run:
         self, cell: Cell, inner: Callable[..., Tensor], x: Any, mask: Tensor | None
     ) -> tuple[Tensor, Any]:
         before = self.states[cell.name]
-        y, state = _in_precision_of(x, cell.memory, before, inner, mask=mask, write=self.write)
+        if self.open is not None:
+            progress = self.open.progress(cell.name, cell.memory.continues, before)
+            use = partial(_in_precision_of, memory=cell.memory)
+            y, state = progress.go_on(use, inner, x, mask, self.open.begun), before
+        else:
+            y, state = _in_precision_of(x, before, inner, cell.memory, mask=mask, write=self.write)
         self.left.add(cell.name, state)
         # Both are returned, though the state is recorded: sharding looks at what a call returns.
         return y, state
@@ -178,9 +192,9 @@ class Left:
 
 def _in_precision_of(
     x: Any,
-    memory: Memory,
     state: Any,
     inner: Callable[..., Tensor],
+    memory: Memory,
     *,
     mask: Tensor | None,
     write: bool,

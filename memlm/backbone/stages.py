@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from memlm.backbone.open import Front
 from memlm.backbone.run import RUN, Run, entered
 from memlm.memory.base import Site
 
@@ -106,11 +107,24 @@ class MemoryStage(Stage):
             nonlocal rest
             inside = memory_run if last is None else memory_run.but(wanted=last)
             given: Mapping[str, Any] = arguments
+            kept = memory_run.open
             if x.shape[1] != hidden.shape[1]:
                 mask = memory_run.mask_for(x) if mask is None else mask
                 given = memory_run.backbone.lengthened(layer, arguments, x, mask, times)
                 inside = inside.but(mask=mask)
+                if kept is not None:
+                    count = x.shape[1] - hidden.shape[1]
+                    kept.front[site, layer] = Front(
+                        count, None if mask is None else mask[:, :count]
+                    )
+            elif kept is not None and (site, layer) in kept.front:
+                given = memory_run.backbone.behind(
+                    layer, arguments, x, kept.front[site, layer], kept
+                )
             if around_heads:
+                if kept is not None:
+                    # Keys are kept once they are rotated, by what stands around the softmax.
+                    given = {k: None if v is kept.keys else v for k, v in given.items()}
                 given, rotation = memory_run.backbone.unrotated(layer, given)
                 inside = inside.but(heads=layer, rotation=rotation)
             with entered(inside):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ def add_to(commands: Commands) -> None:
         "files", nargs="*", type=Path, metavar="FILE", help="UTF-8 text files, in order"
     )
     let_options_interrupt(ask, "files", Path)
+    ask.add_argument("-q", "--question", action="append", help="what to ask; may be repeated")
     ask.add_argument(
-        "-q", "--question", action="append", required=True, help="what to ask; may be repeated"
+        "--chat",
+        action="store_true",
+        help="talk: questions and answers are remembered, and written by the chat template; without -q "
+        "they are read line by line",
     )
-    ask.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+    ask.add_argument(
+        "--max-new-tokens", type=int, help="longest answer (default: 32, with --chat 256)"
+    )
     ask.add_argument("--load", type=Path, metavar="DIR", help="go on with a stream saved there")
     ask.add_argument(
         "--index", type=Path, metavar="DIR", help="recall passages of this index before answering"
@@ -43,11 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     from memlm.text import check_text_file, read_text
 
     files = [check_text_file(path) for path in arguments.files]
-    if not files and arguments.load is None and arguments.index is None:
+    named = arguments.load is not None or arguments.index is not None
+    if not files and not named and not arguments.chat:
         raise ValueError(
             "no FILE to read; name text files, a saved stream with --load DIR or an index with "
             "--index DIR"
         )
+    if not arguments.question and not arguments.chat:
+        raise ValueError("no question; ask one with -q QUESTION, or talk with --chat")
     retriever = make_retriever(arguments)
     model, tokenizer = load_model(arguments)
     from memlm import DocumentStream
@@ -63,14 +73,30 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"{stream.tokens_seen:,} tokens read, {stream.memory_bytes:,} bytes of memory", flush=True
     )
-    for question in arguments.question:
-        answer = stream.ask(question, max_new_tokens=arguments.max_new_tokens)
+    length = arguments.max_new_tokens
+    if length is None:
+        length = 256 if arguments.chat else 32
+    if arguments.chat:
+        talk(stream, arguments.question, length)
+    for question in [] if arguments.chat else arguments.question:
+        answer = stream.ask(question, max_new_tokens=length)
         print(f"{question}\n  {answer}")
         for passage in answer.sources:
             print(f"    from {place_of(passage.document, passage.start)}: {shorten(passage.text)}")
     if arguments.save is not None:
         stream.save(arguments.save)
         print_written([arguments.save])
+
+
+def talk(stream: Any, questions: list[str] | None, length: int) -> None:
+    """Print answers as they come, to `questions` or to each line typed."""
+    from transformers import TextStreamer
+
+    for said in filter(None, questions or (line.strip() for line in sys.stdin)):
+        if questions:
+            print(f"> {said}", flush=True)
+        shown = TextStreamer(stream.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stream.chat(said, max_new_tokens=length, streamer=shown)
 
 
 def make_retriever(arguments: argparse.Namespace) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory.base import (
+    Continues,
     Dims,
     Inner,
     MemoryConfig,
@@ -128,6 +129,7 @@ class ARMT(GatedMemory):
     Config: ClassVar[type[MemoryConfig]] = ARMTConfig
     neutral: ClassVar[bool] = True
     silent_with: ClassVar[Mapping[str, Any]] = {"normaliser": "written"}
+    continues: ClassVar[Continues] = Continues("read")
     config: ARMTConfig
 
     def __init__(self, config: ARMTConfig, dims: Dims) -> None:

@@ -104,6 +104,26 @@ class RecurrenceDims(NamedTuple):
     recurrent: tuple[int, ...]
 
 
+class Continues(NamedTuple):
+    """What a memory does with tokens that are added to a segment that has begun, as `generate` adds them.
+
+    The base model computes the added tokens alone, from keys and values it has kept, and `inner` returns
+    what it makes of them; what it returns for others is undefined. how:
+
+    "front": nothing. All the memory does in a segment is to put in front of it what the state decides, and
+    that is kept.
+    "read": it is called with them. What it does to a token depends on the state before the segment alone.
+    "write": it is called with them and the state it has left within the segment, which after every `length`
+    tokens stands for all before it. It writes what goes into `inner`, not what comes out.
+    "whole": it is called with all the segment's tokens so far. Under the same condition.
+    "again": the segment is run again from its beginning, base model included. `reason` says why.
+    """
+
+    how: Literal["front", "read", "write", "whole", "again"]
+    length: int = 1
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class Dims:
     """Sizes of the base model and the segment, as every mechanism needs them."""
@@ -202,6 +222,8 @@ class Memory(nn.Module, ABC):
     silent_with: ClassVar[Mapping[str, Any]] = {}
     # False when no gradient passes through the state, however deep the backpropagation.
     differentiable: ClassVar[bool] = True
+    # A property where it depends on the config.
+    continues: ClassVar[Continues] = Continues("again", reason="the mechanism does not say how")
 
     def __init__(self, config: MemoryConfig, dims: Dims) -> None:
         super().__init__()

@@ -15,7 +15,15 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from memlm.memory.base import Dims, InnerRecurrence, Memory, MemoryConfig, Site, accumulator_dtype
+from memlm.memory.base import (
+    Continues,
+    Dims,
+    InnerRecurrence,
+    Memory,
+    MemoryConfig,
+    Site,
+    accumulator_dtype,
+)
 from memlm.memory.parts.tokens import real_first_order, tokens_back_from, tokens_in
 
 
@@ -37,6 +45,7 @@ class BaseRecurrent(Memory):
     site: ClassVar[Site] = "recurrence"
     Config: ClassVar[type[MemoryConfig]] = BaseRecurrentConfig
     neutral: ClassVar[bool] = True
+    continues: ClassVar[Continues] = Continues("write")
 
     @classmethod
     def resolve(cls, config: BaseRecurrentConfig, dims: Dims) -> BaseRecurrentConfig:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
+    Continues,
     Dims,
     InnerHeads,
     Memory,
@@ -88,6 +89,7 @@ class Compressive(Memory):
     Config: ClassVar[type[MemoryConfig]] = CompressiveConfig
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
+    continues: ClassVar[Continues] = Continues("front")
 
     def __init__(self, config: CompressiveConfig, dims: Dims) -> None:
         super().__init__(config, dims)

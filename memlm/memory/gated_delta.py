@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memlm.memory.base import (
+    Continues,
     Dims,
     Inner,
     MemoryConfig,
@@ -149,6 +150,7 @@ class GatedDelta(GatedMemory):
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaConfig
     neutral: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails"}
+    continues: ClassVar[Continues] = Continues("write")
     config: GatedDeltaConfig
 
     def __init__(self, config: GatedDeltaConfig, dims: Dims) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
+    Continues,
     Dims,
     InnerHeads,
     MemoryConfig,
@@ -68,6 +69,7 @@ class GatedDeltaHeads(GatedMemory):
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaHeadsConfig
     neutral: ClassVar[bool] = True
+    continues: ClassVar[Continues] = Continues("write")
     config: GatedDeltaHeadsConfig
 
     def __init__(self, config: GatedDeltaHeadsConfig, dims: Dims) -> None:

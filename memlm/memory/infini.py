@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
+    Continues,
     Dims,
     InnerHeads,
     Memory,
@@ -68,6 +69,7 @@ class Infini(Memory):
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = InfiniConfig
     neutral: ClassVar[bool] = True
+    continues: ClassVar[Continues] = Continues("read")
 
     def __init__(self, config: InfiniConfig, dims: Dims) -> None:
         super().__init__(config, dims)

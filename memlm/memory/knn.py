@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from memlm.memory.base import (
     QKV,
+    Continues,
     Dims,
     InnerHeads,
     Memory,
@@ -88,6 +89,7 @@ class KNN(Memory):
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
+    continues: ClassVar[Continues] = Continues("read")
 
     def __init__(self, config: KNNConfig, dims: Dims) -> None:
         super().__init__(config, dims)

@@ -31,6 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memlm.memory.base import (
+    Continues,
     Dims,
     Inner,
     MemoryConfig,
@@ -164,6 +165,7 @@ class LaCT(GatedMemory):
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = LaCTConfig
     neutral: ClassVar[bool] = True
+    continues: ClassVar[Continues] = Continues("read")
     config: LaCTConfig
 
     def __init__(self, config: LaCTConfig, dims: Dims) -> None:

@@ -29,6 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from memlm.memory.base import (
+    Continues,
     Dims,
     Inner,
     MemoryConfig,
@@ -142,6 +143,7 @@ class MemoryCaching(GatedMemory):
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = MemoryCachingConfig
     neutral: ClassVar[bool] = True
+    continues: ClassVar[Continues] = Continues("whole")
     config: MemoryCachingConfig
 
     def __init__(self, config: MemoryCachingConfig, dims: Dims) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, Memory, MemoryConfig, Site
+from memlm.memory.base import Continues, Dims, Inner, Memory, MemoryConfig, Site
 from memlm.memory.parts.checks import memory_tokens_for
 from memlm.memory.parts.memory_tokens import around, check_decoder_memory
 
@@ -42,6 +42,7 @@ class RMT(Memory):
     site: ClassVar[Site] = "model"
     Config: ClassVar[type[MemoryConfig]] = RMTConfig
     accumulates: ClassVar[bool] = False
+    continues: ClassVar[Continues] = Continues("front")
 
     def __init__(self, config: RMTConfig, dims: Dims) -> None:
         super().__init__(config, dims)

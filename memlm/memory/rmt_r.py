@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.memory.base import (
+    Continues,
     Dims,
     Inner,
     Memory,
@@ -97,6 +98,7 @@ class RMTR(Memory):
     site: ClassVar[Site] = "model"
     Config: ClassVar[type[MemoryConfig]] = RMTRConfig
     accumulates: ClassVar[bool] = False
+    continues: ClassVar[Continues] = Continues("front")
     config: RMTRConfig
 
     def __init__(self, config: RMTRConfig, dims: Dims) -> None:

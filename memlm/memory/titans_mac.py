@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, Inner, MemoryConfig, Site
+from memlm.memory.base import Continues, Dims, Inner, MemoryConfig, Site
 from memlm.memory.parts.titans import COMBINATIONS, Titans, TitansBranchConfig, TitansState
 
 
@@ -33,6 +33,8 @@ class TitansMAC(Titans):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = TitansMACConfig
+
+    continues = Continues("again", reason="what the memory tells stands between the tokens")
 
     # The queries that ask before the attention have a convolution of their own.
     streams: ClassVar[int] = 4

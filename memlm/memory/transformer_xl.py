@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import QKV, Dims, InnerHeads, Memory, MemoryConfig, Site
+from memlm.memory.base import QKV, Continues, Dims, InnerHeads, Memory, MemoryConfig, Site
 from memlm.memory.parts.cache import held, push
 
 
@@ -50,6 +50,7 @@ class TransformerXL(Memory):
     Config: ClassVar[type[MemoryConfig]] = TransformerXLConfig
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
+    continues: ClassVar[Continues] = Continues("front")
 
     def __init__(self, config: TransformerXLConfig, dims: Dims) -> None:
         super().__init__(config, dims)

@@ -295,6 +295,28 @@ def test_purity(memory: str, family: str) -> None:
 
 
 @with_none
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_the_cache_changes_no_logit(memory: str, family: str, search: dict) -> None:
+    model, ids = memory_model(family, memory), tokens(3, SEGMENT + 2)
+    mask = torch.ones_like(ids)
+    # Rows reach their borders at different tokens; the longest goes past two.
+    mask[0, :5], mask[1, :1] = 0, 0
+    given = {"attention_mask": mask, "max_new_tokens": 2 * SEGMENT, "do_sample": False, **search}
+    given |= {"eos_token_id": None, "pad_token_id": 0}
+    given |= {"output_logits": True, "return_dict_in_generate": True}
+    kept, again = (model.generate(ids, use_cache=use, **given) for use in (None, False))
+    assert torch.equal(kept.sequences, again.sequences)
+    # `generate` hands logits out in float32.
+    for a, b in zip(kept.logits, again.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-5)
+    if family in LAW_FAMILIES:
+        hows = {
+            cell.memory.continues.how for cells in model.memory.cells().values() for cell in cells
+        }
+        assert (model.reruns is None) == ("again" not in hows)
+
+
+@with_none
 # Twenty-six segments fill the longest memory of the cases twice over.
 @pytest.mark.parametrize("segments", [26, pytest.param(400, marks=pytest.mark.slow)])
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memlm.memory.base import Dims, accumulator_dtype, option, was_loaded
+from memlm.memory.base import Continues, Dims, accumulator_dtype, option, was_loaded
 from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.deep_memory import read, read_write
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
@@ -321,6 +321,13 @@ class Titans(GatedMemory):
         self.gate = nn.Linear(dims.hidden_size, self.memory.heads) if gated else None
         count = config.num_persistent_tokens
         self.persistent = nn.Parameter(torch.empty(count, dims.hidden_size)) if count else None
+
+    @property
+    def continues(self) -> Continues:  # type: ignore[override]
+        # Within a chunk, surprise is taken at the weights of its start; a gate is a whole segment's.
+        return (
+            Continues("whole") if self.gate is not None else Continues("write", self.memory.chunk)
+        )
 
     @classmethod
     def resolve(cls, config: TitansConfig, dims: Dims) -> TitansConfig:
