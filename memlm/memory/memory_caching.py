@@ -6,7 +6,7 @@ comes of it is cached as it is, with a summary of the segment: the mean of what 
 asks the memory of its own segment and those cached ones whose summaries suit it best, and weighs
 their answers by how well they do. Stored memories are never written again, so nothing wears them
 down. The block stands beside a layer's attention, with an output projection of zeros, so that a
-base model is left as it was. In the paper's other form (`continues`) a segment is not compressed
+base model is left as it was. In the paper's other form (`continuing`) a segment is not compressed
 from nothing: it goes on from the memory that the one before has left, and each slot holds the whole
 document as it was known by then.
 
@@ -63,7 +63,7 @@ class MemoryCachingConfig(GatedConfig):
     all of them, both weighed by a softmax over their scores; "residual", the sum of all, unweighed;
     "soup", the memories mixed before they are asked, for linear memories the same as "gated" but for
     rounding. summary: what a segment is scored by, the mean of its tokens as far as they were
-    "written", or their plain "mean" (the paper's). continues: whether a segment's memory goes on from
+    "written", or their plain "mean" (the paper's). continuing: whether a segment's memory goes on from
     that of the segment before, and a slot holds all that was known by then. num_heads: heads of the
     memory, None for the base's; head_dim: size of queries and keys, None for hidden size / heads;
     value_dim: size of values, None for head_dim. erases: whether a write first takes away what its key
@@ -77,7 +77,7 @@ class MemoryCachingConfig(GatedConfig):
     read: str = option("top-k")
     top_k: int = option(4)
     summary: str = "written"
-    continues: bool = False
+    continuing: bool = False
     num_heads: int | None = None
     head_dim: int | None = None
     value_dim: int | None = None
@@ -190,7 +190,7 @@ class MemoryCaching(GatedMemory):
             self.zeros(batch_size, dtype=dtype),
             self.zeros(batch_size, dtype=dtype),
             self.zeros(batch_size, self.heads, self.keys, self.values, dtype=dtype)
-            if self.config.continues
+            if self.config.continuing
             else (),
         )
 
@@ -324,5 +324,5 @@ class MemoryCaching(GatedMemory):
             torch.where(here[..., None], summary.unsqueeze(1), state.summaries),
             torch.where(here, mass, state.mass),
             *gate_statistics(gate, real),
-            memory if self.config.continues else (),
+            memory if self.config.continuing else (),
         )

@@ -57,7 +57,7 @@ class Row:
 
     def segment(self, xs: list[torch.Tensor]) -> list[torch.Tensor]:
         m = self.m
-        memory = self.last if self.c.continues else torch.zeros_like(self.last)
+        memory = self.last if self.c.continuing else torch.zeros_like(self.last)
         past: list[torch.Tensor] = []
         summed, total, mass = torch.zeros(D, dtype=torch.float64), 0.0, 0.0
         answers = []
@@ -133,7 +133,7 @@ def check(limit: int | None, segments: int = 6, **options) -> list[Row]:
                 torch.testing.assert_close(state.summaries[index, slot], one.summary, **EXACT)
                 torch.testing.assert_close(state.mass[index, slot], one.mass, **EXACT)
             assert not state.mass[index, len(row.kept) :].any()
-            if memory.config.continues:
+            if memory.config.continuing:
                 torch.testing.assert_close(state.last[index], row.last, **EXACT)
     parameters = list(memory.parameters())
     for a, b in zip(
@@ -175,8 +175,8 @@ def test_reading_all_best_slots_is_reading_all() -> None:
         {"summary": "mean"},
         {"conv_size": 0},
         {"erases": False},
-        {"continues": True},
-        {"continues": True, "erases": False, "read": "gated", "write_gate": "hard"},
+        {"continuing": True},
+        {"continuing": True, "erases": False, "read": "gated", "write_gate": "hard"},
         {"write_threshold": 0.5},
         {"num_heads": 3, "head_dim": 4, "value_dim": 5},
     ],
@@ -188,7 +188,7 @@ def test_options_equal_the_list(options: dict) -> None:
 
 def test_going_on_from_the_segment_before_is_one_memory_read_as_it_was() -> None:
     """A linear one: slots hold the running sums at the segments' ends."""
-    memory = cell(continues=True, erases=False, conv_size=0, num_slots=4, read="residual")
+    memory = cell(continuing=True, erases=False, conv_size=0, num_slots=4, read="residual")
     state, sums = memory.init_state(ROWS), []
     whole = torch.zeros(ROWS, memory.heads, memory.keys, memory.values, dtype=torch.float64)
     for x, _ in texts(4):

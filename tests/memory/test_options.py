@@ -35,7 +35,7 @@ OPTIONS: dict[str, MemoryConfig] = {
     ),
     "lact-muon": LaCTConfig(num_heads=2, expansion=2, muon=True),
     "memory-caching-continues": MemoryCachingConfig(
-        num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3, continues=True
+        num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3, continuing=True
     ),
     "rmt-r": RMTRConfig(
         num_memory_tokens=2, bank_size=2, archive_size=2, recall=1, biases=True, read_memory=False
