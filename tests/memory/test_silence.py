@@ -33,7 +33,7 @@ VARIANTS = {
     "no decay": replace(CASES["gated-delta-heads"], decays=False, erases=False),
     "momentum and norms": replace(CASES["lact"], momentum=False, norm="pre"),
     "means": replace(CASES["memory-caching"], summary="mean", read="gated"),
-    "continues": replace(CASES["memory-caching"], continues=True),
+    "continuing": replace(CASES["memory-caching"], continuing=True),
     "residual": replace(CASES["memory-caching"], read="residual", conv_size=0),
     "soup": replace(CASES["memory-caching"], read="soup"),
 }
@@ -107,7 +107,7 @@ def test_memories_that_tell_their_gates_early() -> None:
     [
         pytest.param(
             name,
-            marks=() if name in (*CASES, "steps", "long tails", "continues") else pytest.mark.slow,
+            marks=() if name in (*CASES, "steps", "long tails", "continuing") else pytest.mark.slow,
         )
         for name in VARIANTS
     ],
