@@ -26,7 +26,7 @@ import importlib, pkgutil, sys
 from pathlib import Path
 
 import memlm
-from memlm.train.recipe import Recipe, read_yaml
+from memlm.train.recipe import Recipe, read_yaml, shipped_recipes
 
 home = Path(memlm.__file__).parent
 assert home.is_relative_to(sys.prefix), f"memlm was imported from {home}, not from {sys.prefix}"
@@ -45,7 +45,7 @@ for module_name in modules:
         getattr(module, name)
         names += 1
 # Read without `Recipe.load`, which also looks for the files that a recipe trains on.
-recipes = sorted((home / "recipes").glob("*.yaml"))
+recipes = shipped_recipes().values()
 assert recipes, "no recipe is installed"
 for recipe in recipes:
     Recipe.from_dict(read_yaml(recipe))

@@ -74,8 +74,8 @@ architectures for one mechanism per site.
 - **numbers**: bfloat16 and autocast stay close.
 - **bounded**: 100,000 tokens in float32 stay finite and no larger than in the first 12,800 (Llama, Mamba2).
 - **silence**: where every write gate is zero, 1,000 segments leave the state as it was, to the bit (Llama).
-- **cache**: generating with what is kept of the open segment gives the logits of reading it anew, past borders, in ragged
-  batches, greedily and with beams.
+- **cache**: generating with what is kept of the open segment gives the logits of reading it anew, past
+  borders, in ragged batches, greedily and with beams.
 
 Besides these each mechanism has an oracle of its own, named on its [page](methods.md), and a check that it
 learns ([results](results.md)).

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from memlm.train import MemLMTrainingArguments, Recipe, Stage
-from memlm.train.recipe import SHIPPED, override, parse_yaml, read_yaml, training_fields
+from memlm.train.recipe import (
+    override,
+    parse_yaml,
+    read_yaml,
+    shipped_recipes,
+    training_fields,
+)
 
 MINIMAL: dict[str, Any] = {
     "model": {"config": {"model_type": "llama"}},
@@ -73,7 +79,7 @@ def test_what_nothing_reads_is_named(changes: list[str], keys: list[str]) -> Non
 
 
 def test_shipped_recipes_say_nothing_that_is_not_read() -> None:
-    for path in SHIPPED.rglob("*.yaml"):
+    for path in shipped_recipes().values():
         assert Recipe.from_dict(read_yaml(path)).unread() == [], path
 
 
@@ -198,15 +204,12 @@ def test_training_fields_are_those_of_the_arguments() -> None:
     )
 
 
-NAMES = [file.relative_to(SHIPPED).with_suffix("").as_posix() for file in SHIPPED.rglob("*.yaml")]
-
-
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_are_whole(name: str) -> None:
     overrides = ["data.path=."] if name == "lm-documents" else []
     made = Recipe.load(name, overrides)
     assert made.curriculum.stages
-    assert "easured result" in (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "easured result" in shipped_recipes()[name].read_text(encoding="utf-8")
 
 
 def test_a_recipe_is_checked_before_anything_heavy_is_imported() -> None:

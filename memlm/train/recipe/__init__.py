@@ -4,7 +4,7 @@ sections: what a recipe may say. recipe: all of it, checked together. reading: i
 plain values into dataclasses. training: the Trainer's own fields. table: every key for people.
 """
 
-from memlm.train.recipe.reading import SHIPPED, override, parse_yaml, read_yaml
+from memlm.train.recipe.reading import override, parse_yaml, read_yaml, shipped_recipes
 from memlm.train.recipe.recipe import Recipe
 from memlm.train.recipe.sections import (
     CurriculumSection,
@@ -16,7 +16,6 @@ from memlm.train.recipe.sections import (
 from memlm.train.recipe.training import training_fields
 
 __all__ = [
-    "SHIPPED",
     "CurriculumSection",
     "DataSection",
     "EvalSection",
@@ -26,5 +25,6 @@ __all__ = [
     "override",
     "parse_yaml",
     "read_yaml",
+    "shipped_recipes",
     "training_fields",
 ]

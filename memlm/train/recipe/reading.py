@@ -16,8 +16,7 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
     given = Path(path)
     if given.is_file():
         return given
-    files = sorted(SHIPPED.rglob("*.yaml"))
-    shipped = {file.relative_to(SHIPPED).with_suffix("").as_posix(): file for file in files}
+    shipped = shipped_recipes()
     name = given.as_posix().removesuffix(".yaml")
     if name in shipped:
         return shipped[name]
@@ -25,6 +24,16 @@ def find_recipe(path: str | os.PathLike[str]) -> Path:
         f"recipe {os.fspath(path)!r} does not exist; give a YAML file, or one of "
         f"{', '.join(shipped)}"
     )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes shipped with memlm, by name. Those beside shipped weights record how these were made."""
+    places = (path.relative_to(SHIPPED) for path in sorted(SHIPPED.rglob("*.yaml")))
+    return {
+        place.with_suffix("").as_posix(): SHIPPED / place
+        for place in places
+        if place.parts[0] != "weights"
+    }
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
