@@ -353,6 +353,7 @@ class Backbone:
 
     def reruns(self, cells: Cells) -> str | None:
         """Why tokens cannot be added to a segment that has begun, as half a sentence; None: they can."""
+        self.check_open()
         taken = signature_of(original_class(self.decoder)).parameters
         shared = getattr(self.config, "num_kv_shared_layers", 0)
         for index, layer in enumerate(self.layers):
