@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from memlm.tasks.babi.generators.events import DIALECTS, NUMBERS
+from memlm.tasks.babi.generators.relations import place_on_a_line, tell_placement
 from memlm.tasks.babi.generators.world import DIRECTIONS, PLACES, Event, World
 
 LESSONS = ("handler", "before")
@@ -108,21 +109,21 @@ class Events:
 class Rooms:
     """Places north, south, east or west of one another: qa4, told on and on.
 
-    Each fact is drawn for itself, so the places do not lie on one map: the newest word on a place and a
-    direction is what counts.
+    Facts come in pairs about three places in a line, as in the original. The pairs do not lie on one map:
+    the newest word on a place and a direction is what counts.
     """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
+        self.due: list[tuple[str, str, str]] = []
         self.known: dict[tuple[str, str], str] = {}
 
     def draw(self) -> tuple[str, str, str]:
-        subject, other = self.rng.sample(PLACES, 2)
-        return subject, self.rng.choice(sorted(DIRECTIONS)), other
+        self.due = self.due or place_on_a_line(self.rng)
+        return self.due.pop()
 
     def tell(self, event: tuple[str, str, str]) -> str:
-        subject, direction, other = event
-        return f"The {subject} is {direction} of the {other}."
+        return tell_placement(*event)
 
     def note(self, event: tuple[str, str, str]) -> None:
         subject, direction, other = event

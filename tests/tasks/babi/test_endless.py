@@ -83,3 +83,9 @@ def test_a_task_that_has_no_such_question_answers_none() -> None:
         assert story.answers("qa1") == {}
     for story, _ in told("qa1", 0, 20):
         assert story.answers("handler") == story.answers("qa4") == {}
+
+
+def test_places_are_told_in_pairs_that_share_one() -> None:
+    *_, (_, facts) = told("qa4", 0, 40)
+    places = [set(re.findall(r"[Tt]he (\w+)", fact)) for fact in facts]
+    assert all(len(a & b) == 1 for a, b in zip(places[::2], places[1::2], strict=True))

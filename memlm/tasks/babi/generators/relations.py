@@ -37,8 +37,8 @@ DECOYS = 3
 Place = tuple[int, int]
 
 
-def _directions(task: str, rng: random.Random) -> Iterator[Story]:
-    """Tell of three places on a line; ask for the subject of one of the two facts."""
+def place_on_a_line(rng: random.Random) -> list[tuple[str, str, str]]:
+    """Two facts on three places in a line, as (subject, direction, place): a middle, and its two ends."""
     middle, first, second = rng.sample(PLACES, 3)
     direction = rng.choice(sorted(DIRECTIONS))
     told = []
@@ -49,6 +49,17 @@ def _directions(task: str, rng: random.Random) -> Iterator[Story]:
         else:
             told.append((middle, DIRECTIONS[of_middle], end))
     rng.shuffle(told)
+    return told
+
+
+def tell_placement(subject: str, direction: str, place: str) -> str:
+    """A fact as bAbI words it."""
+    return f"The {subject} is {direction} of the {place}."
+
+
+def _directions(task: str, rng: random.Random) -> Iterator[Story]:
+    """Tell of three places on a line; ask for the subject of one of the two facts."""
+    told = place_on_a_line(rng)
     index = rng.randrange(2)
     subject, relation, place = told[index]
     question = (
@@ -56,7 +67,7 @@ def _directions(task: str, rng: random.Random) -> Iterator[Story]:
         if rng.random() < 0.5
         else f"What is the {place} {DIRECTIONS[relation]} of?"
     )
-    facts = [f"The {s} is {r} of the {o}." for s, r, o in told]
+    facts = [tell_placement(*fact) for fact in told]
     yield Story(facts, question, subject, [index], task)
 
 
