@@ -133,6 +133,12 @@ class BabilongOptions:
                     f"lessons names {lesson!r}, which is neither a lesson nor a task that tells endless "
                     f"stories; use {', '.join((*endless.LESSONS, *endless.TASKS))}"
                 )
+        for lesson in self.lessons if self.layout != "story" else ():
+            if not any(lesson in endless.kinds_of(task) for task in self.tasks):
+                raise ValueError(
+                    f"lessons names {lesson!r}, which no story of tasks={self.tasks} answers; leave it "
+                    "out, or add a task whose stories do"
+                )
         if self.distinct_actors and set(self.tasks) != {"qa1"}:
             raise ValueError(
                 f"distinct_actors leaves moves untold, which tasks={self.tasks} cannot do without; "

@@ -78,6 +78,11 @@ def test_what_nothing_reads_is_named(changes: list[str], keys: list[str]) -> Non
     assert all(said.startswith(key) for said, key in zip(found, keys, strict=True))
 
 
+def test_what_stands_beside_weights_is_no_recipe() -> None:
+    assert "babilong/qa1-5" in shipped_recipes()
+    assert not [name for name in shipped_recipes() if "weights" in name]
+
+
 def test_shipped_recipes_say_nothing_that_is_not_read() -> None:
     for path in shipped_recipes().values():
         assert Recipe.from_dict(read_yaml(path)).unread() == [], path

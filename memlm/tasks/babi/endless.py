@@ -41,6 +41,17 @@ class Telling(Protocol):
         """Every question of a task or lesson that the noted facts answer, with its answer."""
 
 
+def kinds_of(task: str) -> set[str]:
+    """What the endless stories of `task` can be asked: tasks and lessons."""
+    if task == "qa4":
+        return {"qa4"}
+    dialect = DIALECTS[task]
+    found = {"qa1", "qa6", "before"}
+    if dialect.handles:
+        found |= {"qa2", "qa3", "qa7", "qa8", "handler"}
+    return found | {"qa5"} if dialect.gives else found
+
+
 def telling(task: str, rng: random.Random) -> Telling:
     """An endless story of `task`, one of TASKS."""
     return Rooms(rng) if task == "qa4" else Events(task, rng)

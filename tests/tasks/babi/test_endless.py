@@ -9,7 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from memlm.tasks import babi
-from memlm.tasks.babi.endless import LESSONS, RECENT_FACTS, TASKS, Telling, telling
+from memlm.tasks.babi.endless import (
+    LESSONS,
+    RECENT_FACTS,
+    TASKS,
+    Telling,
+    kinds_of,
+    telling,
+)
 
 MOVED = re.compile(r"(\w+) (?:moved|went|went back|journeyed|travelled) to the (\w+)\.")
 HANDED = re.compile(r"\w+ (?:gave|handed|passed) the (\w+) to (\w+)\.")
@@ -89,3 +96,15 @@ def test_places_are_told_in_pairs_that_share_one() -> None:
     *_, (_, facts) = told("qa4", 0, 40)
     places = [set(re.findall(r"[Tt]he (\w+)", fact)) for fact in facts]
     assert all(len(a & b) == 1 for a, b in zip(places[::2], places[1::2], strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_story_is_asked_what_it_can_answer(task: str) -> None:
+    every = {
+        kind
+        for seed in range(6)
+        for story, _ in told(task, seed, 60)
+        for kind in (*TASKS, *LESSONS)
+        if story.answers(kind)
+    }
+    assert every == kinds_of(task)
