@@ -11,27 +11,17 @@ cache of the open segment. Writes a table and JSON.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from mechanisms import seconds
+from record import ON_PLAIN_BASES, write_result
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from memlm import MemLMForCausalLM, __version__
-from memlm.memory import available_memories, memory_class
-
-# Those that can stand on the benchmark's base, which has no recurrent state of its own.
-MEMORIES = tuple(
-    name
-    for name in available_memories()
-    if name == "none" or memory_class(name).site != "recurrence"
-)
+from memlm import MemLMForCausalLM
 
 
 def main(
@@ -45,7 +35,9 @@ def main(
     vocab: int = 4096,
     rounds: int = 5,
     again: Annotated[bool, typer.Option(help="measure without the cache as well, once")] = True,
-    memories: Annotated[str, typer.Option(help="by comma; default: all")] = ",".join(MEMORIES),
+    memories: Annotated[str, typer.Option(help="by comma; default: all")] = ",".join(
+        ON_PLAIN_BASES
+    ),
     device: str = "cpu",
     dtype: str = "float32",
     threads: int = 1,
@@ -125,31 +117,24 @@ def main(
                 f"{row['highest']:.2f})  without the cache {row.get('again', '')}",
                 flush=True,
             )
-    result = {
-        "what": "seconds of generate over those of the bare base model with its cache (1 is no cost)",
-        "settings": {
-            "hidden": hidden,
-            "layers": layers,
-            "segment": segment,
-            "new": new,
-            "batch": batch,
-            "rounds": rounds,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-            "seed": 0,
-        },
-        "versions": {
-            "memlm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "rows": rows,
+    settings = {
+        "hidden": hidden,
+        "layers": layers,
+        "segment": segment,
+        "new": new,
+        "batch": batch,
+        "rounds": rounds,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "seed": 0,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(out)
+    write_result(
+        out,
+        "seconds of generate over those of the bare base model with its cache (1 is no cost)",
+        settings,
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -8,19 +8,17 @@ CPU seconds (GPU: device-synchronised seconds). Writes a table and JSON.
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 import typer
 from mechanisms import seconds
+from record import write_result
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from memlm import MemLMForCausalLM, MemoryState, __version__
+from memlm import MemLMForCausalLM, MemoryState
 from memlm.memory import KNNConfig, MemoryConfig, TransformerXLConfig
 
 
@@ -115,29 +113,22 @@ def main(
                     f"{length:7d} {name:10} {row['task']:17} {row['time_over_window']:10.3f} "
                     f"{row['lowest']:7.3f} {row['highest']:8.3f}"
                 )
-    result = {
-        "what": "time of a segment over a full kNN memory, over that with transformer-xl as long",
-        "settings": {
-            "hidden": hidden,
-            "layers": layers,
-            "segment": segment,
-            "batch": batch,
-            "rounds": rounds,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-        },
-        "versions": {
-            "memlm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "rows": rows,
+    settings = {
+        "hidden": hidden,
+        "layers": layers,
+        "segment": segment,
+        "batch": batch,
+        "rounds": rounds,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {out}")
+    write_result(
+        out,
+        "time of a segment over a full kNN memory, over that with transformer-xl as long",
+        settings,
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -30,20 +28,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
+from record import ON_PLAIN_BASES, write_result
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from memlm import MemLMForCausalLM, __version__
-from memlm.memory import available_memories, memory_class
-
-# Those that can stand on the benchmark's base, which has no recurrent state of its own.
-MEMORIES = tuple(
-    name
-    for name in available_memories()
-    if name == "none" or memory_class(name).site != "recurrence"
-)
+from memlm import MemLMForCausalLM
 
 TASKS = ("forward", "forward+backward")
 
@@ -171,7 +161,7 @@ def main(
     ),
 ) -> None:
     shape = Shape(hidden, layers, segment, segments, batch, vocab, device, dtype, threads)
-    names = memory or list(MEMORIES)
+    names = memory or list(ON_PLAIN_BASES)
     peaks = {
         (name, task): in_fresh_process(peak, name, task, shape) for name in names for task in TASKS
     }
@@ -214,20 +204,13 @@ def main(
                 }
             )
     print_table(rows)
-    result = {
-        "what": "throughput over the same base without memory (1 is no cost), state, peak memory growth",
-        "settings": {**asdict(shape), "rounds": rounds},
-        "versions": {
-            "memlm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {out}")
+    settings = {**asdict(shape), "rounds": rounds}
+    write_result(
+        out,
+        "throughput over the same base without memory (1 is no cost), state, peak memory growth",
+        settings,
+        rows,
+    )
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -9,27 +9,17 @@ that a machine whose speed drifts does not decide the result. Writes a table and
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 import typer
 from mechanisms import seconds
+from record import ON_PLAIN_BASES, write_result
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from memlm import MemLMForCausalLM, __version__
-from memlm.memory import available_memories, memory_class
-
-# Those that can stand on the benchmark's base, which has no recurrent state of its own.
-MEMORIES = tuple(
-    name
-    for name in available_memories()
-    if name == "none" or memory_class(name).site != "recurrence"
-)
+from memlm import MemLMForCausalLM
 
 
 def main(
@@ -81,7 +71,7 @@ def main(
 
     models = {
         name: MemLMForCausalLM.from_base(base, memory=name, segment_length=segment).to(device)
-        for name in MEMORIES
+        for name in ON_PLAIN_BASES
     }
     rows = []
     for task, plain, memory in (
@@ -117,30 +107,23 @@ def main(
             f"{row['memory']:8} {row['task']:18} {row['relative_throughput']:9.3f} {row['lowest']:7.3f} "
             f"{row['highest']:8.3f} {row['tokens_per_second']:9d}"
         )
-    result = {
-        "what": "throughput over the bare base model on independent segments (1 is no cost)",
-        "settings": {
-            "hidden": hidden,
-            "layers": layers,
-            "segment": segment,
-            "segments": segments,
-            "batch": batch,
-            "rounds": rounds,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-        },
-        "versions": {
-            "memlm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "rows": rows,
+    settings = {
+        "hidden": hidden,
+        "layers": layers,
+        "segment": segment,
+        "segments": segments,
+        "batch": batch,
+        "rounds": rounds,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {out}")
+    write_result(
+        out,
+        "throughput over the bare base model on independent segments (1 is no cost)",
+        settings,
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ Medians of the rounds' ratios of CPU seconds (GPU: device-synchronised seconds).
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -20,12 +18,12 @@ from typing import Annotated, Any
 from unittest import mock
 
 import torch
-import transformers
 import typer
 from mechanisms import Shape, base_model, seconds, with_memory
+from record import write_result
 from torch import Tensor
 
-from memlm import MemLMForCausalLM, __version__
+from memlm import MemLMForCausalLM
 from memlm.memory import available_memories, memory_class
 from memlm.memory.parts.gates import GatedMemory
 from memlm.segment import cut
@@ -37,8 +35,6 @@ SKIPPING = tuple(
     and issubclass(memory_class(name), GatedMemory)
     and memory_class(name).gates_of is not GatedMemory.gates_of
 )
-
-KEY = ("memory", "rows", "written")
 
 
 def text(rows: int, length: int, device: str) -> Tensor:
@@ -119,32 +115,21 @@ def main(
             for name in memory or SKIPPING:
                 found.append(measure(name, shape, share, rounds))
                 print(found[-1], flush=True)
-    # What was measured in other sizes of batches stays.
-    known = json.loads(out.read_text())["rows"] if out.is_file() else []
-    new = [tuple(row[name] for name in KEY) for row in found]
-    found = [row for row in known if tuple(row[name] for name in KEY) not in new] + found
     print_table(found)
-    result = {
-        "what": "speed of reading with silent segments skipped, over that of running them in full",
-        "settings": {
-            "hidden": hidden,
-            "layers": layers,
-            "segment": segment,
-            "device": device,
-            "dtype": dtype,
-            "threads": threads,
-        },
-        "versions": {
-            "memlm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "rows": found,
+    settings = {
+        "hidden": hidden,
+        "layers": layers,
+        "segment": segment,
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written: {out}")
+    write_result(
+        out,
+        "speed of reading with silent segments skipped, over that of running them in full",
+        settings,
+        found,
+    )
 
 
 def print_table(found: list[dict[str, Any]]) -> None:

@@ -371,11 +371,11 @@ def test_lessons_are_asked_beside_a_task(haystack: TokenHaystack) -> None:
         lessons=("before",),
         layout="aligned",
         facts_per_segment=(3,),
-        questions=2,
+        questions=3,
     ).document(0, Stage(min_segments=9, max_segments=9))
     last = [q for q in piece.questions if q.segment >= 6]
     starts = [haystack.tokenizer.decode(q.ids).split()[1] for q in last]
-    assert starts == ["is", "was"] * 3
+    assert starts == ["is", "is", "was"] * 3
     with pytest.raises(ValueError, match="'handler', which no story of tasks"):
         BabilongOptions(layout="aligned", lessons=("handler",))
     with pytest.raises(ValueError, match="'holder', which is neither a lesson nor a task"):
