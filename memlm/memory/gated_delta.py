@@ -161,6 +161,7 @@ class GatedDelta(GatedMemory):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails"}
     continues: ClassVar[Continues] = Continues("write")

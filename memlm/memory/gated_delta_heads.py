@@ -68,6 +68,7 @@ class GatedDeltaHeads(GatedMemory):
 
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaHeadsConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("write")
     config: GatedDeltaHeadsConfig

@@ -164,6 +164,7 @@ class LaCT(GatedMemory):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = LaCTConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("read")
     config: LaCTConfig

@@ -142,6 +142,7 @@ class MemoryCaching(GatedMemory):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = MemoryCachingConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("whole")
     config: MemoryCachingConfig

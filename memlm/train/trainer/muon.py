@@ -15,7 +15,7 @@ from torch import nn
 NARROWEST = 8
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> list[torch.Tensor]:
     """Trained weights of the linear layers of `model`, except its output head and narrow ones."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -40,7 +40,7 @@ class WithMuon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, other: torch.optim.Optimizer, matrices: list[nn.Parameter], learning_rate: float
+        self, other: torch.optim.Optimizer, matrices: list[torch.Tensor], learning_rate: float
     ) -> None:
         own = {id(matrix) for matrix in matrices}
         taken: list[dict[str, Any]] = []

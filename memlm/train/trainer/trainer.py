@@ -471,7 +471,8 @@ class MemLMTrainer(TrainedAlone, Trainer):
             check_muon(muon, self.args.memory_learning_rate, self.is_fsdp_enabled)
         optimizer = super().create_optimizer(*args, **kwargs)
         if made and muon is not None:
-            optimizer = self.optimizer = WithMuon(optimizer, hidden_matrices(self._model), muon)
+            optimizer = WithMuon(optimizer, hidden_matrices(self._model), muon)
+            setattr(self, "optimizer", optimizer)  # noqa: B010 (mypy would take it for a declaration)
         rates = (self.args.memory_learning_rate, self.args.memory_weight_decay)
         if made and rates != (None, None):
             set_memory_rates(optimizer, self._model.memory.parameters(), self.args)
