@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--hops", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--haystack", default="builtin")
     parser.add_argument("--tokenizer", default="words", help="whose tokens a length counts")
+    parser.add_argument("--precision", default="ternary", choices=["float32", "ternary"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
@@ -73,6 +74,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each number of passages and of hops."""
     embedder = HashingEmbedder()
+    embedder.precision = arguments.precision  # type: ignore[misc]
     whole = {(k, hops): 0 for k in arguments.k for hops in arguments.hops}
     indexing = searching = 0.0
     for index in range(samples):

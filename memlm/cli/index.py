@@ -27,6 +27,11 @@ def add_to(commands: Commands) -> None:
             index.add_argument(
                 "--factory", default="Flat", help="a FAISS index type: Flat, SQ8, HNSW32, ..."
             )
+            index.add_argument(
+                "--precision",
+                choices=("float32", "ternary"),
+                help="how Flat keeps vectors (default: ternary, a twentieth of float32)",
+            )
     search = commands.add("index search", "search an index", run_search)
     search.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
     search.add_argument("query", nargs="+", help="what to look for; each is searched by itself")
@@ -50,7 +55,8 @@ def run_build(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"index={str(arguments.index)!r} exists; use `memlm index add`, or another folder"
         )
-    add_files(ChunkIndex(HashingEmbedder(), factory=arguments.factory), arguments)
+    index = ChunkIndex(HashingEmbedder(), factory=arguments.factory, precision=arguments.precision)
+    add_files(index, arguments)
 
 
 def run_add(arguments: argparse.Namespace) -> None:

@@ -30,11 +30,12 @@ from memlm.retrieval.arguments import (
     check_where,
     id_of,
 )
-from memlm.retrieval.base import Embedder, document_encoder, query_encoder
-from memlm.retrieval.lexical import Lexical
+from memlm.retrieval.base import Embedder, check_precision, document_encoder, query_encoder
+from memlm.retrieval.codes import Floats, Precision
+from memlm.retrieval.faiss_vectors import make_vectors
 from memlm.retrieval.saving import IndexSaver
 from memlm.retrieval.table import ChunkTable, MappedChunkTable
-from memlm.retrieval.vectors import Floats, Vectors
+from memlm.retrieval.words import Words
 
 METRICS = ("cosine", "inner_product")
 RRF = 60  # reciprocal-rank fusion: 1 / (RRF + rank), ranks from 1
@@ -58,11 +59,14 @@ class Hit:
 class ChunkIndex:
     """Texts with ids and metadata, searched by meaning and by word.
 
-    embedder: texts to (n, dim) vectors. factory: "Flat" (exact; right up to some 200,000 chunks), "SQ8",
-    "SQfp16", "PQ48", "HNSW32", or "IVF1024,Flat" with Flat, SQ or PQ. metric: "cosine" (vectors are
-    normalised; a zero vector scores 0) or "inner_product". hybrid: fuse the vector search with BM25 by
-    reciprocal rank, so that rare exact words are found whatever the embedder. threads: of faiss.
-    effort: lists probed by IVF, efSearch of HNSW; None chooses.
+    embedder: texts to (n, dim) vectors. factory: "Flat" (compares with every vector; right up to some
+    200,000 chunks), "SQ8", "SQfp16", "PQ48", "HNSW32", or "IVF1024,Flat" with Flat, SQ or PQ. metric:
+    "cosine" (vectors are normalised; a zero vector scores 0) or "inner_product". hybrid: fuse the vector
+    search with BM25 by reciprocal rank, so that rare exact words are found whatever the embedder.
+    threads: of faiss. effort: lists probed by IVF, efSearch of HNSW; None chooses.
+
+    precision: how "Flat" keeps a number of a vector: "float32" (exact), or "ternary" (-a, 0 or a: five to a
+    byte, for bags of words). None takes the embedder's: ternary for `HashingEmbedder`, else float32.
 
     A factory that learns from data (SQ8, PQ, IVF) is trained as soon as enough was added (`info()`
     ["train_at"]); until then search is exact over what was added.
@@ -76,6 +80,7 @@ class ChunkIndex:
         hybrid: bool = True,
         threads: int = 1,
         effort: int | None = None,
+        precision: Precision | None = None,
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
@@ -88,14 +93,14 @@ class ChunkIndex:
         self.factory = factory
         self.metric = metric
         self.hybrid = bool(hybrid)
+        self.precision = check_precision(embedder, factory, precision)
         self._fingerprint = embedder.fingerprint
         self._lock = threading.RLock()
         self._chunks = ChunkTable()
-        self._vectors = Vectors(factory, int(dim), effort, threads)
-        self._lexical = Lexical() if hybrid else None
-        self._words_below = 0  # rows below this number are in the word index
+        self._vectors = make_vectors(factory, int(dim), effort, threads, self.precision)
+        self._words = Words(self._chunks) if hybrid else None
         self._mapped = False
-        self._saver = IndexSaver(self._chunks, self._vectors)
+        self._saver = IndexSaver(self._chunks, self._vectors, self._words)
 
     # --- reading it
 
@@ -131,7 +136,7 @@ class ChunkIndex:
         with self._lock:
             sizes = {
                 "vectors": self._vectors.bytes,
-                "words": self._lexical.bytes if self._lexical else 0,
+                "words": self._words.bytes if self._words else 0,
                 "texts": self._chunks.text_bytes,
                 # Per chunk an id, a tuple, a dictionary entry and the strings' headers.
                 "rows": len(self._chunks) * 400 + len(self._chunks.alive),
@@ -139,6 +144,7 @@ class ChunkIndex:
             saved = self._saver.saved
             return {
                 "factory": self.factory,
+                "precision": self.precision,
                 "metric": self.metric,
                 "hybrid": self.hybrid,
                 "dim": self._vectors.dim,
@@ -146,7 +152,7 @@ class ChunkIndex:
                 "chunks": len(self._chunks),
                 "trained": self._vectors.trained,
                 "train_at": self._vectors.train_at,
-                "waiting": len(self._vectors.exact),
+                "waiting": self._vectors.waiting,
                 "threads": self._vectors.threads,
                 "mmap": self._mapped,
                 "parts": len(saved.parts) if saved else 0,
@@ -240,8 +246,8 @@ class ChunkIndex:
         queries = check_texts(queries, "queries")
         _check_count("k", k)
         wanted = check_where(where)
-        lexical = self._lexical if hybrid or (hybrid is None and self.hybrid) else None
-        if hybrid and lexical is None:
+        by_word = self._words if hybrid or (hybrid is None and self.hybrid) else None
+        if hybrid and by_word is None:
             raise ValueError("hybrid=True, but the index was made with hybrid=False; make it anew")
         if not queries or not len(self):
             return [[] for _ in queries]
@@ -249,13 +255,12 @@ class ChunkIndex:
             vectors = self._checked_vectors(queries, query_encoder(self.embedder))
             mask = self._chunks.allowed(wanted)
             alive = self._chunks.alive[: self._chunks.next_row]
-            depth = k if lexical is None else max(2 * k, 50)
+            depth = k if by_word is None else max(2 * k, 50)
             dense = self._vectors.search(vectors, depth, mask, alive)
-            if lexical is None:
+            if by_word is None:
                 return [[self._hit(row, s, s) for row, s in found] for found in dense]
-            self._index_words(lexical)
             return [
-                self._fuse(found, lexical.search(query, depth, mask), k)
+                self._fuse(found, by_word.search(query, depth, mask), k)
                 for query, found in zip(queries, dense, strict=True)
             ]
 
@@ -287,13 +292,6 @@ class ChunkIndex:
     ) -> Hit:
         ident, text, notes = self._chunks[row]
         return Hit(text, id_of(ident), score, json.loads(notes) if notes else {}, dense, lexical)
-
-    def _index_words(self, lexical: Lexical) -> None:
-        """Enter the rows added since the last search by word into the word index."""
-        rows = self._chunks
-        if self._words_below < rows.next_row:
-            lexical.add((row, rows[row][1]) for row in rows.live(self._words_below))
-            self._words_below = rows.next_row
 
     # --- checks and steps of a change
 
@@ -378,18 +376,18 @@ class ChunkIndex:
         first = self._chunks.next_row
         rows = np.arange(first, first + len(entries), dtype=np.int64)
         was_trained = self._vectors.trained
-        self._vectors.add(rows, vectors)
+        kept = self._vectors.encode(vectors)
+        self._vectors.add(rows, kept)
         self._chunks.put(rows, entries)
         if self._vectors.trained != was_trained:
             self._saver.note_trained()
-        self._saver.note_added(rows, vectors)
+        self._saver.note_added(rows, kept)
 
     def _remove_rows(self, rows: list[int]) -> None:
         if not rows:
             return
-        if self._lexical is not None:
-            entered = [(row, self._chunks[row][1]) for row in rows if row < self._words_below]
-            self._lexical.remove(entered)
+        if self._words is not None:
+            self._words.remove(rows)
         for row in rows:
             self._chunks.remove(row)
         self._vectors.remove(np.asarray(rows, np.int64), self._chunks.alive)
@@ -407,6 +405,7 @@ class ChunkIndex:
         with self._lock:
             settings = {
                 "factory": self.factory,
+                "precision": self.precision,
                 "metric": self.metric,
                 "hybrid": self.hybrid,
                 "effort": self._vectors.effort,
@@ -427,8 +426,8 @@ class ChunkIndex:
     ) -> ChunkIndex:
         """Open what `save` wrote, after checking every file against its checksum.
 
-        mmap: leave vectors and texts on disk, read-only. Ids are in memory, metadata after the first
-        filtered search, and the word index goes into a temporary file at the first search by word.
+        mmap: leave vectors, texts and words on disk, read-only. Ids are in memory, and metadata after the
+        first filtered search. A word index that lacks changes is brought up to date in a temporary file.
         ValueError when a file is missing, damaged or of a newer version, or when the embedder is not the
         one the index was built with.
         """
@@ -465,14 +464,17 @@ class ChunkIndex:
             manifest["hybrid"],
             threads,
             manifest["effort"],
+            # The first version knew no other.
+            manifest.get("precision", "float32" if manifest["factory"] == "Flat" else None),
         )
         if mmap:
             index._mapped = True
             index._chunks = MappedChunkTable()
-            if index._lexical is not None:
-                index._lexical.close()
-                index._lexical = Lexical(on_disk=True)
-        index._saver = IndexSaver.opened(path, manifest, index._chunks, index._vectors, mmap)
+            if index._words is not None:
+                index._words = Words(index._chunks, mapped=True)
+        index._saver = IndexSaver.opened(
+            path, manifest, index._chunks, index._vectors, index._words, mmap
+        )
         return index
 
 

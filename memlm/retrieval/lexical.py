@@ -13,7 +13,8 @@ import re
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +44,7 @@ class Lexical:
     """
 
     def __init__(self, on_disk: bool = False) -> None:
-        self._db = sqlite3.connect("" if on_disk else ":memory:", check_same_thread=False)
-        self._allowed: list[bytes] = []
+        self._use(sqlite3.connect("" if on_disk else ":memory:", check_same_thread=False))
         try:
             # content='': the texts are stored elsewhere; this table holds words and rows. With a detail=
             # smaller than full, FTS5 scores every match 0.
@@ -59,10 +59,42 @@ class Lexical:
                 f"hybrid=True needs SQLite with FTS5, which this Python lacks ({error}); "
                 "use a Python built with it, or hybrid=False"
             ) from error
+        self.count = 0
+
+    def _use(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._allowed: list[bytes] = []
         allowed = self._allowed
         # Not a method, which the connection would keep alive, and this object with it.
-        self._db.create_function("allowed", 1, lambda row: allowed[-1][row])
-        self.count = 0
+        db.create_function("allowed", 1, lambda row: allowed[-1][row])
+
+    @classmethod
+    def opened(cls, path: Path) -> Self:
+        """What `write` wrote, left on disk, to read only. sqlite3.DatabaseError when it is not that."""
+        # "immutable" leaves out locks and journals: nobody changes a part once it is written.
+        where = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        made = cls.__new__(cls)
+        made._use(sqlite3.connect(where, uri=True, check_same_thread=False))
+        made.count = len(made.rows())
+        return made
+
+    def read(self, other: Lexical) -> None:
+        """Become a copy of another word index, in this one's place."""
+        other._db.backup(self._db)
+        self.count = other.count
+
+    def write(self, path: Path) -> None:
+        """Write the word index into a file, without what was removed from it."""
+        # Words that were removed stay in older segments until these are merged, and in free pages until
+        # the file is written anew.
+        with self._db:
+            self._db.execute("INSERT INTO chunks(chunks) VALUES ('optimize')")
+        # It wants a file that is not there, or is empty.
+        self._db.execute("VACUUM INTO ?", (str(path),))
+
+    def rows(self) -> list[int]:
+        """The rows it holds, ascending."""
+        return [row for (row,) in self._db.execute("SELECT id FROM chunks_docsize ORDER BY id")]
 
     def close(self) -> None:
         self._db.close()

@@ -14,8 +14,13 @@ from typing import Any, Self
 import numpy as np
 
 from memlm.retrieval import store
+from memlm.retrieval.exact import Ints, Kept, Mask
 from memlm.retrieval.table import ChunkTable, MappedChunkTable
-from memlm.retrieval.vectors import Floats, Ints, Mask, Vectors
+from memlm.retrieval.vectors import Vectors
+from memlm.retrieval.words import Words
+
+# So many rows can always be missing from a file that is dear to write: entering them costs next to nothing.
+FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -30,25 +35,27 @@ class Saved:
 class IndexSaver:
     """Keeps what changed in chunks and vectors since the last save, and saves it.
 
-    saved: where the index was saved to or loaded from last, None for nowhere.
+    words: the word index, None where there is none. saved: where the index was saved to or loaded from
+    last, None for nowhere.
     """
 
-    def __init__(self, chunks: ChunkTable, vectors: Vectors) -> None:
+    def __init__(self, chunks: ChunkTable, vectors: Vectors, words: Words | None) -> None:
         self.saved: Saved | None = None
         self._chunks = chunks
         self._vectors = vectors
+        self._words = words
         # Changes that the directory saved to last does not have yet.
-        self._added: list[tuple[Ints, Floats]] = []
+        self._added: list[tuple[Ints, Kept]] = []
         self._removed: list[int] = []
         self._rewrite_vectors = False  # write the faiss index again, rather than a tail to it
         self._rewrite_all = False
 
-    def note_added(self, rows: Ints, vectors: Floats) -> None:
-        """Note that chunks with these (n,) rows and (n, dim) vectors were added to the index."""
+    def note_added(self, rows: Ints, kept: Kept) -> None:
+        """Note that chunks with these (n,) rows and what is kept of their vectors were added."""
         if self.saved is None or self._rewrite_vectors:
             return
-        self._added.append((rows, vectors))
-        if self._vectors.trained and self._tail_is_long(self.saved):
+        self._added.append((rows, kept))
+        if self._vectors.has_main and self._tail_is_long(self.saved):
             # Cheaper to write the faiss index again than to keep so many vectors for its tail.
             self._rewrite_vectors = True
             self._added = []
@@ -68,7 +75,11 @@ class IndexSaver:
     def _tail_is_long(self, saved: Saved) -> bool:
         tail = sum(part.count for part in saved.parts if part.kind == "vectors")
         tail += sum(len(rows) for rows, _ in self._added)
-        return tail > max(1024, len(self._chunks) // 4)
+        return self._are_many(tail)
+
+    def _are_many(self, rows: int) -> bool:
+        """Whether a file of the whole index that lacks so many rows is to be written again."""
+        return rows > max(FEW, len(self._chunks) // 4)
 
     def save(self, target: Path, settings: dict[str, Any]) -> None:
         """Write the index into `target`, with `settings` in its manifest; into the last one, what changed.
@@ -107,10 +118,9 @@ class IndexSaver:
         )
         if whole or saved is None:
             main = self._vector_parts(target)
-            return [*self._chunk_parts(target, []), *main]
+            return [*self._chunk_parts(target, []), *main, *self._word_parts(target, [])]
         by_kind = {
-            kind: [part for part in saved.parts if part.kind == kind]
-            for kind in ("chunks", "vectors", "main", "removed")
+            kind: [part for part in saved.parts if part.kind == kind] for kind in store.KINDS
         }
         removed = by_kind["removed"]
         if len(self._removed) != sum(part.count for part in removed):
@@ -130,7 +140,8 @@ class IndexSaver:
         else:
             vectors = [*self._tail_parts(target, by_kind["vectors"]), *by_kind["main"]]
         before = [part for parts in by_kind.values() for part in parts]
-        now = [*chunks, *vectors, *removed]
+        words = self._word_parts(target, by_kind["words"])
+        now = [*chunks, *vectors, *words, *removed]
         return None if set(now) == set(before) else now
 
     def _chunk_parts(self, target: Path, before: list[store.PartFile]) -> list[store.PartFile]:
@@ -154,8 +165,8 @@ class IndexSaver:
         """All vectors: the faiss index once it is trained, and vectors that wait for training."""
         parts = []
         span = (0, self._chunks.next_row)
-        if self._vectors.trained:
-            self._vectors.flush()
+        self._vectors.flush(self._chunks.alive)
+        if self._vectors.has_main:
             count = self._vectors.indexed
             parts = [store.write_part(target, "main", span, count, self._vectors.write)]
         elif len(self._vectors.exact):
@@ -163,7 +174,7 @@ class IndexSaver:
         return parts
 
     def _vector_part(
-        self, target: Path, blocks: list[tuple[Ints, Floats]], span: tuple[int, int]
+        self, target: Path, blocks: list[tuple[Ints, Kept]], span: tuple[int, int]
     ) -> store.PartFile:
         count = sum(len(rows) for rows, _ in blocks)
         return store.write_part(
@@ -171,8 +182,21 @@ class IndexSaver:
             "vectors",
             span,
             count,
-            lambda path: store.write_vectors(path, self._vectors.dim, blocks),
+            lambda path: store.write_vectors(path, self._vectors.codes, blocks),
         )
+
+    def _word_parts(self, target: Path, before: list[store.PartFile]) -> list[store.PartFile]:
+        """The file of the word index, unless it would hold little more than the one that is there."""
+        if self._words is None:
+            return []
+        changed = len(self._chunks)
+        for part in before:
+            still = int(self._chunks.alive[: part.stop].sum())
+            changed = (len(self._chunks) - still) + (part.count - still)
+        if not self._are_many(changed):
+            return before
+        span = (0, self._chunks.next_row)
+        return [store.write_part(target, "words", span, len(self._chunks), self._words.write)]
 
     def _tail_parts(self, target: Path, before: list[store.PartFile]) -> list[store.PartFile]:
         """Vectors added since the faiss index was written, or while it is not written yet."""
@@ -182,8 +206,9 @@ class IndexSaver:
         kept = before[: store.num_parts_kept(before, added)]
         blocks = []
         for part in before[len(kept) :]:
-            for batch in store.read_arrow(store.verify(target, part), mmap=False):
-                blocks.append(store.vectors_of(batch, self._vectors.dim))
+            file = store.verify(target, part)
+            for batch in store.read_arrow(file, mmap=False):
+                blocks.append(store.vectors_of(file, batch, self._vectors.codes))
         live = []
         for rows, vectors in [*blocks, *self._added]:
             there = self._chunks.alive[rows]
@@ -193,13 +218,19 @@ class IndexSaver:
 
     @classmethod
     def opened(
-        cls, path: Path, manifest: dict[str, Any], chunks: ChunkTable, vectors: Vectors, mmap: bool
+        cls,
+        path: Path,
+        manifest: dict[str, Any],
+        chunks: ChunkTable,
+        vectors: Vectors,
+        words: Words | None,
+        mmap: bool,
     ) -> Self:
-        """Fill `chunks` and `vectors`, both empty, from a directory, checked against its manifest.
+        """Fill `chunks`, `vectors` and `words`, all empty, from a directory, checked against its manifest.
 
         mmap: leave texts and vectors on disk. ValueError when a file is missing or damaged.
         """
-        saver = cls(chunks, vectors)
+        saver = cls(chunks, vectors, words)
         files = [(part, store.verify(path, part)) for part in manifest["parts"]]
         removed = np.zeros(manifest["next_row"], bool)
         for part, file in files:
@@ -207,9 +238,10 @@ class IndexSaver:
                 rows = store.read_removed(file)
                 removed[rows] = True
                 saver._removed = rows.tolist()
+        texts: dict[int, str] = {}
         for part, file in files:
             if part.kind == "chunks":
-                _read_chunks(file, removed, chunks)
+                texts.update(_read_chunks(file, removed, chunks))
         chunks.skip_to(manifest["next_row"])
         # The faiss index first: a tail goes into it.
         for part, file in sorted(files, key=lambda item: item[0].kind != "main"):
@@ -217,34 +249,45 @@ class IndexSaver:
                 vectors.read(file, mmap, chunks.alive)
             elif part.kind == "vectors":
                 _read_vectors(file, chunks.alive, vectors, mmap)
+            elif part.kind == "words" and words is not None:
+                words.read(file, part, texts)
         if not len(chunks) == vectors.live == manifest["chunks"]:
             raise store.damaged(path / store.MANIFEST, "its counts do not match its parts")
         saver.saved = Saved(os.path.realpath(path), manifest["generation"], manifest["parts"])
         return saver
 
 
-def _read_chunks(file: Path, removed: Mask, chunks: ChunkTable) -> None:
-    """Put the chunks of a file into the table, except for rows that were removed."""
+def _read_chunks(file: Path, removed: Mask, chunks: ChunkTable) -> dict[int, str]:
+    """Put the chunks of a file into the table, and return the texts of rows that were removed."""
     mapped = isinstance(chunks, MappedChunkTable)
+    texts: dict[int, str] = {}
     for batch in store.read_arrow(file, mapped):
+        rows = batch.column("row").to_numpy()
+        gone = removed[rows]
+        if gone.any():
+            column = batch.column("text")
+            texts.update(
+                (int(rows[at]), column[at].as_py()) for at in np.flatnonzero(gone).tolist()
+            )
         if isinstance(chunks, MappedChunkTable):
             chunks.map(batch, removed)
             continue
-        rows = batch.column("row").to_numpy()
         columns = [batch.column(name).to_pylist() for name in ("id", "text", "metadata")]
-        kept = ~removed[rows]
         entries = zip(*columns, strict=True)
-        chunks.put(rows[kept], [entry for entry, keep in zip(entries, kept, strict=True) if keep])
+        chunks.put(
+            rows[~gone], [entry for entry, out in zip(entries, gone, strict=True) if not out]
+        )
+    return texts
 
 
 def _read_vectors(file: Path, alive: Mask, vectors: Vectors, mmap: bool) -> None:
     """Add the vectors of a file whose rows are alive; with `mmap` they are searched on disk."""
     for batch in store.read_arrow(file, mmap):
-        rows, block = store.vectors_of(batch, vectors.dim)
+        rows, kept = store.vectors_of(file, batch, vectors.codes)
         there = alive[rows]
         if not there.all() and not mmap:
-            rows, block = rows[there], block[there]
+            rows, kept = rows[there], kept[there]
         if mmap:
-            vectors.map_tail(rows, block, int(there.sum()))
+            vectors.map_tail(rows, kept, int(there.sum()))
         else:
-            vectors.add(rows, block)
+            vectors.add(rows, kept)

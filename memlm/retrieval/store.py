@@ -2,8 +2,9 @@
 
     manifest.json          settings, counts and the list of parts, each with size and SHA-256
     chunks-*.arrow         row, id, text, metadata (JSON) of some rows
-    vectors-*.arrow        row, float32 vector of rows that main-*.faiss does not hold
+    vectors-*.arrow        row, vector (float32 or codes) of rows that main-*.faiss does not hold
     main-*.faiss           the faiss index
+    words-*.sqlite         the word index of rows up to some number, once there are many
     removed-*.npy          rows removed from the chunks-* files
 
 A save writes new parts under new names and replaces the manifest last. So a reader finds the old index or
@@ -30,15 +31,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from memlm.retrieval.arguments import ChunkEntry
+    from memlm.retrieval.codes import Codes
 
 FORMAT = "memlm-chunk-index"
-VERSION = 1
+# 2 has word indexes and vectors in codes.
+VERSION = 2
 MANIFEST = "manifest.json"
 BATCH = 65_536  # rows
-_SUFFIX = {"chunks": "arrow", "vectors": "arrow", "main": "faiss", "removed": "npy"}
-_PART = re.compile(
-    r"(chunks|vectors)-[0-9a-f]{16}\.arrow|main-[0-9a-f]{16}\.faiss|removed-[0-9a-f]{16}\.npy"
-)
+_SUFFIX = {
+    "chunks": "arrow",
+    "vectors": "arrow",
+    "main": "faiss",
+    "words": "sqlite",
+    "removed": "npy",
+}
+KINDS = tuple(_SUFFIX)
+_PART = re.compile("|".join(rf"{kind}-[0-9a-f]{{16}}\.{end}" for kind, end in _SUFFIX.items()))
 _LEFTOVER = re.compile(
     rf"({_PART.pattern})|\.({_PART.pattern}|{re.escape(MANIFEST)})\.[A-Za-z0-9_]+"
 )
@@ -101,7 +109,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{str(path)!r} has version {version}, this memlm reads up to {VERSION}; upgrade memlm"
         )
-    if version != VERSION or manifest.get("checksum") != _checksum(manifest):
+    if version not in (1, VERSION) or manifest.get("checksum") != _checksum(manifest):
         raise damaged(path, "its checksum does not match")
     try:
         manifest["parts"] = [PartFile(**part) for part in manifest["parts"]]
@@ -249,15 +257,16 @@ def _batches(rows: Iterable[tuple[int, ChunkEntry]]) -> Iterable[list[tuple[int,
 
 
 def write_vectors(
-    path: Path, dim: int, blocks: Iterable[tuple[NDArray[np.int64], NDArray[np.float32]]]
+    path: Path, codes: Codes, blocks: Iterable[tuple[NDArray[np.int64], NDArray[Any]]]
 ) -> None:
     import pyarrow as pa
 
-    schema = pa.schema([("row", pa.int64()), ("vector", pa.list_(pa.float32(), dim))])
+    column = pa.list_(pa.from_numpy_dtype(codes.dtype), codes.width)
+    schema = pa.schema([("row", pa.int64()), ("vector", column)])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        for rows, vectors in blocks:
-            flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-            columns = [pa.array(rows), pa.FixedSizeListArray.from_arrays(flat, dim)]
+        for rows, kept in blocks:
+            flat = pa.array(np.ascontiguousarray(kept, codes.dtype).reshape(-1))
+            columns = [pa.array(rows), pa.FixedSizeListArray.from_arrays(flat, codes.width)]
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
@@ -273,10 +282,14 @@ def read_arrow(path: Path, mmap: bool) -> list[pa.RecordBatch]:
         raise damaged(path, error) from error
 
 
-def vectors_of(batch: pa.RecordBatch, dim: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(n,) rows and (n, dim) vectors of a batch, without a copy."""
+def vectors_of(
+    path: Path, batch: pa.RecordBatch, codes: Codes
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """(n,) rows and (n, width) codes of a batch of a file, without a copy."""
     flat = batch.column("vector").flatten().to_numpy()
-    return batch.column("row").to_numpy(), flat.reshape(-1, dim)
+    if flat.dtype != codes.dtype or flat.size != batch.num_rows * codes.width:
+        raise damaged(path, f"its vectors are not {codes.name} of width {codes.dim}")
+    return batch.column("row").to_numpy(), flat.reshape(-1, codes.width)
 
 
 def write_removed(path: Path, rows: list[int]) -> None:

@@ -14,12 +14,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memlm.files import write_atomically
+from memlm.retrieval.codes import Precision
 from memlm.retrieval.embedders.checks import checked_texts, text_batches
 from memlm.retrieval.embedders.fingerprints import VERSION, digest
 
@@ -76,6 +77,9 @@ class HashingEmbedder:
 
     Threads may share one; they wait for each other.
     """
+
+    # How an index keeps the vectors, unless told otherwise.
+    precision: ClassVar[Precision] = "ternary"
 
     def __init__(self, dim: int = 2048, hashes: int = 12) -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
