@@ -10,7 +10,17 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from memlm import MemLMForCausalLM
-from memlm.memory import ARMTConfig, GatedDeltaConfig, MemoryConfig, TitansMALConfig
+from memlm.memory import (
+    ARMTConfig,
+    GatedDeltaConfig,
+    GatedDeltaHeadsConfig,
+    LaCTConfig,
+    MemoryCachingConfig,
+    MemoryConfig,
+    TitansMALConfig,
+    memory_class,
+    name_of,
+)
 from memlm.segment import cut
 from tests.cases import SEGMENT, memory_model, tokens
 
@@ -80,3 +90,38 @@ def test_layers_run_where_somebody_watches_them(runs: Count) -> None:
     everywhere.remove()
     assert runs(model) == (0, 0)
     assert runs(model.train()) == (4, 4)
+
+
+SKIPPING = {
+    "gated-delta": GatedDeltaConfig(write_gate="hard", conv_size=4, num_heads=2),
+    "gated-delta-without-convolutions": GatedDeltaConfig(
+        write_gate="hard", conv_size=0, num_heads=2
+    ),
+    "gated-delta-heads": GatedDeltaHeadsConfig(write_gate="hard"),
+    "lact": LaCTConfig(write_gate="hard"),
+    "memory-caching": MemoryCachingConfig(write_gate="hard", num_slots=4, num_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+@torch.no_grad()
+def test_silent_segments_leave_the_same_state_when_only_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SKIPPING[name]
+    model, ids = memory_model("llama", config), tokens(2, 3 * SEGMENT)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, -2:] = False
+    start = model(ids).memory_state
+    model.set_memory_options(write_threshold=float("inf"))
+    with monkeypatch.context() as patch:
+        patch.setattr("memlm.backbone.silence.may_skip", lambda *_: False)
+        run = model(ids, attention_mask=mask, memory_state=start).memory_state
+    read = model.read(cut(ids, mask, None, SEGMENT), start)
+    assert run.tensors.keys() == read.tensors.keys()
+    for leaf, value in run.tensors.items():
+        torch.testing.assert_close(read[leaf], value, rtol=0, atol=1e-12, msg=leaf)
+    lasting = [
+        n for n in run.tensors if not set(n.split(".")) & memory_class(name_of(config)).transient
+    ]
+    assert lasting and all(torch.equal(read[n], start[n]) for n in lasting)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.backbone.open import Front, OpenSegment
-from memlm.backbone.silence import run_memory
+from memlm.backbone.silence import run_memory, unchanged
 from memlm.memory.base import QKV, Memory, Site
 
 # The dtypes in which small training steps are lost to rounding.
@@ -146,7 +146,7 @@ class Run:
         before = self.states[cell.name]
         last = self.stops and self.left.lacks_only(cell.name, self.cells)
         if last and not cell.memory.reads_inner:
-            inner = _unchanged
+            inner = unchanged
         if self.open is not None:
             progress = self.open.progress(cell.name, cell.memory.continues, before)
             use = partial(_in_precision_of, memory=cell.memory)
@@ -206,11 +206,6 @@ class Left:
         return self.states
 
 
-def _unchanged(x: Any, **given: Any) -> Tensor:
-    """In place of a stage whose output nobody wants."""
-    return x.q if isinstance(x, QKV) else x
-
-
 def _in_precision_of(
     x: Any,
     state: Any,
@@ -239,7 +234,8 @@ def _in_precision_of(
 
     # A cell uses a weight once per segment, so autocast's cache would only keep copies alive.
     with torch.autocast(device, stream, cache_enabled=False):
-        y, new = run_memory(memory, x, state, stage, mask=mask, write=write)
+        within = inner if inner is unchanged else stage
+        y, new = run_memory(memory, x, state, within, mask=mask, write=write)
     return y.to(stream), new
 
 

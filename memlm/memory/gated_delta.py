@@ -273,16 +273,22 @@ class GatedDelta(GatedMemory):
     ) -> tuple[Tensor, GatedDeltaState]:
         order, real = real_first_order(mask)
         tokens = tokens_in(order, x)
-        q, tail = self._project(tokens, self.q_proj, 0, state, real)
+        q, _ = self._project(tokens, self.q_proj, 0, state, real)
         with torch.autocast(x.device.type, enabled=False):
             found = self._queries(q, state.memory.dtype) @ state.memory
         y = tokens_back_from(order, self._answer(found, tokens))
-        tails: tuple[Tensor, ...] = ()
-        if self.kernels:
-            others = (self.k_proj, state.tails[1]), (self.v_proj, state.tails[2])
-            tails = tail, *(recent_inputs(tokens, old, real, linear) for linear, old in others)
-        none = torch.zeros_like(state.written)
-        return inner(x) + y, GatedDeltaState(state.memory, tails, none, none)
+        return inner(x) + y, self.silent_state(x, state, mask)
+
+    def silent_state(
+        self, x: Tensor, state: GatedDeltaState, mask: Tensor | None
+    ) -> GatedDeltaState:
+        shut = super().silent_state(x, state, mask)
+        order, real = real_first_order(mask)
+        tokens, linears = tokens_in(order, x), (self.q_proj, self.k_proj, self.v_proj)
+        seen = zip(linears, state.tails, strict=bool(self.kernels))
+        return shut._replace(
+            tails=tuple(recent_inputs(tokens, old, real, linear) for linear, old in seen)
+        )
 
     def _answer(self, found: Tensor, x: Tensor) -> Tensor:
         """What was found (B, H, T, dv), normed, gated and projected for the tokens `x` (B, T, D)."""

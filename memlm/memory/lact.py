@@ -245,9 +245,7 @@ class LaCT(GatedMemory):
         self, x: Tensor, state: LaCTState, inner: Inner, *, mask: Tensor | None
     ) -> tuple[Tensor, LaCTState]:
         y, state = self(x, state, inner, mask=mask, write=False)
-        assert isinstance(state.written, Tensor)
-        none = torch.zeros_like(state.written)
-        return y, state._replace(written=none, opened=none)
+        return y, self.silent_state(x, state, mask)
 
     def read(self, x: Tensor, q: Tensor, weights: Weights) -> Tensor:
         """What the fast weights answer to the tokens `x` (B, T, D) with queries `q` (B, T, H d)."""

@@ -106,6 +106,14 @@ class GatedMemory(Memory):
         """What `forward` gives where all of `gates_of` are zero: only the state's transient leaves move."""
         raise NotImplementedError
 
+    def silent_state(self, x: Any, state: Any, mask: Tensor | None) -> Any:
+        """The state that `forward_silent` leaves, for whoever wants nothing else.
+
+        Here: of a memory whose transient leaves are its gates alone.
+        """
+        none = torch.zeros_like(state.written)
+        return state._replace(written=none, opened=none)
+
     def gates_at(self, logit: Tensor) -> Tensor:
         """The gates at `logit`, from 0 to 1, of any shape."""
         if self.training and self.config.gate_noise:
