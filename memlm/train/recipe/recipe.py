@@ -12,6 +12,7 @@ from pydantic import Field
 
 from memlm.data.opening import looks_like_file
 from memlm.tasks.haystack import check_source
+from memlm.tasks.haystack.sources import CARRIED
 from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
 from memlm.train.recipe.binding import bind, did_you_mean, dotted, plain
@@ -227,9 +228,11 @@ class Recipe:
                 )
         elif self.data.source == "documents":
             path = self.data.path or ""
-            if not path.startswith("hub:") and not Path(path).exists():
+            named = path in CARRIED or path.startswith("hub:")
+            if not named and not Path(path).exists():
                 raise FileNotFoundError(
-                    f"data.path={path!r} does not exist; name a text file, a folder or 'hub:ID'"
+                    f"data.path={path!r} does not exist; name 'builtin', 'installed', a text file, a "
+                    "folder or 'hub:ID'"
                 )
         else:
             try:

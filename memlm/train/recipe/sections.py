@@ -94,8 +94,9 @@ class DataSection(BabilongOptions):
         "builtin",
     )
     path: str | None = described(
-        "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]; rows: a file or folder "
-        "of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, ID[@CONFIG][:COLUMN]",
+        "documents: 'builtin', 'installed', a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]; "
+        "rows: a file or folder of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, "
+        "ID[@CONFIG][:COLUMN]",
         None,
     )
     split: str = described("rows: split of a hub data set", "train")
