@@ -107,11 +107,6 @@ class Recipe:
         own = {f.name: getattr(self.data, f.name) for f in fields(BabilongOptions)}
         return bind(BabilongOptions, {**own, **stage.data}, where)
 
-    @property
-    def sets_question_template(self) -> bool:
-        """Whether the recipe says how questions are asked; a key at its default counts as not set."""
-        return self.data.question_template != BabilongOptions.question_template
-
     def unread(self) -> list[str]:
         """Keys that are set without effect, as "key: why"; a key left at its default counts as not set."""
         data, stages = self.data, self.curriculum.stages

@@ -108,6 +108,12 @@ class DataSection(BabilongOptions):
         True,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source == "babilong":
+            # Spelt out, as recipes of earlier versions have it.
+            object.__setattr__(self, "question_template", self.asked_with)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumSection:
