@@ -184,7 +184,11 @@ def _sections(found: Effect, runs: Mapping[str, Path], segment: int, none: Any) 
         costs = [
             ("base before training", str(found.before), f"{math.exp(found.before.mean):,.1f}"),
             ("model, from an empty memory", str(found.after), f"{math.exp(found.after.mean):,.1f}"),
-            ("change, paired by text", str(found.change), f"{math.exp(found.change.mean):,.2f} times"),
+            (
+                "change, paired by text",
+                str(found.change),
+                f"{math.exp(found.change.mean):,.2f} times",
+            ),
         ]
     return [
         *sections,
