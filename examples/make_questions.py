@@ -1,4 +1,4 @@
-"""Write documents with questions to try fine-tuning on: English text in which it is told where things are.
+"""Write documents with questions to try fine-tuning on: English text in which it is told what uses what.
 
     python examples/make_questions.py data
 
@@ -18,7 +18,7 @@ from memlm.tasks.haystack import read_documents
 
 # Common words of the text, so that a base trained on it knows them.
 THINGS = "server client parser socket thread handler stream logger".split()
-PLACES = "archive library directory package buffer cache table memory".split()
+USED = "archive library directory package buffer cache table memory".split()
 # Longer sentences are left out, so that facts stand at even distances.
 LONGEST_SENTENCE = 20
 
@@ -61,21 +61,25 @@ def make_row(
     document, questions = "", []
     length = int(np.exp(rng.uniform(np.log(10), np.log(words))))
     length *= int(rng.random() >= bare)
-    things, places = (rng.choice(known, facts, replace=False) for known in (THINGS, PLACES))
-    for thing, place in zip(things, places, strict=True):
-        told = [*prose(rng, texts, length), f"The {thing} is now in the {place}."]
+    things, parts = (rng.choice(known, facts, replace=False) for known in (THINGS, USED))
+    for thing, used in zip(things, parts, strict=True):
+        told = [*prose(rng, texts, length), f"The {thing} uses the {used}."]
         document = " ".join([document, *told] if document else told)
-        questions.append({"question": f"Where is the {thing}?", "answer": str(place)})
+        questions.append({"question": f"What does the {thing} use?", "answer": str(used)})
     return {"document": " ".join([document, *prose(rng, texts, length)]), "questions": questions}
 
 
 def prose(rng: np.random.Generator, texts: list[list[str]], words: int) -> Iterator[str]:
-    """Short sentences that follow each other somewhere and name no place, of at least `words` words."""
+    """At least `words` words of short sentences that follow each other and name nothing of USED."""
     while words > 0:
         text = texts[rng.integers(len(texts))]
         for sentence in text[rng.integers(len(text)) :]:
             size = sentence.count(" ") + 1
-            if 0 < words and size <= LONGEST_SENTENCE and not any(p in sentence for p in PLACES):
+            if (
+                0 < words
+                and size <= LONGEST_SENTENCE
+                and not any(word in sentence for word in USED)
+            ):
                 words -= size
                 yield sentence
 

@@ -62,18 +62,18 @@ def test_made_questions_can_be_answered_from_their_documents(run, tmp_path: Path
     for name in ("train", "held-out"):
         rows = open_rows(tmp_path / "a" / f"{name}.jsonl")
         for row in rows:
-            told = dict(re.findall(r"The (\w+) is now in the (\w+)\.", row.text))
+            told = dict(re.findall(r"The (\w+) uses the (\w+)\.", row.text))
             assert 2 <= len(told) == len(set(told.values()))
             for read, question in row.asked:
-                thing = re.fullmatch(r"Where is the (\w+)\?", question.question)[1]
+                thing = re.fullmatch(r"What does the (\w+) use\?", question.question)[1]
                 assert question.answer == told[thing]
                 # What was last said of the place is the fact itself.
-                fact = f"The {thing} is now in the {told[thing]}."
+                fact = f"The {thing} uses the {told[thing]}."
                 assert row.text[:read].rfind(told[thing]) == row.text.index(fact) + len(
                     fact
                 ) - 1 - len(told[thing])
             assert len(row.asked) == len(told)
-            prose = [part.strip() for part in re.split(r"The \w+ is now in the \w+\.", row.text)]
+            prose = [part.strip() for part in re.split(r"The \w+ uses the \w+\.", row.text)]
             unseen = all(part[:40] in held_out for part in prose)
             assert unseen == (name == "held-out") and (any(prose) or name == "held-out")
     run("make_questions.py", tmp_path / "b", "--documents", 20, "--held-out", 5, "--bare", 0)
