@@ -138,11 +138,16 @@ class _Shares:
 def _joined(window: list[Segment]) -> Segment:
     """The segments of a window as one."""
 
-    def cat(name: str) -> Any:
-        found = [getattr(segment, name) for segment in window]
-        return None if found[0] is None else torch.cat(found, dim=1)
-
-    return Segment(cat("ids"), cat("mask"), cat("labels"))
+    masks = [segment.mask for segment in window]
+    mask = None
+    if any(one is not None for one in masks):
+        pairs = zip(masks, window, strict=True)
+        mask = torch.cat(
+            [torch.ones_like(s.ids, dtype=torch.bool) if m is None else m for m, s in pairs], dim=1
+        )
+    labels = [segment.labels for segment in window if segment.labels is not None]
+    ids = torch.cat([segment.ids for segment in window], dim=1)
+    return Segment(ids, mask, torch.cat(labels, dim=1) if labels else None)
 
 
 def _model_within(model: nn.Module) -> _Model:
