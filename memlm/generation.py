@@ -75,6 +75,7 @@ class MemoryGenerationMixin(GenerationMixin):
             False,
             segment,
         )
+        assert hidden is not None
         return self.backbone.logits(hidden[:, -1:])
 
     @torch.no_grad()

@@ -377,7 +377,13 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
             before = self.memory.unpack(state)
             hidden, after, router_loss = self.backbone.run_segment(
-                segment.ids, segment.mask, cells, tokens, before, write
+                segment.ids,
+                segment.mask,
+                cells,
+                tokens,
+                before,
+                write,
+                wanted=keep.wanted or segment.labels is not None,
             )
             new, cost = state, None
             if write:
@@ -389,7 +395,10 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             if router_loss is not None:
                 # The rows of a segment pass through the routers together; `forward` divides by all rows.
                 cost = router_loss * segment.rows + (0.0 if cost is None else cost)
-            loss = None if segment.labels is None else self._loss(hidden, segment)
+            loss = None
+            if segment.labels is not None:
+                assert hidden is not None
+                loss = self._loss(hidden, segment)
             return (loss, cost, hidden if keep.wanted else None), new
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()

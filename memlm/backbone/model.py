@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.module import _global_forward_hooks
 from transformers import PreTrainedModel
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
@@ -43,7 +44,7 @@ from memlm.backbone.recurrence import (
     obstacle,
     recurrence_dims,
 )
-from memlm.backbone.run import RUN, Cells, Run, entered
+from memlm.backbone.run import RUN, Cells, Enough, Run, entered
 from memlm.backbone.stages import (
     HIDDEN,
     DecoderStage,
@@ -237,16 +238,20 @@ class Backbone:
         states: Mapping[str, Any],
         write: bool,
         open_segment: OpenSegment | None = None,
-    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        wanted: bool = True,
+    ) -> tuple[Tensor | None, dict[str, Any], Tensor | None]:
         """One segment through the base model and its memories.
 
         ids (B, T), mask (B, T) or None, tokens (M, E): embeddings to append to the segment, or None.
         open_segment: `ids` are added to it, and what is computed of them is kept in it; nothing is written.
-        Returns last hidden states (B, T, D), the states the cells returned, by name, and in training the
-        router loss () of a base with experts that asks for it (`output_router_logits`), else None.
+        wanted: False lets the layers above the last memory rest; the hidden states are then None, unless
+        something watches or trains them. Returns last hidden states (B, T, D), the states the cells
+        returned, by name, and in training the router loss () of a base with experts that asks for it
+        (`output_router_logits`), else None.
         """
         router_losses: list[Tensor] = []
         run = Run(self, cells, states, write, mask, open_segment)
+        run.stops = not wanted and bool(cells) and open_segment is None and self._may_stop()
         if tokens is not None and not write:
             tokens = None
 
@@ -268,9 +273,24 @@ class Backbone:
                 router_losses.append(self._router_loss(found, mask))
             return tokens_back_from(order, found.last_hidden_state)[:, :length]
 
-        hidden = run.chain("model", -1, decoder, self.embed(ids)).to(ids.device)
+        try:
+            hidden = run.chain("model", -1, decoder, self.embed(ids)).to(ids.device)
+        except Enough:
+            return None, run.left.close(cells), None
         losses = torch.stack(router_losses).mean().to(ids.device) if router_losses else None
         return hidden, run.left.close(cells), losses
+
+    def _may_stop(self) -> bool:
+        """Whether nothing would miss the layers above the last memory: no gradient, hook or sharding."""
+        if torch.is_grad_enabled() or self.base.training or torch.compiler.is_compiling():
+            return False
+        return not _global_forward_hooks and not any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or hasattr(module, "_hf_hook")
+            or isinstance(module, FSDPModule)
+            for module in self.decoder.modules()
+        )
 
     @contextmanager
     def _handed_over(self) -> Iterator[None]:

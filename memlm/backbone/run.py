@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.backbone.open import Front, OpenSegment
-from memlm.backbone.silence import run_memory
+from memlm.backbone.silence import run_memory, unchanged
 from memlm.memory.base import QKV, Memory, Site
 
 # The dtypes in which small training steps are lost to rounding.
@@ -67,6 +67,10 @@ class Places(Protocol):
     def rotary(self, layer: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+class Enough(Exception):
+    """All memories have left their states, and nobody wants what the layers above would make."""
+
+
 class Run:
     """The memories at work while one segment passes through the base model, and the states they leave.
 
@@ -76,11 +80,13 @@ class Run:
     heads: the layer whose attention module is running, when its "heads" have memories. rotation: the
     (cos, sin) withheld from it. wanted: how many positions, counted from the end, need the attention
     module's output; None is all. open: what is kept of the segment, when tokens may be added to it later.
+    stops: whether to raise `Enough` once every memory has left its state.
     """
 
     heads: int | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     wanted: int | None = None
+    stops: bool = False
 
     def __init__(
         self,
@@ -138,6 +144,9 @@ class Run:
         self, cell: Cell, inner: Callable[..., Tensor], x: Any, mask: Tensor | None
     ) -> tuple[Tensor, Any]:
         before = self.states[cell.name]
+        last = self.stops and self.left.lacks_only(cell.name, self.cells)
+        if last and not cell.memory.reads_inner:
+            inner = unchanged
         if self.open is not None:
             progress = self.open.progress(cell.name, cell.memory.continues, before)
             use = partial(_in_precision_of, memory=cell.memory)
@@ -145,6 +154,8 @@ class Run:
         else:
             y, state = _in_precision_of(x, before, inner, cell.memory, mask=mask, write=self.write)
         self.left.add(cell.name, state)
+        if last:
+            raise Enough
         # Both are returned, though the state is recorded: sharding looks at what a call returns.
         return y, state
 
@@ -175,6 +186,11 @@ class Left:
                 "once; attach it to other layers (`layers=`)"
             )
         self.states[name] = state
+
+    def lacks_only(self, name: str, cells: Cells) -> bool:
+        """Whether every memory but this one has left its state."""
+        names = {cell.name for found in cells.values() for cell in found}
+        return names - self.states.keys() == {name}
 
     def close(self, cells: Cells) -> dict[str, Any]:
         """All states. RuntimeError when a memory has left none."""
@@ -218,7 +234,8 @@ def _in_precision_of(
 
     # A cell uses a weight once per segment, so autocast's cache would only keep copies alive.
     with torch.autocast(device, stream, cache_enabled=False):
-        y, new = run_memory(memory, x, state, stage, mask=mask, write=write)
+        within = inner if inner is unchanged else stage
+        y, new = run_memory(memory, x, state, within, mask=mask, write=write)
     return y.to(stream), new
 
 

@@ -15,6 +15,11 @@ from memlm.memory.base import QKV, Memory
 from memlm.memory.parts.gates import GatedMemory
 
 
+def unchanged(x: Any, **given: Any) -> Tensor:
+    """In place of a stage whose output nobody wants."""
+    return x.q if isinstance(x, QKV) else x
+
+
 def run_memory(
     memory: Memory, x: Any, state: Any, inner: Any, *, mask: Tensor | None, write: bool
 ) -> tuple[Tensor, Any]:
@@ -26,6 +31,8 @@ def run_memory(
     ):
         gates = memory.gates_of(x, state, mask)
         if gates is not None and not bool(gates.any()):
+            if inner is unchanged:
+                return inner(x), memory.silent_state(x, state, mask)
             return memory.forward_silent(x, state, inner, mask=mask)
     return memory(x, state, inner, mask=mask, write=write)
 

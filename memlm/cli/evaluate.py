@@ -115,11 +115,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def retrieval_asked(arguments: argparse.Namespace) -> Any:
     """What is recalled before a question; None for nothing."""
+    from memlm.eval.running.baselines import RECALLING
     from memlm.eval.running.runner import RECALLED
     from memlm.retrieval.retriever import RetrievalConfig
 
     k = arguments.retrieval
-    if k is None and arguments.baseline == "retrieval":
+    if k is None and arguments.baseline in RECALLING:
         k = RECALLED
     how = {"size": arguments.chunk_size, "hops": arguments.hops}
     given = {name: value for name, value in how.items() if value is not None}

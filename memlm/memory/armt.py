@@ -61,11 +61,12 @@ class ARMTConfig(GatedConfig):
     the same is found by the same features before anything is learnt.
     gate_limit: largest gate logit either way, reached smoothly, so that training cannot shut or open a
     gate for good; None leaves it free, as the paper does. write_gate, write_threshold, train_threshold,
-    gate_noise, write_cost: as in `GatedConfig` (not in the paper, which has a sigmoid); a segment that is
-    not full pays by its length. normaliser: "all" counts the keys of every segment, as the paper's code
-    does, "written" each key as far as its gate is open, and "none" does without a denominator: then
-    nothing but the delta rule bounds what is stored, best with unit_features. With "all" alone a segment
-    whose gates are zero is no exact silence. None picks "written" for hard gates, else "all".
+    gate_noise, write_cost, open_cost: as in `GatedConfig` (not in the paper, which has a sigmoid); a
+    segment that is not full pays `write_cost` by its length. normaliser: "all" counts the keys of every
+    segment, as the paper's code does, "written" each key as far as its gate is open, and "none" does
+    without a denominator: then nothing but the delta rule bounds what is stored, best with
+    unit_features. With "all" alone a segment whose gates are zero is no exact silence. None picks
+    "written" for hard gates, else "all".
     """
 
     num_memory_tokens: int | None = None
@@ -254,7 +255,7 @@ class ARMT(GatedMemory):
                 state.associations + outer_products(phi, gated),
                 self._count(phi, gates, state.normaliser),
                 written.to(wide),
-                beta.detach().amax(dim=(1, 2)),
+                beta.amax(dim=(1, 2)),
             )
 
     def _beta(self, tokens: Tensor, wide: torch.dtype) -> Tensor:

@@ -213,6 +213,9 @@ class Memory(nn.Module, ABC):
     Config: ClassVar[type[MemoryConfig]]
     # True when a freshly attached memory leaves the base model's logits as they were.
     neutral: ClassVar[bool] = False
+    # False when a segment's new state depends on `x` and the old state alone, not on what `inner` returns:
+    # then a document that is only read can do without the stage of the last memory.
+    reads_inner: ClassVar[bool] = True
     # True when the state sums up over segments, and so is float32 in a half-precision model.
     accumulates: ClassVar[bool] = True
     # Leaves of the state that say something of the last segment alone; all others stay as they are, to the

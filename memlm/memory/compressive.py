@@ -87,6 +87,7 @@ class Compressive(Memory):
 
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = CompressiveConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
     continues: ClassVar[Continues] = Continues("front")

@@ -35,6 +35,7 @@ from memlm.memory.base import (
 from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.delta_kernels import run_delta_rule
 from memlm.memory.parts.delta_rule import Tokens
+from memlm.memory.parts.feature_maps import pair_product
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
@@ -74,7 +75,9 @@ class GatedDeltaConfig(GatedConfig):
 
     rule: "linear", "gla", "delta" (DeltaNet), "gated-delta", "kda" or "kaczmarz". num_heads: heads
     of the memory, None for the base's; head_dim: size of queries and keys, None for hidden size /
-    heads; value_dim: size of values, None for head_dim. householder_steps: writes per token
+    heads; value_dim: size of values, None for head_dim. key_map: "product" takes a query and a key for two
+    halves and asks by their outer product, so that a fact may be kept under a pair of words
+    (`parts.feature_maps.pair_product`); "none" takes them as they are. householder_steps: writes per token
     (DeltaProduct), each with keys, values and gates of its own, the token's decay before the first.
     negative_eigenvalues: gates reach 2, so that a write may turn what it erases round. conv_size:
     width of the short convolutions, 0 for none. chunk_length: tokens computed at once, None for 64;
@@ -90,6 +93,7 @@ class GatedDeltaConfig(GatedConfig):
     num_heads: int | None = None
     head_dim: int | None = None
     value_dim: int | None = None
+    key_map: str = "none"
     householder_steps: int = 1
     negative_eigenvalues: bool = False
     conv_size: int = 4
@@ -118,8 +122,17 @@ class GatedDeltaConfig(GatedConfig):
         """Fill what is open from `dims`; ValueError for what cannot be."""
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r} is unknown; use one of {', '.join(RULES)}")
+        if self.key_map not in ("none", "product"):
+            raise ValueError(f"key_map={self.key_map!r} is unknown; use 'none' or 'product'")
+        if self.key_map == "product" and not RULES[self.rule].unit_keys:
+            raise ValueError(
+                f"key_map='product' norms keys, and rule={self.rule!r} needs them as they are; use "
+                "another rule, or key_map='none'"
+            )
         self.check_gates()
         heads, size = head_sizes(self.num_heads, self.head_dim, dims)
+        if self.key_map == "product" and size % 2:
+            raise ValueError(f"key_map='product' halves keys; head_dim={size} must be even")
         filled = replace(
             self,
             num_heads=heads,
@@ -148,6 +161,7 @@ class GatedDelta(GatedMemory):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails"}
     continues: ClassVar[Continues] = Continues("write")
@@ -157,10 +171,12 @@ class GatedDelta(GatedMemory):
         super().__init__(config, dims)
         assert config.num_heads and config.head_dim and config.value_dim and config.chunk_length
         self.rule = RULES[config.rule]
-        self.heads, self.keys, self.values = config.num_heads, config.head_dim, config.value_dim
+        self.heads, self.values = config.num_heads, config.value_dim
+        self.pairs = config.key_map == "product"
+        self.keys = (config.head_dim // 2 + 1) ** 2 if self.pairs else config.head_dim
         self.steps, self.chunk = config.householder_steps, config.chunk_length
         hidden, steps = dims.hidden_size, self.heads * config.householder_steps
-        widths = (self.heads * self.keys, steps * self.keys, steps * self.values)
+        widths = (self.heads * config.head_dim, steps * config.head_dim, steps * self.values)
         self.q_proj, self.k_proj, self.v_proj = (
             nn.Linear(hidden, width, bias=False) for width in widths
         )
@@ -257,16 +273,22 @@ class GatedDelta(GatedMemory):
     ) -> tuple[Tensor, GatedDeltaState]:
         order, real = real_first_order(mask)
         tokens = tokens_in(order, x)
-        q, tail = self._project(tokens, self.q_proj, 0, state, real)
+        q, _ = self._project(tokens, self.q_proj, 0, state, real)
         with torch.autocast(x.device.type, enabled=False):
             found = self._queries(q, state.memory.dtype) @ state.memory
         y = tokens_back_from(order, self._answer(found, tokens))
-        tails: tuple[Tensor, ...] = ()
-        if self.kernels:
-            others = (self.k_proj, state.tails[1]), (self.v_proj, state.tails[2])
-            tails = tail, *(recent_inputs(tokens, old, real, linear) for linear, old in others)
-        none = torch.zeros_like(state.written)
-        return inner(x) + y, GatedDeltaState(state.memory, tails, none, none)
+        return inner(x) + y, self.silent_state(x, state, mask)
+
+    def silent_state(
+        self, x: Tensor, state: GatedDeltaState, mask: Tensor | None
+    ) -> GatedDeltaState:
+        shut = super().silent_state(x, state, mask)
+        order, real = real_first_order(mask)
+        tokens, linears = tokens_in(order, x), (self.q_proj, self.k_proj, self.v_proj)
+        seen = zip(linears, state.tails, strict=bool(self.kernels))
+        return shut._replace(
+            tails=tuple(recent_inputs(tokens, old, real, linear) for linear, old in seen)
+        )
 
     def _answer(self, found: Tensor, x: Tensor) -> Tensor:
         """What was found (B, H, T, dv), normed, gated and projected for the tokens `x` (B, T, D)."""
@@ -276,9 +298,13 @@ class GatedDelta(GatedMemory):
         return self.o_proj(found * F.silu(self.g_proj(x)))
 
     def _queries(self, q: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T, H dk) -> (B, H, T, dk), normed and scaled, in `dtype`."""
+        """(B, T, H d) -> (B, H, T, dk), normed and scaled, in `dtype`."""
         q = rearrange(q.to(dtype), "b t (h d) -> b h t d", h=self.heads)
-        return F.normalize(q, dim=-1) * self.keys**-0.5
+        return self._normed(q) * self.keys**-0.5
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """Queries or keys (..., d), of length 1, as they ask and are stored: (..., dk)."""
+        return pair_product(x) if self.pairs else F.normalize(x, dim=-1)
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, n H d) -> (B, H, T n, d)."""
@@ -317,7 +343,7 @@ class GatedDelta(GatedMemory):
         k, v = self._split(k.to(dtype)), self._split(v.to(dtype))
         gate = self._gates(gate_logit.to(dtype), real)
         if self.rule.unit_keys:
-            k = F.normalize(k, dim=-1)
+            k = self._normed(k)
         reach = 2 if self.config.negative_eigenvalues else 1
         step = reach * gate
         if not self.rule.unit_keys:

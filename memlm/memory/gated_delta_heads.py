@@ -68,6 +68,7 @@ class GatedDeltaHeads(GatedMemory):
 
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = GatedDeltaHeadsConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("write")
     config: GatedDeltaHeadsConfig
@@ -134,8 +135,7 @@ class GatedDeltaHeads(GatedMemory):
             found = (self._queries(x.q.to(state.memory.dtype)) @ state.memory.unsqueeze(2)).flatten(
                 1, 2
             )
-        none = torch.zeros_like(state.written)
-        return self._mixed(local, found), GatedDeltaHeadsState(state.memory, none, none)
+        return self._mixed(local, found), self.silent_state(x, state, mask)
 
     def _mixed(self, local: Tensor, found: Tensor) -> Tensor:
         """The softmax's output (B, H, T, dh), and of what was found as much as each head's mix says."""

@@ -68,6 +68,7 @@ class Infini(Memory):
 
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = InfiniConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("read")
 

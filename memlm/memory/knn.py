@@ -86,6 +86,7 @@ class KNN(Memory):
 
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = KNNConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False

@@ -164,6 +164,7 @@ class LaCT(GatedMemory):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = LaCTConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("read")
     config: LaCTConfig
@@ -244,9 +245,7 @@ class LaCT(GatedMemory):
         self, x: Tensor, state: LaCTState, inner: Inner, *, mask: Tensor | None
     ) -> tuple[Tensor, LaCTState]:
         y, state = self(x, state, inner, mask=mask, write=False)
-        assert isinstance(state.written, Tensor)
-        none = torch.zeros_like(state.written)
-        return y, state._replace(written=none, opened=none)
+        return y, self.silent_state(x, state, mask)
 
     def read(self, x: Tensor, q: Tensor, weights: Weights) -> Tensor:
         """What the fast weights answer to the tokens `x` (B, T, D) with queries `q` (B, T, H d)."""

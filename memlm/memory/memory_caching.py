@@ -142,6 +142,7 @@ class MemoryCaching(GatedMemory):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = MemoryCachingConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("whole")
     config: MemoryCachingConfig
@@ -239,8 +240,7 @@ class MemoryCaching(GatedMemory):
             # A segment's own memory has its place in the softmax, even if nothing came to it.
             own = q @ self._start(state)
         y = tokens_back_from(order, self._answer(tokens, q, means, own, state))
-        none = torch.zeros_like(state.written)
-        return inner(x) + y, state._replace(written=none, opened=none)
+        return inner(x) + y, self.silent_state(x, state, mask)
 
     def _start(self, state: MemoryCachingState) -> Tensor:
         """(B, H, dk, dv): what a segment's own memory is before its first token."""

@@ -27,6 +27,7 @@ class TitansMAG(Titans):
 
     site: ClassVar[Site] = "attention"
     Config: ClassVar[type[MemoryConfig]] = TitansMAGConfig
+    reads_inner: ClassVar[bool] = False
     # Without persistent tokens, which take a share of the attention, and at output_std=0: the defaults.
     neutral: ClassVar[bool] = True
 

@@ -25,6 +25,7 @@ class TitansMAL(Titans):
 
     site: ClassVar[Site] = "layer"
     Config: ClassVar[type[MemoryConfig]] = TitansMALConfig
+    reads_inner: ClassVar[bool] = False
     # Without persistent tokens, which take a share of the attention, and at output_std=0: the defaults.
     neutral: ClassVar[bool] = True
 

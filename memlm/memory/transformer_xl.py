@@ -48,6 +48,7 @@ class TransformerXL(Memory):
 
     site: ClassVar[Site] = "heads"
     Config: ClassVar[type[MemoryConfig]] = TransformerXLConfig
+    reads_inner: ClassVar[bool] = False
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
     continues: ClassVar[Continues] = Continues("front")

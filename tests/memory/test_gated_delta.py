@@ -10,6 +10,7 @@ from memlm.memory import GatedDeltaConfig
 from memlm.memory.base import Dims
 from memlm.memory.gated_delta import RULES, GatedDelta
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
+from memlm.memory.parts.feature_maps import pair_product
 from memlm.memory.parts.gates import STRETCH, open_gate
 from tests.cases import randomise
 
@@ -55,10 +56,21 @@ class Row:
             z = sum(kernel[:, -1 - i] * old for i, old in enumerate(recent))
         return F.silu(z)
 
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """Of length 1; as pairs, every product of a half's numbers and sqrt(1/2) with the other's."""
+        if self.c.key_map == "none":
+            return x / x.norm()
+        first, second = (
+            [*(half / half.norm()).tolist(), 0.5**0.5]
+            for half in (x[: len(x) // 2], x[len(x) // 2 :])
+        )
+        products = torch.tensor([a * b for a in first for b in second], dtype=x.dtype)
+        return products / products.norm()
+
     def token(self, x: torch.Tensor) -> torch.Tensor:
         m, rule, steps = self.m, RULES[self.c.rule], self.c.householder_steps
-        q = self.project(x, m.q_proj, 0).view(m.heads, m.keys)
-        k = self.project(x, m.k_proj, 1).view(steps, m.heads, m.keys)
+        q = self.project(x, m.q_proj, 0).view(m.heads, -1)
+        k = self.project(x, m.k_proj, 1).view(steps, m.heads, -1)
         v = self.project(x, m.v_proj, 2).view(steps, m.heads, m.values)
         gate = 1 / (1 + torch.exp(-m.b_proj(x).view(steps, m.heads)))
         if self.c.write_gate == "hard":
@@ -80,12 +92,12 @@ class Row:
                 key, value = k[step, head], v[step, head]
                 rate = gate[step, head] * (2 if self.c.negative_eigenvalues else 1)
                 if rule.unit_keys:
-                    key = key / key.norm()
+                    key = self.normed(key)
                 else:
                     rate = rate / (key @ key + 1e-6)
                 known = key @ self.state[head] if rule.erases else 0.0
                 self.state[head] = self.state[head] + rate * torch.outer(key, value - known)
-            found = (q[head] / q[head].norm()) @ self.state[head] / m.keys**0.5
+            found = self.normed(q[head]) @ self.state[head] / m.keys**0.5
             out[head] = found / (found.square().mean() + 1e-6).sqrt() * m.o_norm
         return m.o_proj(out.flatten() * F.silu(m.g_proj(x)))
 
@@ -110,6 +122,20 @@ def check(**options) -> None:
                     torch.testing.assert_close(
                         tail[index][-len(kept) :], torch.stack(kept), **EXACT
                     )
+
+
+@pytest.mark.parametrize("rule", ["delta", "kda"])
+def test_pairs_equal_the_recurrence_token_by_token(rule: str) -> None:
+    check(rule=rule, key_map="product", num_heads=2, head_dim=4, value_dim=3, chunk_length=3)
+
+
+def test_pairs_of_words_are_kept_apart() -> None:
+    """Of 36 pairs of six words each, all have keys of their own; sums of two words span eleven."""
+    words = torch.eye(6, dtype=torch.float64)
+    pairs = torch.stack([torch.cat([a, b]) for a in words for b in words])
+    keys = pair_product(pairs)
+    assert int(torch.linalg.matrix_rank(keys)) == 36 and int(torch.linalg.matrix_rank(pairs)) == 11
+    torch.testing.assert_close(keys.norm(dim=1), torch.ones(36, dtype=torch.float64), **EXACT)
 
 
 @rules
@@ -214,6 +240,9 @@ def test_strong_decay_stays_finite_in_single_precision(rule: str) -> None:
         ({"householder_steps": 0}, "householder_steps=0 must be at least 1"),
         ({"conv_size": -1}, "conv_size=-1"),
         ({"write_cost": -1.0}, "write_cost"),
+        ({"key_map": "sum"}, "key_map='sum'"),
+        ({"key_map": "product", "head_dim": 3}, "head_dim=3 must be even"),
+        ({"key_map": "product", "rule": "kaczmarz", "head_dim": 4}, "rule='kaczmarz'"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict, said: str) -> None:

@@ -16,6 +16,7 @@ from memlm import MemoryState
 from memlm.memory import available_memories, memory_class
 from memlm.memory.parts.gates import GatedMemory
 from memlm.modeling import MemLMForCausalLM
+from memlm.segment import cut
 from tests.cases import (
     CASES,
     LAW_FAMILIES,
@@ -292,6 +293,18 @@ def test_purity(memory: str, family: str) -> None:
     torch.testing.assert_close(
         reading.logits, model(ids[:, :SEGMENT], memory_state=start).logits, **EXACT
     )
+
+
+@with_none
+@torch.no_grad()
+def test_reading_leaves_the_state_that_running_leaves(memory: str, family: str) -> None:
+    """Where nobody wants hidden states, the layers above the last memory rest; its state is the same."""
+    model, ids = memory_model(family, memory), tokens(2, 2 * SEGMENT + 1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, SEGMENT + 2 :] = False
+    run = model(ids, attention_mask=mask).memory_state
+    read = model.read(cut(ids, mask, None, SEGMENT))
+    assert same_state(read, run)
 
 
 @with_none

@@ -9,6 +9,7 @@ import pytest
 
 from memlm.memory import (
     ARMTConfig,
+    GatedDeltaConfig,
     LaCTConfig,
     MemoryCachingConfig,
     MemoryConfig,
@@ -32,6 +33,15 @@ OPTIONS: dict[str, MemoryConfig] = {
     ),
     "titans-mag": TitansMAGConfig(
         num_heads=2, chunk_length=3, coupled_rate=False, max_rate=0.3, combine="multiply"
+    ),
+    "gated-delta-pairs": GatedDeltaConfig(
+        rule="delta",
+        key_map="product",
+        num_heads=2,
+        head_dim=8,
+        value_dim=6,
+        chunk_length=4,
+        conv_size=3,
     ),
     "lact-muon": LaCTConfig(num_heads=2, expansion=2, muon=True),
     "memory-caching-continues": MemoryCachingConfig(

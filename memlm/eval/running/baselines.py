@@ -3,8 +3,8 @@
 last-tokens: the end of the document alone; full: attention over all of it; window: a sliding window of
 attention (Transformer-XL's cache, streamed like any memory); retrieval: the best passages from an index;
 chunks: every chunk by itself, and the surest answer. With the memory: twice, the document read a second
-time; question-first, the question known before reading; silenced, the memory model with nothing
-remembered.
+time; question-first, the question known before reading; passages, what an index recalls in place of the
+document; reread, after the document; silenced, the memory model with nothing remembered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from memlm.eval.running.readers import (
     RecalledReader,
     WholeReader,
 )
-from memlm.eval.running.unforgetting import ChunksReader, QuestionFirstReader, TwiceReader
+from memlm.eval.running.unforgetting import (
+    ChunksReader,
+    PassagesReader,
+    QuestionFirstReader,
+    RereadReader,
+    TwiceReader,
+)
 from memlm.memory import config_from_dict
 
 if TYPE_CHECKING:
@@ -202,7 +208,11 @@ BASE_ALONE: dict[str, Callable[[Any, PreTrainedTokenizerBase, int], BatchReader]
 WITH_MEMORY: dict[str, type[MemoryReader]] = {
     "twice": TwiceReader,
     "question-first": QuestionFirstReader,
+    "passages": PassagesReader,
+    "reread": RereadReader,
     "silenced": SilencedReader,
 }
+# Those that read what an index recalls.
+RECALLING = ("retrieval", "passages", "reread")
 BASELINES = (*BASE_ALONE, *WITH_MEMORY)
 WINDOWED = ("last-tokens", "window", "chunks")

@@ -133,13 +133,14 @@ class BatchRunner:
             before, after = self.prompts.parts(batch.task, sample.question, self.tokenizer)
             after_ids = self._encode(after)
             passages: tuple[Recalled, ...] = ()
+            recalled = np.zeros(0, dtype=np.int32)
             if self.recall is not None:
                 passages, shown = self.recall(sample)
                 recalled = np.array(encode_parts(self.tokenizer, shown), dtype=np.int32)
                 after_ids = np.concatenate([recalled, after_ids])
             start = np.concatenate([self._leading, self._encode([(before, True)])])
             document = self.source.document(batch.task, batch.length, index)
-            asked.append(Asked(sample, start, after_ids, passages, document))
+            asked.append(Asked(sample, start, after_ids, passages, document, len(recalled)))
         return asked
 
     def _make(self, todo: Sequence[Batch], done: int) -> Iterator[_Begin | BatchPiece]:

@@ -49,8 +49,8 @@ class TooLong(Exception):
 class Asked:
     """One sample as a model sees it: ids before the document, the document, ids after it.
 
-    recalled: passages whose text is part of `after`. document: equal where the same text is asked about;
-    None for a text of its own.
+    recalled: passages whose text is part of `after`, its first `shown` ids. document: equal where the same
+    text is asked about; None for a text of its own.
     """
 
     sample: Sampled
@@ -58,6 +58,7 @@ class Asked:
     after: NDArray[np.int32]
     recalled: tuple[Recalled, ...] = ()
     document: Hashable = None
+    shown: int = 0
 
     @property
     def tokens(self) -> int:
@@ -251,6 +252,10 @@ class MemoryReader(BatchReader):
         """What is read before the question, in pieces, and how many tokens it has."""
         return asked.ids(), len(asked.before) + asked.sample.tokens
 
+    def question(self, asked: Asked) -> NDArray[np.int32]:
+        """What comes after the text."""
+        return asked.after
+
     def texts_of(self, batch: Sequence[Asked]) -> list[int]:
         """For each sample the number of the text that is read for it: one text is read once."""
         known: dict[Hashable, int] = {}
@@ -280,7 +285,7 @@ class MemoryReader(BatchReader):
             tape.take(rest)
         yield self._prompts(
             [
-                np.concatenate([rests[number], asked.after])
+                np.concatenate([rests[number], self.question(asked)])
                 for asked, number in zip(batch, numbers, strict=True)
             ]
         )

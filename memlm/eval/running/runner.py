@@ -25,7 +25,7 @@ from memlm.eval.provenance import (
 )
 from memlm.eval.reporting.plots import save_with_picture
 from memlm.eval.reporting.report import Cell, Report
-from memlm.eval.running.baselines import MODEL, is_memory_model, make_reader
+from memlm.eval.running.baselines import MODEL, RECALLING, is_memory_model, make_reader
 from memlm.eval.running.batches import Batch, BatchRunner, Recall, split_into_batches
 from memlm.eval.running.checks import (
     cells_to_evaluate,
@@ -95,15 +95,16 @@ def evaluate(
     reads: "model", the given model itself, or a name of `BASELINES`. The base model reads for "last-tokens"
     (only the end of the document), "full" (attention to all of it), "window" (a sliding window), "chunks"
     (one chunk after the other) and "retrieval" (recalled passages); the memory model for "twice" (the
-    document twice), "question-first" and "silenced" (nothing remembered). window: tokens that
+    document twice), "question-first", "passages" (what is recalled, in place of the document), "reread"
+    (the document, then what is recalled) and "silenced" (nothing remembered). window: tokens that
     "last-tokens", "window" and "chunks" see. prompt: "answer", "instruction", "chat" or a YAML file; None
     picks "answer" for models of memlm, else "chat" where the tokenizer has a chat template and
     "instruction" where it has none. position, distance: where facts stand, as in `babilong.compose`.
     composition: "exact", or "published" for lengths, facts and noise by the published code's rules
     (`babilong.Composition`). retrieval: how many passages of the document are recalled before the question,
-    from an index made for each sample; the baseline "retrieval" shows the model nothing else, and recalls 5
-    when this is None. embedder: that of the index, a HashingEmbedder by default. max_new_tokens: tokens of
-    an answer; None is what the run in `out` has, else 20, or what the longest right answer takes.
+    from an index made for each sample; 5 for "retrieval", "passages" and "reread" when this is None.
+    embedder: that of the index, a HashingEmbedder by default. max_new_tokens: tokens of an answer; None is
+    what the run in `out` has, else 20, or what the longest right answer takes.
 
     With `out`, each batch is appended to `samples.jsonl`, and a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for). `summary.json` and `accuracy.png` are
@@ -129,13 +130,13 @@ def evaluate(
         plan, rules, data, haystack=haystack, stories=os.fspath(stories), position=tuple(position),
         distance=distance, composition=rules.settings(), split=split, seed=seed,
     )  # fmt: skip
-    if embedder is not None and retrieval is None and baseline != "retrieval":
+    if embedder is not None and retrieval is None and baseline not in RECALLING:
         raise ValueError(
             "embedder finds passages to recall, but retrieval is None; give retrieval, the number of "
             "passages, or leave embedder out"
         )
     prompts = _prompts(model, tokenizer, prompt, own_questions)
-    if retrieval is None and baseline == "retrieval":
+    if retrieval is None and baseline in RECALLING:
         retrieval = RetrievalConfig(k=RECALLED)
     elif retrieval is not None and not isinstance(retrieval, RetrievalConfig):
         retrieval = RetrievalConfig(k=retrieval)

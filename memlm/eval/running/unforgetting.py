@@ -2,14 +2,14 @@
 
 They show how many of a memory's errors come from forgetting: a model that reads chunks one by one cannot
 forget, one that reads a document twice knows its end the second time, and one that knows the question
-knows what to keep.
+knows what to keep. What an index recalls is read again, or in place of the document.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,6 @@ from memlm.eval.running.readers import (
     MemoryReader,
     Tape,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class ChunksReader(LastReader):
@@ -127,3 +124,33 @@ class QuestionFirstReader(MemoryReader):
     def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
         pieces = itertools.chain([asked.before, asked.after], asked.sample.ids())
         return pieces, len(asked.before) + len(asked.after) + asked.sample.tokens
+
+
+class PassagesReader(MemoryReader):
+    """Baseline "passages": the memory model reads what an index recalls, in order, and nothing else.
+
+    They are a document of their own, of any number of passages, where "retrieval" shows them in the
+    question's segment. So this tells what recall loses with a reader that is as good as the memory.
+    """
+
+    name: ClassVar[str] = "passages"
+
+    def texts_of(self, batch: Sequence[Asked]) -> list[int]:
+        # Every question recalls passages of its own.
+        return list(range(len(batch)))
+
+    def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
+        return iter([asked.before, asked.after[: asked.shown]]), len(asked.before) + asked.shown
+
+    def question(self, asked: Asked) -> NDArray[np.int32]:
+        return asked.after[asked.shown :]
+
+
+class RereadReader(PassagesReader):
+    """Baseline "reread": the memory model reads the document, then what an index recalls of it."""
+
+    name: ClassVar[str] = "reread"
+
+    def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
+        pieces = itertools.chain(asked.ids(), [asked.after[: asked.shown]])
+        return pieces, len(asked.before) + asked.sample.tokens + asked.shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,3 +25,22 @@ def dpfp(x: Tensor, nu: int) -> Tensor:
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1 (Katharopoulos et al. 2020, eq. 7), without the cancellation in exp(x) - 1 + 1."""
     return x.relu() + x.clamp(max=0).exp()
+
+
+# The length of the constant beside a half of length 1, and that of both together.
+BESIDE, TOGETHER = 0.5**0.5, 1.5**0.5
+
+
+def pair_product(x: Tensor) -> Tensor:
+    """The outer product of the halves of `x`, normed, with a constant: (..., d) -> (..., (d / 2 + 1)^2).
+
+    Of length 1. Two words that differ in one half only are then far apart (Schlag et al. 2021, *Learning
+    Associative Inference Using Fast Weight Memory*, section 3). The constant keeps the halves
+    themselves among the features, as in ATLAS's polynomials (Behrouz et al. 2025), for what is kept under
+    one word alone.
+    """
+    first, second = (
+        F.pad(F.normalize(half, dim=-1), (0, 1), value=BESIDE) / TOGETHER
+        for half in x.chunk(2, dim=-1)
+    )
+    return (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)

@@ -18,6 +18,8 @@ from memlm.memory.base import Memory, MemoryConfig, live_option
 
 # How far the hard gate reaches beyond 0 and 1 before it is cut.
 STRETCH = 0.1
+# Prices of writing: of the mean gate of a segment, and of its largest.
+COSTS = ("write_cost", "open_cost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class GatedConfig(MemoryConfig):
     the memory. train_threshold: the same in training, forward and backward. gate_noise: scale of the
     logistic noise added to the gates' logits in training (the same paper's; 0 for none).
     write_cost: added to the training loss, times the mean gate over segments and layers: what is not
-    worth remembering is not written.
+    worth remembering is not written. open_cost: the same, times a segment's largest gate: one open gate
+    among hundreds of shut ones hardly moves the mean, yet it breaks the silence of its segment.
     """
 
     write_gate: str = "sigmoid"
@@ -37,6 +40,7 @@ class GatedConfig(MemoryConfig):
     train_threshold: float = live_option(0.0)
     gate_noise: float = live_option(0.0)
     write_cost: float = live_option(0.0)
+    open_cost: float = live_option(0.0)
 
     def check_gates(self, kinds: tuple[str, ...] = ("sigmoid", "hard")) -> None:
         """Refuse gates that there are not. ValueError."""
@@ -52,11 +56,13 @@ class GatedConfig(MemoryConfig):
                 )
         if not self.gate_noise >= 0:
             raise ValueError(f"gate_noise={self.gate_noise} must be 0 or more")
-        if not self.write_cost >= 0:
-            raise ValueError(f"write_cost={self.write_cost} would pay for writing; use 0 or more")
+        for name in COSTS:
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name}={value} would pay for writing; use 0 or more")
         silent = [
             name
-            for name in ("write_threshold", "train_threshold", "gate_noise", "write_cost")
+            for name in ("write_threshold", "train_threshold", "gate_noise", *COSTS)
             if self.write_gate == "none" and getattr(self, name)
         ]
         if silent:
@@ -69,7 +75,8 @@ class GatedConfig(MemoryConfig):
 class GatedMemory(Memory):
     """A memory with write gates. Its state has two leaves about the last segment alone:
 
-    written (B,): the mean gate, which `write_cost` is paid for, and opened (B,): the largest.
+    written (B,): the mean gate, which `write_cost` is paid for, and opened (B,): the largest, which
+    `open_cost` is paid for.
     """
 
     transient: ClassVar[frozenset[str]] = frozenset({"written", "opened"})
@@ -99,6 +106,14 @@ class GatedMemory(Memory):
         """What `forward` gives where all of `gates_of` are zero: only the state's transient leaves move."""
         raise NotImplementedError
 
+    def silent_state(self, x: Any, state: Any, mask: Tensor | None) -> Any:
+        """The state that `forward_silent` leaves, for whoever wants nothing else.
+
+        Here: of a memory whose transient leaves are its gates alone.
+        """
+        none = torch.zeros_like(state.written)
+        return state._replace(written=none, opened=none)
+
     def gates_at(self, logit: Tensor) -> Tensor:
         """The gates at `logit`, from 0 to 1, of any shape."""
         if self.training and self.config.gate_noise:
@@ -110,17 +125,20 @@ class GatedMemory(Memory):
         return None if isinstance(state.opened, tuple) else state.opened
 
     def auxiliary_loss(self, before: Any, after: Any) -> Tensor | None:
-        """(B,) `write_cost` times the mean gate; None when writing is free."""
-        return self.config.write_cost * after.written if self.config.write_cost else None
+        """(B,) `write_cost` times the mean gate, `open_cost` times the largest; None when both are 0."""
+        config = self.config
+        prices = (config.write_cost, after.written), (config.open_cost, after.opened)
+        costs = [price * gate for price, gate in prices if price]
+        return sum(costs[1:], costs[0]) if costs else None
 
 
 def gate_statistics(gate: Tensor, real: Tensor | None, steps: int = 1) -> tuple[Tensor, Tensor]:
-    """`written` and `opened` of a segment, (B,) each: the mean gate and the largest, which has no gradient.
+    """`written` and `opened` of a segment, (B,) each: the mean gate and the largest.
 
     gate (B, H, T steps), zero where real (B, T) is False. steps: writes per token.
     """
     count = gate.shape[2] if real is None else steps * real.sum(dim=1).clamp(min=1)
-    return gate.mean(dim=1).sum(dim=1) / count, gate.detach().amax(dim=(1, 2))
+    return gate.mean(dim=1).sum(dim=1) / count, gate.amax(dim=(1, 2))
 
 
 def open_gate(logit: Tensor, kind: str, threshold: float = 0.0) -> Tensor:

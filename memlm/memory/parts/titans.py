@@ -379,7 +379,7 @@ class Titans(GatedMemory):
                 moved(state.momentum, new.momentum),
                 new.tails,
                 gate.mean(dim=1),
-                gate.detach().amax(dim=1),
+                gate.amax(dim=1),
             )
 
     def with_persistent(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:

@@ -3,8 +3,9 @@
 A story of the original tasks asks five questions and ends. Training asks many more: of each of its
 tasks after every few facts, and lessons besides, simpler questions that an answer is made of and
 that no task asks. Who had the apple, and where had Mary been before she came to the kitchen, are the
-two steps of where the apple was before the kitchen; learned one by one they are learned fast, where
-all at once was not learned at all (docs/log.md).
+two steps of where the apple was before the kitchen; whether somebody carries it, and where it was left
+if not, are those of where it is. Learned one by one they are learned fast, where all at once was not
+learned at all (docs/log.md).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from memlm.tasks.babi.generators.events import DIALECTS, NUMBERS
 from memlm.tasks.babi.generators.relations import place_on_a_line, tell_placement
 from memlm.tasks.babi.generators.world import DIRECTIONS, PLACES, Event, World
 
-LESSONS = ("handler", "before")
+LESSONS = ("handler", "before", "carrier", "left", "gift")
 TASKS = (*DIALECTS, "qa4")
 # The newest facts that are asked about: all four actors have moved within these, 999 times in 1,000.
 RECENT_FACTS = 32
@@ -48,8 +49,8 @@ def kinds_of(task: str) -> set[str]:
     dialect = DIALECTS[task]
     found = {"qa1", "qa6", "before"}
     if dialect.handles:
-        found |= {"qa2", "qa3", "qa7", "qa8", "handler"}
-    return found | {"qa5"} if dialect.gives else found
+        found |= {"qa2", "qa3", "qa7", "qa8", "handler", "carrier", "left"}
+    return found | {"qa5", "gift"} if dialect.gives else found
 
 
 def telling(task: str, rng: random.Random) -> Telling:
@@ -195,9 +196,15 @@ def _givings(story: Events) -> dict[str, str]:
         found[f"Who gave the {thing} to {receiver}?"] = giver
         found[f"Who received the {thing}?"] = receiver
         found[f"Who did {giver} give the {thing} to?"] = receiver
-        if story.given[giver, receiver] == thing:
-            found[f"What did {giver} give to {receiver}?"] = thing
-    return found
+    return found | _gifts(story)
+
+
+def _gifts(story: Events) -> dict[str, str]:
+    return {
+        f"What did {giver} give to {receiver}?": thing
+        for thing, (number, giver, receiver) in story.gifts.items()
+        if story.recent(number) and story.given[giver, receiver] == thing
+    }
 
 
 def _presences(story: Events) -> dict[str, str]:
@@ -242,6 +249,23 @@ def _handlers(story: Events) -> dict[str, str]:
     }
 
 
+def _carriers(story: Events) -> dict[str, str]:
+    return {
+        f"Who carries the {thing}?": actor if ended is None else "nobody"
+        for thing, (number, actor, _, ended) in story.hands.items()
+        if story.recent(number)
+    }
+
+
+def _places_left(story: Events) -> dict[str, str]:
+    """Where things were put down that nobody has taken since."""
+    return {
+        f"Where was the {thing} left?": way[-1][0]
+        for thing, (number, actor, _, ended) in story.hands.items()
+        if story.recent(number) and ended is not None and (way := story.ways.get(actor, [])[:ended])
+    }
+
+
 def _ways_before(story: Events) -> dict[str, str]:
     return {
         f"Where was {actor} before the {place}?": before
@@ -261,4 +285,7 @@ _ANSWERS: dict[str, Callable[[Events], dict[str, str]]] = {
     "qa8": _listings,
     "handler": _handlers,
     "before": _ways_before,
+    "carrier": _carriers,
+    "left": _places_left,
+    "gift": _gifts,
 }

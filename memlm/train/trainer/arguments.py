@@ -62,6 +62,13 @@ class MemLMTrainingArguments(TrainingArguments):
     memory_weight_decay: float | None = field(
         default=None, metadata={"help": "weight decay of the memories; null: weight_decay"}
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "peak learning rate of Muon, which then steps the hidden matrices, while optim steps "
+            "the rest at learning_rate; null: optim steps all. Schedules and stages scale both alike"
+        },
+    )
     skip_nonfinite: bool = field(
         default=True,
         metadata={
@@ -79,7 +86,7 @@ class MemLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"window_step={self.window_step!r} is unknown; use 'document' or 'window'"
             )
-        for name in ("memory_learning_rate", "memory_weight_decay"):
+        for name in ("memory_learning_rate", "memory_weight_decay", "muon_learning_rate"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} must be 0 or more, or None")

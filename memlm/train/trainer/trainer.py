@@ -34,6 +34,7 @@ from memlm.train.trainer.checkpoint import (
     save_states,
 )
 from memlm.train.trainer.initial import check_fits, initial_state
+from memlm.train.trainer.muon import WithMuon, check_muon, hidden_matrices
 from memlm.train.trainer.optimizer import set_memory_rates, stage_scheduler
 from memlm.train.trainer.partial import TrainedAlone
 from memlm.train.trainer.plan import BatchPlan, count_targets, count_tokens, plan_batch
@@ -464,9 +465,14 @@ class MemLMTrainer(TrainedAlone, Trainer):
         return right, asked
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer does, with the memories' own learning rate and weight decay."""
-        made = self.optimizer is None
+        """As the Trainer does, with Muon and the memories' own learning rate and weight decay."""
+        made, muon = self.optimizer is None, self.args.muon_learning_rate
+        if made and muon is not None:
+            check_muon(muon, self.args.memory_learning_rate, self.is_fsdp_enabled)
         optimizer = super().create_optimizer(*args, **kwargs)
+        if made and muon is not None:
+            optimizer = WithMuon(optimizer, hidden_matrices(self._model), muon)
+            setattr(self, "optimizer", optimizer)  # noqa: B010 (mypy would take it for a declaration)
         rates = (self.args.memory_learning_rate, self.args.memory_weight_decay)
         if made and rates != (None, None):
             set_memory_rates(optimizer, self._model.memory.parameters(), self.args)

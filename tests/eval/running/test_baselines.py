@@ -341,6 +341,18 @@ def remembered(model: MemLMForCausalLM, text: list[int]) -> Any:
     return state, text[whole:]
 
 
+def answered(model: Any, tokenizer: Tokenizer, state: Any, prompt: list[int]) -> str:
+    """What is said after `prompt`, up to the first end token."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, memory_state=state, max_new_tokens=NEW, do_sample=False,
+        attention_mask=torch.ones_like(ids), eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+    )  # fmt: skip
+    new = out[0, ids.shape[1] :].tolist()
+    new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("baseline", ["twice", "question-first"])
 def test_the_memory_model_with_an_advantage(
     baseline: str, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
@@ -355,17 +367,32 @@ def test_the_memory_model_with_an_advantage(
         question = tokenizer(f" {sample.question}", add_special_tokens=False).input_ids
         text = document + document if baseline == "twice" else question + document
         state, rest = remembered(model, text)
-        ids = torch.tensor([rest + question])
-        out = model.generate(
-            ids, memory_state=state, max_new_tokens=NEW, do_sample=False,
-            attention_mask=torch.ones_like(ids), eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
-        )  # fmt: skip
-        new = out[0, ids.shape[1] :].tolist()
-        new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
-        expected.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+        expected.append(answered(model, tokenizer, state, rest + question))
     assert said == expected
     _, plain = run(model, tokenizer, prose, tmp_path / "plain")
     assert plain != expected
+
+
+@pytest.mark.parametrize("baseline", ["passages", "reread"])
+def test_recalled_passages_are_read_into_memory(
+    baseline: str, tokenizer: Tokenizer, prose: Haystack, tmp_path: Path
+) -> None:
+    model, config = memory_model(tokenizer), RetrievalConfig(k=4, size=16)
+    _, said = run(model, tokenizer, prose, tmp_path, baseline=baseline, retrieval=config)
+    source = Composed("generated", prose.tokenized(tokenizer), tokenizer, 0)
+    expected = []
+    for index in range(5):
+        sample = source.get("qa1", 300, index)
+        found = read_document(sample, HashingEmbedder(), config).recall(sample.question)
+        shown = tokenizer(render(found), add_special_tokens=False).input_ids
+        document = [int(token) for piece in sample.ids() for token in piece]
+        question = tokenizer(f" {sample.question}", add_special_tokens=False).input_ids
+        state, rest = remembered(model, shown if baseline == "passages" else document + shown)
+        expected.append(answered(model, tokenizer, state, rest + question))
+    assert said == expected
+    other = "reread" if baseline == "passages" else "passages"
+    _, otherwise = run(model, tokenizer, prose, tmp_path / other, baseline=other, retrieval=config)
+    assert otherwise != expected
 
 
 @pytest.mark.parametrize("window", [40, 1000])

@@ -68,12 +68,37 @@ def ways(facts: list[str]) -> dict[str, str]:
     return found
 
 
+def carriers(facts: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Who carries each thing, and where those were left that nobody does."""
+    carried, left, at = {}, {}, {}
+    for fact in facts:
+        if match := MOVED.match(fact):
+            at[match[1]] = match[2]
+        elif match := HANDED.match(fact):
+            carried[match[1]] = match[2]
+            left.pop(match[1], None)
+        elif match := HANDLED.match(fact):
+            actor, thing = match.groups()
+            left.pop(thing, None)
+            put_down = re.search(r" (?:dropped|left|discarded|put down) the ", fact)
+            carried[thing] = "nobody" if put_down else actor
+            if put_down and actor in at:
+                left[thing] = at[actor]
+    return (
+        {f"Who carries the {thing}?": actor for thing, actor in carried.items()},
+        {f"Where was the {thing} left?": place for thing, place in left.items()},
+    )
+
+
 @pytest.mark.parametrize("task", ["qa2", "qa5"])
 def test_lessons_ask_for_the_steps_an_answer_is_made_of(task: str) -> None:
     for seed in range(4):
         for story, facts in told(task, seed, RECENT_FACTS):
             assert story.answers("handler") == handlers(facts)
             assert story.answers("before") == ways(facts)
+            assert (story.answers("carrier"), story.answers("left")) == carriers(facts)
+            given = story.answers("qa5").items()
+            assert story.answers("gift") == {q: a for q, a in given if q.startswith("What ")}
 
 
 def test_what_is_long_past_is_not_asked_about() -> None:
@@ -81,7 +106,7 @@ def test_what_is_long_past_is_not_asked_about() -> None:
         recent = " ".join(facts[-RECENT_FACTS:])
         for kind in ("qa1", "qa2", "qa3", *LESSONS):
             for question in story.answers(kind):
-                subject = re.findall(r"\w+", question.split(" before ")[0])[-1]
+                subject = re.findall(r"\w+", re.split(" before | left", question)[0])[-1]
                 assert subject in recent
 
 
