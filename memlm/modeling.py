@@ -20,7 +20,14 @@ from memlm.backbone import Backbone, new_base
 from memlm.body import Body
 from memlm.config import MemLMConfig
 from memlm.generation import MemoryGenerationMixin
-from memlm.logits import Collector, Nothing, Sum, collector, summed_cross_entropy
+from memlm.logits import (
+    Collector,
+    Nothing,
+    Sum,
+    collector,
+    cross_entropy_in_pieces,
+    summed_cross_entropy,
+)
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.output import LogitsNotMade, MemLMOutput
 from memlm.rolling import RollingMemory
@@ -436,8 +443,9 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             found = (labels != IGNORE).cumsum(0)
             places = torch.searchsorted(found, torch.arange(1, count + 1, device=found.device))
             hidden, labels = hidden.index_select(0, places), labels.index_select(0, places)
-        logits = self.backbone.logits(hidden.unsqueeze(0)).squeeze(0)
-        return summed_cross_entropy(logits, labels)
+        return cross_entropy_in_pieces(
+            self.backbone.logits, hidden, labels, self.backbone.config.vocab_size
+        )
 
     def _admit(self, state: MemoryState | None, batch_size: int) -> MemoryState:
         """The state to start from."""
