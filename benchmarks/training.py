@@ -3,8 +3,9 @@
 One document, forward and backward through all of its segments (bptt_depth is the whole document).
 Recomputing keeps the state at each segment's border and runs every segment again in backward, so that the
 activations of one segment are held at a time. Logits of a large vocabulary are computed in pieces of at
-most `memlm.logits.AT_ONCE` numbers; --logits-at-once sets another limit. Peak memory comes from a process of its own: how far it rises
-above the model just built, gradients included. `states`: bytes of the states at all borders.
+most `memlm.logits.AT_ONCE` numbers; --logits-at-once sets another limit. Peak memory comes from a process
+of its own: how far it rises above the model just built, gradients included. `states`: bytes of the states
+at all borders.
 
     python benchmarks/training.py [--memory armt --segments 2,8,64]
     python benchmarks/training.py --device cuda --dtype bfloat16 --hidden 2048 --layers 16 --out FILE
