@@ -7,7 +7,7 @@ never moves a segment boundary. The short segment is a row's last, or its first 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -236,6 +236,17 @@ def cut(
             None if labels is None else labels[:, at],
             None if labels is None else targets[number],
         )
+
+
+def joined_mask(segments: Sequence[Segment]) -> Tensor | None:
+    """The masks of segments side by side, (B, n) bool; None when none of them has padding."""
+    if all(segment.mask is None for segment in segments):
+        return None
+    found = [
+        torch.ones_like(one.ids, dtype=torch.bool) if one.mask is None else one.mask
+        for one in segments
+    ]
+    return torch.cat(found, dim=1)
 
 
 def _known_of(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memlm.arguments import Batch, packed
 from memlm.output import MemLMOutput
 from memlm.scan import Anchor, first_window, scan
-from memlm.segment import BORDERS, IGNORE, Alignment, Segment, cut
+from memlm.segment import BORDERS, IGNORE, Alignment, Segment, cut, joined_mask
 from memlm.state import MemoryState
 
 
@@ -138,16 +138,9 @@ class _Shares:
 def _joined(window: list[Segment]) -> Segment:
     """The segments of a window as one."""
 
-    masks = [segment.mask for segment in window]
-    mask = None
-    if any(one is not None for one in masks):
-        pairs = zip(masks, window, strict=True)
-        mask = torch.cat(
-            [torch.ones_like(s.ids, dtype=torch.bool) if m is None else m for m, s in pairs], dim=1
-        )
     labels = [segment.labels for segment in window if segment.labels is not None]
     ids = torch.cat([segment.ids for segment in window], dim=1)
-    return Segment(ids, mask, torch.cat(labels, dim=1) if labels else None)
+    return Segment(ids, joined_mask(window), torch.cat(labels, dim=1) if labels else None)
 
 
 def _model_within(model: nn.Module) -> _Model:
