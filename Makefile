@@ -52,6 +52,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/long_context.py
 	$(BIN)/python benchmarks/index_size.py
 
 # Everything a machine with an accelerator has to say, tests first; results go beside those of the CPU.
@@ -65,6 +66,8 @@ bench-gpu: $(VENV)/installed
 	$(BIN)/python benchmarks/generation.py $(BIG) --out benchmarks/results/generation-gpu.json
 	$(BIN)/python benchmarks/scaling.py $(GPU) --out benchmarks/results/scaling-gpu.json
 	$(BIN)/python benchmarks/training.py $(BIG) --out benchmarks/results/training-gpu.json
+	$(BIN)/python benchmarks/long_context.py $(BIG) --lengths 4k,16k,64k,256k,1M \
+		--out benchmarks/results/long_context-gpu.json
 
 clean:
 	rm -rf $(VENV) demo-run build dist .pytest_cache .mypy_cache .ruff_cache

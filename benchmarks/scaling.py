@@ -1,8 +1,7 @@
 """How many tokens per second a pool of streams reads, by the number of streams.
 
-Every stream has as many tokens as the others, `tokens` in all are read at least, and the pool reads up to
-`rows` of them side by side. The figure is tokens of all streams per CPU second (GPU: second), and its ratio
-to one stream alone; rounds are interleaved.
+Every stream has the same text, whose full segments are read, 64 streams at most side by side. The figure is
+tokens of all streams per CPU second (GPU: second), and its ratio to one stream alone; rounds interleaved.
 
     python benchmarks/scaling.py [MODEL] [--streams 1,4,16,64,256]
 """
@@ -24,7 +23,7 @@ from memlm import StreamPool, load_pretrained
 def main(
     model: Annotated[str, typer.Argument(help="a shipped model's name")] = "qa1",
     streams: Annotated[str, typer.Option(help="by comma")] = "1,4,16,64,256",
-    tokens: Annotated[int, typer.Option(help="of each stream")] = 2048,
+    tokens: Annotated[int, typer.Option(help="of each stream, about")] = 3000,
     rounds: int = 3,
     device: str = "cpu",
     threads: int = 1,
@@ -46,9 +45,14 @@ def main(
             opened = [pool.open() for _ in range(count)]
             for stream in opened:
                 stream.write(text)
+            read = pool.waiting * reader.segment_length
+            if not read:
+                raise typer.BadParameter(
+                    f"--tokens {tokens} does not fill a segment of {reader.segment_length}; give more"
+                )
             spent = seconds(pool.run, device)
             if turn:  # the first one warms up
-                found[count].append(sum(stream.tokens_seen for stream in opened) / spent)
+                found[count].append(read / spent)
     rows: list[dict[str, Any]] = []
     for count, speeds in found.items():
         ratios = [speed / alone for speed, alone in zip(speeds, found[counts[0]], strict=True)]
