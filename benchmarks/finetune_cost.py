@@ -1,6 +1,6 @@
 """What a step of fine-tuning costs with models of real sizes, beside what the plan of the run said before.
 
-    python benchmarks/finetune_cost.py smollm2-135m llama-3.2-1b --out fine-tuning.json
+    python benchmarks/finetune_cost.py [smollm2-135m llama-3.2-1b --segments 2 --segment-length 64]
 
 Weights are random, since only shapes matter here. Each model gets ARMT and LoRA, in bfloat16 and with
 recomputation, reads documents of `--segments` segments, and is asked at their ends. The plan and the run
@@ -17,6 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from record import write_result
+
+OUT = Path("benchmarks/results/finetune_cost.json")
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "hidden_size": 576,
@@ -46,7 +50,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def make_base(folder: Path, name: str) -> None:
     """A base of the shape `name` with random weights, and a tokenizer trained on a page."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -74,6 +77,7 @@ def make_data(path: Path, tokens: int) -> None:
 
 
 def recipe(folder: Path, arguments: argparse.Namespace) -> Any:
+    """As `memlm train --base ... --data ...` makes it, with LoRA, bfloat16 and recomputation."""
     from memlm.train import Recipe
 
     overrides = [
@@ -90,12 +94,12 @@ def recipe(folder: Path, arguments: argparse.Namespace) -> Any:
 
 
 def planned(folder: Path, arguments: argparse.Namespace, found: Any) -> None:
+    """What the plan says, from its trial of three batches."""
     from memlm.train import plan
 
     outlook = plan(recipe(folder, arguments), folder / "plan")
     assert outlook.trial is not None
     found["plan"] = {
-        "lines": list(outlook.lines()),
         "trained": outlook.trained,
         "frozen": outlook.frozen,
         "tokens_per_step": outlook.trial.tokens,
@@ -128,17 +132,54 @@ def measured(folder: Path, arguments: argparse.Namespace, found: Any) -> None:
     found["run"] = {"seconds_per_step": sum(seconds) / len(seconds), "peak_bytes": memory.bytes}
 
 
+def row_of(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What was said beforehand and what was measured, side by side."""
+    plan, run = found["plan"], found["run"]
+    return {
+        "model": name,
+        "trained": sum(plan["trained"].values()),
+        "frozen": plan["frozen"],
+        "state_bytes": plan["state_bytes"],
+        "tokens_per_step": plan["tokens_per_step"],
+        "planned_seconds_per_step": plan["seconds_per_step"],
+        "measured_seconds_per_step": run["seconds_per_step"],
+        "planned_peak_bytes": plan["peak_bytes"],
+        "measured_peak_bytes": run["peak_bytes"],
+        "device": plan["device"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    lines = [
+        "| model | trained | frozen | tokens per step | seconds per step: plan, measured "
+        "| peak: plan, measured |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        seconds = [row[f"{kind}_seconds_per_step"] for kind in ("planned", "measured")]
+        peaks = [row[f"{kind}_peak_bytes"] / 1e9 for kind in ("planned", "measured")]
+        lines.append(
+            f"| {row['model']} | {row['trained'] / 1e6:.1f}M | {row['frozen'] / 1e6:,.0f}M "
+            f"| {row['tokens_per_step']:.0f} | {seconds[0]:.1f}, {seconds[1]:.1f} "
+            f"| {peaks[0]:.2f}, {peaks[1]:.2f} GB |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", choices=list(SHAPES))
-    parser.add_argument("--segments", type=int, default=3)
-    parser.add_argument("--segment-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("models", nargs="*", help=f"of {', '.join(SHAPES)} (default: all)")
+    parser.add_argument("--segments", type=int, default=2)
+    parser.add_argument("--segment-length", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
+    if unknown := set(arguments.models) - set(SHAPES):
+        parser.error(f"models names {min(unknown)!r}; use {', '.join(SHAPES)}")
     spawn = multiprocessing.get_context("spawn")
-    results = {}
-    for name in arguments.models:
+    rows = []
+    for name in arguments.models or SHAPES:
         with tempfile.TemporaryDirectory() as temporary, spawn.Manager() as manager:
             folder, found = Path(temporary), manager.dict()
             make_data(folder / "data.jsonl", arguments.segments * arguments.segment_length)
@@ -150,10 +191,12 @@ def main() -> None:
                 process.join()
                 if process.exitcode:
                     raise SystemExit(f"{call.__name__} of {name} ended with {process.exitcode}")
-            results[name] = dict(found)
-        print(json.dumps({name: results[name]}, indent=2), flush=True)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            rows.append(row_of(name, dict(found)))
+        print(table(rows[-1:]), flush=True)
+    settings = {"segments": arguments.segments, "segment_length": arguments.segment_length}
+    settings |= {"steps": arguments.steps, "memory": "armt", "lora": "r: 16", "dtype": "bfloat16"}
+    what = "Steps of fine-tuning with LoRA and recomputation: the plan's estimate and what was measured"
+    write_result(arguments.out, what, settings | {"threads": torch.get_num_threads()}, rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from memlm.files import write_atomically
 from memlm.text import check_text_file, read_text
 
 MEMORY, NONE = "gated-delta", "none"
@@ -78,7 +79,8 @@ def demo(
     )
     print(line)
     report = out / "report.md"
-    report.write_text(f"{table}\n{stream_report}\n{line}\n", encoding="utf-8")
+    said = f"{table}\n{stream_report}\n{line}\n"
+    write_atomically(report, lambda file: file.write_text(said, encoding="utf-8"))
     return [report, picture, out / MEMORY, out / NONE]
 
 

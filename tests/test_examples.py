@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from memlm.data import open_rows
+from memlm.tasks.haystack import read_documents
 from tests.train.test_bases import own  # noqa: F401
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -48,6 +51,35 @@ def test_finetuning_on_questions(run, text: Path, own: Path, tmp_path: Path) -> 
         *("training.gradient_accumulation_steps=2", "data.question_template='{question}'"),
     )
     assert "4 rows, 12 questions" in said and "1 steps, loss" in said and "Who? " in said
+
+
+def test_made_questions_can_be_answered_from_their_documents(run, tmp_path: Path) -> None:
+    said = run("make_questions.py", tmp_path / "a", "--documents", 20, "--held-out", 5, "--bare", 0)
+    assert "train.jsonl: 20 documents" in said and "held-out.jsonl: 5 documents" in said
+    held_out = " ".join(
+        sentence for text in read_documents("builtin", "eval") for sentence in text.sentences
+    )
+    for name in ("train", "held-out"):
+        rows = open_rows(tmp_path / "a" / f"{name}.jsonl")
+        for row in rows:
+            told = dict(re.findall(r"The (\w+) uses the (\w+)\.", row.text))
+            assert 2 <= len(told) == len(set(told.values()))
+            for read, question in row.asked:
+                thing = re.fullmatch(r"What does the (\w+) use\?", question.question)[1]
+                assert question.answer == told[thing]
+                # What was last said of the place is the fact itself.
+                fact = f"The {thing} uses the {told[thing]}."
+                assert row.text[:read].rfind(told[thing]) == row.text.index(fact) + len(
+                    fact
+                ) - 1 - len(told[thing])
+            assert len(row.asked) == len(told)
+            prose = [part.strip() for part in re.split(r"The \w+ uses the \w+\.", row.text)]
+            unseen = all(part[:40] in held_out for part in prose)
+            assert unseen == (name == "held-out") and (any(prose) or name == "held-out")
+    run("make_questions.py", tmp_path / "b", "--documents", 20, "--held-out", 5, "--bare", 0)
+    for name in ("train", "held-out"):
+        files = [tmp_path / folder / f"{name}.jsonl" for folder in "ab"]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_loop_with_accelerate(run, text: Path, own: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -7,6 +7,7 @@ texts, for which the base needs no memory.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -181,16 +182,20 @@ def _sections(found: Effect, runs: Mapping[str, Path], segment: int, none: Any) 
     costs = []
     if found.before is not None and found.after is not None and found.change is not None:
         costs = [
-            ("base before training", str(found.before)),
-            ("model, from an empty memory", str(found.after)),
-            ("change, paired by text", str(found.change)),
+            ("base before training", str(found.before), f"{math.exp(found.before.mean):,.1f}"),
+            ("model, from an empty memory", str(found.after), f"{math.exp(found.after.mean):,.1f}"),
+            (
+                "change, paired by text",
+                str(found.change),
+                f"{math.exp(found.change.mean):,.2f} times",
+            ),
         ]
     return [
         *sections,
         Section(
             "What did it cost?",
             f"{found.kept} Texts of one segment ({segment:,} tokens), mean over texts [95% interval].",
-            ("", "nats per token"),
+            ("", "nats per token", "perplexity"),
             costs,
         ),
     ]

@@ -96,7 +96,7 @@ class BabilongSource:
     def prompt(self, question: str) -> np.ndarray:
         """What `encode_question` gives."""
         if question not in self._prompts:
-            template = self.options.question_template
+            template = self.options.asked_with
             self._prompts[question] = encode_question(self.haystack.tokenizer, question, template)
         return self._prompts[question]
 

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from memlm.segment import IGNORE
-from memlm.tasks.haystack.sources import open_dataset, parse_hub, text_column
+from memlm.tasks.haystack.sources import (
+    CARRIED,
+    open_dataset,
+    parse_hub,
+    read_documents,
+    text_column,
+)
 from memlm.text import read_text
 from memlm.tokens import encode_texts
 from memlm.train.curriculum import Stage
@@ -191,10 +197,13 @@ class DatasetTexts:
 def open_texts(
     path: str, skip_empty: bool = False
 ) -> Sequence[tuple[str, str]] | Iterable[tuple[str, str]]:
-    """A text file, a folder of them, or "hub:ID[@CONFIG][:COLUMN]" streamed through `datasets`.
+    """A text file, a folder of them, what the haystack "builtin" or "installed" has for training, or
+    "hub:ID[@CONFIG][:COLUMN]" streamed through `datasets`.
 
     skip_empty: of a folder's files, leave out those without text.
     """
+    if path in CARRIED:
+        return [(text.name, " ".join(text.sentences)) for text in read_documents(path, "train")]
     if not path.startswith("hub:"):
         return TextFiles(path, skip_empty)
     name, config, column = parse_hub(path)

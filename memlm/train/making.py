@@ -123,9 +123,9 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
         )
     # The model is asked later in the way in which it learns to be asked.
     if recipe.data.source == "babilong":
-        model.config.question_template = recipe.data.question_template
+        model.config.question_template = recipe.data.asked_with
         model.config.question_segment, model.config.recall_template = recipe.asking()
-    elif recipe.data.source == "rows" and recipe.sets_question_template:
+    elif recipe.data.question_template is not None:
         model.config.question_template = recipe.data.question_template
     reinitialise(model, section.init_std)
     rows = len(model.get_input_embeddings().state_dict()["weight"])

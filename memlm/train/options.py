@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from memlm.tasks import babi
 from memlm.tasks.babi import endless
-from memlm.templates import BABILONG_RECALL_TEMPLATE
+from memlm.templates import BABILONG_QUESTION_TEMPLATE, BABILONG_RECALL_TEMPLATE
 
 # Options that only some layouts use, and options that only matter with recalled passages.
 READ_BY = {
@@ -33,9 +33,10 @@ class BabilongOptions:
     """How BABILong documents are made; a stage of the curriculum may change any of these."""
 
     tasks: tuple[str, ...] = described("bAbI tasks, one drawn per document", ("qa1",))
-    question_template: str = described(
-        "text that asks a question after a document, with {question} in it; the model remembers it",
-        " {question}",
+    question_template: str | None = described(
+        "text that asks a question after a document, with {question} in it; the model remembers it; "
+        "null: ' {question}' for babilong, the model's own for rows",
+        None,
     )
     layout: Literal["story", "aligned", "flowing"] = described(
         "story: a bAbI story between sentences, questions as its last words (the papers'); "
@@ -90,6 +91,13 @@ class BabilongOptions:
         BABILONG_RECALL_TEMPLATE,
     )
 
+    @property
+    def asked_with(self) -> str:
+        """The text that asks a question after a document of BABILong."""
+        return (
+            BABILONG_QUESTION_TEMPLATE if self.question_template is None else self.question_template
+        )
+
     def reads(self, name: str) -> bool:
         """Whether documents of this layout depend on the option `name`."""
         if name in RECALLING:
@@ -103,7 +111,7 @@ class BabilongOptions:
             raise ValueError(
                 f"layout={self.layout!r} is unknown; use 'story', 'aligned' or 'flowing'"
             )
-        if "{question}" not in self.question_template:
+        if self.question_template is not None and "{question}" not in self.question_template:
             raise ValueError(
                 f"question_template={self.question_template!r} has no place for the question; "
                 "write {question} in it"

@@ -93,7 +93,7 @@ class Outlook:
         else:
             memory = _bytes(self.peak_bytes)
         yield (
-            f"cost, from a trial on {self.device}: {self.trial.seconds:.2g} s per step, "
+            f"cost, from a trial on {self.device}: {_time(self.trial.seconds)} per step, "
             f"{_time(self.seconds)} in all; at most {memory} in use"
         )
 
@@ -212,6 +212,8 @@ def _bytes(count: float) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

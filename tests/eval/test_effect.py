@@ -185,6 +185,8 @@ def test_the_page_and_the_markdown_say_what_was_found(found) -> None:
             assert part in told
         assert result.kept in told
     assert "| 0 to 64 | 100 (3) |" in text or "| 0 to 256 | 100 (3) |" in text
+    ratio = math.exp(result.after.mean) / math.exp(result.before.mean)
+    assert f"| {math.exp(result.before.mean):,.1f} |" in text and f"| {ratio:,.2f} times |" in text
     assert {Path(path).name for path in result.files} >= {"report.md", "report.html", "lengths.png"}
 
 

@@ -164,6 +164,20 @@ def test_a_machine_that_cannot_quantise_is_told_before_anything_is_read(
         check_base(ModelSection(base="x", quantization="4bit"))
 
 
+@pytest.mark.parametrize(
+    ("given", "asked_with"),
+    [([], "\n\nQuestion: {question}\nAnswer:"), (["data.question_template=' {question}'"], " {question}")],
+)  # fmt: skip
+def test_rows_are_asked_in_the_model_s_words_or_in_the_recipe_s(
+    own: Path, given: list[str], asked_with: str
+) -> None:
+    """BABILong's own template, too, counts when a recipe names it."""
+    made = recipe(own, *given)
+    model = make_model(made, AutoTokenizer.from_pretrained(own / "base"))
+    assert model.config.question_template == asked_with
+    assert Recipe.from_dict(made.to_dict()) == made
+
+
 def test_numbers_attention_and_rates_are_the_recipe_s(own: Path) -> None:
     made = recipe(
         own,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from memlm.segment import IGNORE
 from memlm.tasks import babi, babilong
-from memlm.tasks.haystack import Document, TokenHaystack
+from memlm.tasks.haystack import Document, TokenHaystack, read_documents
 from memlm.train import (
     BabilongOptions,
     BabilongSource,
@@ -512,6 +512,16 @@ def test_empty_documents_are_passed_over_in_every_kind_of_source(tmp_path: Path,
     (tmp_path / "none" / "b").touch()
     with pytest.raises(ValueError, match="no document with text"):
         open_texts(str(tmp_path / "none"), skip_empty=True)
+
+
+def test_a_haystack_s_held_out_part_is_no_training_text() -> None:
+    texts = dict(open_texts("builtin"))
+    held_out = {text.name: " ".join(text.sentences) for text in read_documents("builtin", "eval")}
+    everything = {text.name for text in read_documents("builtin", "all")}
+    assert texts.keys() | held_out.keys() == everything and len(texts) > 5 * len(held_out) > 0
+    assert not texts.keys() & held_out.keys()
+    # Sentences run on as text.
+    assert all(text.strip() and "  " not in text[:200] for text in texts.values())
 
 
 def test_control_tokens_in_training_texts_are_text_unless_asked_otherwise() -> None:

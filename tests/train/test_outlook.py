@@ -10,7 +10,7 @@ import torch
 
 from memlm.cli import main
 from memlm.train import train
-from memlm.train.outlook import look_ahead
+from memlm.train.outlook import Outlook, Trial, look_ahead
 from memlm.train.run import prepare
 from tests.data.test_rows import ROWS, TURNS, write
 from tests.tokenizers import tokenizer
@@ -55,6 +55,20 @@ def test_the_plan_is_what_can_be_counted(own: Path, tmp_path: Path) -> None:  # 
         "s per step",
     ):
         assert word in said, said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0123, "0.012 s per step, 1.2 s in all"), (3.66, "3.7 s per step, 6 min in all"),
+     (112.0, "112 s per step, 3.1 h in all"), (300.0, "5 min per step, 8.3 h in all")],
+)  # fmt: skip
+def test_the_time_is_told_in_words_of_its_size(seconds: float, said: str) -> None:
+    outlook = Outlook(
+        trained={"memory": 1}, frozen=0, segment_length=4, state_bytes=4, steps=100, rows_per_step=1,
+        bptt_depth=None, stages=(), survey=None, optimizer_bytes=8, device="cpu",
+        trial=Trial(tokens=4, seconds=seconds, peak=100),
+    )  # fmt: skip
+    assert said in list(outlook.lines())[-1]
 
 
 def test_a_trial_leaves_nothing_behind(own: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -31,6 +31,8 @@ MAX_CHARACTERS = 50_000_000
 
 # Fewer files than this are cut into blocks, since a tenth of so few files would be none.
 MIN_FILES_AS_DOCUMENTS = 20
+# Sources that every installation has.
+CARRIED = ("builtin", "installed")
 TEXT_COLUMNS = ("text", "content", "document", "article", "body")
 
 # Only modules whose import opens, prints, registers and changes nothing.
@@ -67,7 +69,7 @@ BUILTIN_MODULES = (
 def check_source(source: str | os.PathLike[str]) -> None:
     """Refuse a haystack source that cannot be opened, before any work is done."""
     name = os.fspath(source)
-    if name in ("builtin", "installed") or (name.startswith("hub:") and len(name) > len("hub:")):
+    if name in CARRIED or (name.startswith("hub:") and len(name) > len("hub:")):
         return
     path = Path(name)
     if not path.exists():
@@ -95,7 +97,7 @@ def read_documents(
     texts, divided = _texts(source, split)
     bounded = _bounded(texts, max_characters)
     cut: Iterator[Document] = (Document(name, split_sentences(text)) for name, text in bounded)
-    if source in ("builtin", "installed"):
+    if source in CARRIED:
         # Of docstrings, what reads as English; code and licences are as they are.
         raw = () if source == "builtin" else ("/code/", "/text/")
         filtered = (

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from memlm.data.opening import looks_like_file
 from memlm.tasks.haystack import check_source
+from memlm.tasks.haystack.sources import CARRIED
 from memlm.train.curriculum import Stage
 from memlm.train.options import BabilongOptions, described
 from memlm.train.recipe.binding import bind, did_you_mean, dotted, plain
@@ -105,11 +106,6 @@ class Recipe:
             )
         own = {f.name: getattr(self.data, f.name) for f in fields(BabilongOptions)}
         return bind(BabilongOptions, {**own, **stage.data}, where)
-
-    @property
-    def sets_question_template(self) -> bool:
-        """Whether the recipe says how questions are asked; a key at its default counts as not set."""
-        return self.data.question_template != BabilongOptions.question_template
 
     def unread(self) -> list[str]:
         """Keys that are set without effect, as "key: why"; a key left at its default counts as not set."""
@@ -227,9 +223,11 @@ class Recipe:
                 )
         elif self.data.source == "documents":
             path = self.data.path or ""
-            if not path.startswith("hub:") and not Path(path).exists():
+            named = path in CARRIED or path.startswith("hub:")
+            if not named and not Path(path).exists():
                 raise FileNotFoundError(
-                    f"data.path={path!r} does not exist; name a text file, a folder or 'hub:ID'"
+                    f"data.path={path!r} does not exist; name 'builtin', 'installed', a text file, a "
+                    "folder or 'hub:ID'"
                 )
         else:
             try:

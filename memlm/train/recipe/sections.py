@@ -94,8 +94,9 @@ class DataSection(BabilongOptions):
         "builtin",
     )
     path: str | None = described(
-        "documents: a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]; rows: a file or folder "
-        "of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, ID[@CONFIG][:COLUMN]",
+        "documents: 'builtin', 'installed', a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]; "
+        "rows: a file or folder of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, "
+        "ID[@CONFIG][:COLUMN]",
         None,
     )
     split: str = described("rows: split of a hub data set", "train")
@@ -106,6 +107,12 @@ class DataSection(BabilongOptions):
         "documents, rows: control tokens written out in a text are text; false makes them control tokens",
         True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source == "babilong":
+            # Spelt out, as recipes of earlier versions have it.
+            object.__setattr__(self, "question_template", self.asked_with)
 
 
 @dataclass(frozen=True, kw_only=True)
