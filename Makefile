@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test processes: one per core, but each takes about 1 GB of memory.
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 4))")
 
-.PHONY: help test wheel demo lint format bench clean
+.PHONY: help test wheel demo lint format bench bench-gpu clean
 
 help:
 	@echo "make test    run the test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    style, types and layering"
 	@echo "make wheel   build the wheel, install it elsewhere and import every public name"
 	@echo "make bench   side-by-side measurements, written to benchmarks/results"
+	@echo "make bench-gpu  the tests for accelerators, then the measurements there"
 
 # torch comes first and alone: a CPU build already on the machine, or already chosen, is then kept.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -43,9 +44,30 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Some hours on one core. Each script takes `--help`.
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
-	$(BIN)/python benchmarks/mechanisms.py $(ARGS)
+	$(BIN)/python benchmarks/mechanisms.py
+	$(BIN)/python benchmarks/mechanisms.py --against base --no-peaks --memory none --memory armt --memory rmt \
+		--out benchmarks/results/overhead.json
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/long_context.py
+	$(BIN)/python benchmarks/index_size.py
+
+# Everything a machine with an accelerator has to say, tests first; results go beside those of the CPU.
+GPU := --device cuda
+BIG := $(GPU) --dtype bfloat16 --hidden 2048 --layers 16 --vocab 32000
+bench-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/mechanisms.py $(BIG) --out benchmarks/results/mechanisms-gpu.json
+	$(BIN)/python benchmarks/mechanisms.py $(BIG) --against base --no-peaks --memory none --memory armt --memory rmt \
+		--out benchmarks/results/overhead-gpu.json
+	$(BIN)/python benchmarks/generation.py $(BIG) --out benchmarks/results/generation-gpu.json
+	$(BIN)/python benchmarks/scaling.py $(GPU) --out benchmarks/results/scaling-gpu.json
+	$(BIN)/python benchmarks/training.py $(BIG) --out benchmarks/results/training-gpu.json
+	$(BIN)/python benchmarks/long_context.py $(BIG) --lengths 4k,16k,64k,256k,1M \
+		--out benchmarks/results/long_context-gpu.json
 
 clean:
 	rm -rf $(VENV) demo-run build dist .pytest_cache .mypy_cache .ruff_cache

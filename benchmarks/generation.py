@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from mechanisms import seconds
 from record import ON_PLAIN_BASES, write_result
+from timing import seconds
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import torch
 import typer
-from mechanisms import seconds
 from record import write_result
+from timing import seconds
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM, MemoryState

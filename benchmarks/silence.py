@@ -19,8 +19,9 @@ from unittest import mock
 
 import torch
 import typer
-from mechanisms import Shape, base_model, seconds, with_memory
 from record import write_result
+from shapes import Shape, base_model, with_memory
+from timing import seconds
 from torch import Tensor
 
 from memlm import MemLMForCausalLM

@@ -36,7 +36,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
-from mechanisms import in_fresh_process, peak_growth, seconds
+from timing import in_fresh_process, peak_growth, seconds
 from torch import Tensor
 
 from memlm import __version__

@@ -64,7 +64,8 @@ class MemoryGenerationMixin(GenerationMixin):
         self, ids: Tensor, mask: Tensor | None, state: MemoryState, segment: OpenSegment
     ) -> Tensor:
         """(B, 1, V) logits after tokens (B, T) that are added to an open segment."""
-        self._check_ready()
+        if not segment.begun:
+            self._check_ready()
         hidden, _, _ = self.backbone.run_segment(
             ids,
             None if mask is None else mask.to(torch.bool),

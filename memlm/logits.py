@@ -6,14 +6,19 @@ segment, and their share of the loss is computed from the logits that are return
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memlm.output import LogitsNotMade
 from memlm.segment import IGNORE, Packing
+
+# Logits that a loss holds at a time, beside what its gradient needs: 128 MiB in float32.
+AT_ONCE = 2**25
 
 
 def collector(
@@ -180,6 +185,29 @@ class Sum:
     def add(self, term: Tensor | None) -> None:
         if term is not None:
             self.value = term if self.value is None else self.value + term
+
+
+def cross_entropy_in_pieces(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int
+) -> Tensor:
+    """Nats, summed over targets (N,), of hidden states (N, D) that `head` maps to (., V) logits.
+
+    No more than `AT_ONCE` logits are held at a time: more are computed piece by piece, and with gradients
+    once again in backward.
+    """
+
+    def loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return summed_cross_entropy(head(hidden.unsqueeze(0)), targets)
+
+    rows = max(1, AT_ONCE // vocabulary)
+    if len(targets) <= rows:
+        return loss(hidden, targets)
+    total = Sum()
+    for piece in zip(hidden.split(rows), targets.split(rows), strict=True):
+        again = torch.is_grad_enabled()
+        total.add(checkpoint(loss, *piece, use_reentrant=False) if again else loss(*piece))
+    assert total.value is not None
+    return total.value
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,7 +20,14 @@ from memlm.backbone import Backbone, new_base
 from memlm.body import Body
 from memlm.config import MemLMConfig
 from memlm.generation import MemoryGenerationMixin
-from memlm.logits import Collector, Nothing, Sum, collector, summed_cross_entropy
+from memlm.logits import (
+    Collector,
+    Nothing,
+    Sum,
+    collector,
+    cross_entropy_in_pieces,
+    summed_cross_entropy,
+)
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.output import LogitsNotMade, MemLMOutput
 from memlm.rolling import RollingMemory
@@ -29,6 +36,7 @@ from memlm.scan import Anchor, first_window, scan
 from memlm.schedule import sequential
 from memlm.segment import IGNORE, Alignment, Segment, cut
 from memlm.state import MemoryState
+from memlm.watch import Watch
 from memlm.windowed import windows
 from memlm.writes import WriteCount
 
@@ -328,7 +336,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         aimed, rest = (None, None) if targets is None else keep.split(targets)
 
         total, extra = Sum(), Sum()
-        run_window = self._window(write, keep)
+        watch = Watch(self.memory)
+        run_window = self._window(write, keep, watch)
         segments = list(cut(batch.ids, batch.mask, rest, self.config.segment_length))
         depth = len(segments) if bptt_depth is None else bptt_depth
         first = first_window(len(segments), depth, bptt_anchor)
@@ -336,6 +345,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             total.add(loss)
             extra.add(cost)
             state = after
+        watch.check()
         kept = keep.result()
         logits = None if kept is None else (head or self.backbone.logits)(kept)
         if aimed is not None and logits is not None:
@@ -366,7 +376,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         return out.to_tuple() if return_dict is False else out
 
     def _window(
-        self, write: bool, keep: Collector
+        self, write: bool, keep: Collector, watch: Watch
     ) -> Callable[[list[Segment], MemoryState], tuple[Losses, MemoryState]]:
         self._check_ready()
         cells, tokens = self.memory.cells(), self.memory.tokens
@@ -395,15 +405,13 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             loss = None
             if segment.labels is not None:
                 assert hidden is not None
-                loss = self._loss(hidden, segment.labels)
+                loss = self._loss(hidden, segment)
             return (loss, cost, hidden if keep.wanted else None), new
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        read = 0
 
         def window(segments: list[Segment], state: MemoryState) -> tuple[Losses, MemoryState]:
-            nonlocal read
-            total, extra, sizes = Sum(), Sum(), []
+            total, extra = Sum(), Sum()
             found = sequential(step, segments, state, recompute=recompute)
             for (loss, cost, hidden), after in found:
                 total.add(loss)
@@ -411,10 +419,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 if hidden is not None:
                     keep.add(hidden)
                 if write:
-                    sizes.append(after.largest())
+                    watch.add(after)
                 state = after
-            self.memory.check_finite(sizes, state, first_segment=read)
-            read += len(segments)
             return (total.value, extra.value), state
 
         return window
@@ -425,13 +431,21 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         self._open_heads()
         self.memory.check_present(self.backbone.device)
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, segment: Segment) -> Tensor:
         """Summed cross-entropy (nats) over the targets of one segment, in float32 or wider."""
-        has_target = labels != IGNORE
-        if not bool(has_target.any()):
+        count = segment.num_targets
+        assert segment.labels is not None and count is not None
+        if not count:
             return hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        logits = self.backbone.logits(hidden[has_target].unsqueeze(0)).squeeze(0)
-        return summed_cross_entropy(logits, labels[has_target])
+        hidden, labels = hidden.flatten(0, 1), segment.labels.flatten()
+        if count < len(labels):
+            # How many there are is known, so that no shape has to be asked for.
+            found = (labels != IGNORE).cumsum(0)
+            places = torch.searchsorted(found, torch.arange(1, count + 1, device=found.device))
+            hidden, labels = hidden.index_select(0, places), labels.index_select(0, places)
+        return cross_entropy_in_pieces(
+            self.backbone.logits, hidden, labels, self.backbone.config.vocab_size
+        )
 
     def _admit(self, state: MemoryState | None, batch_size: int) -> MemoryState:
         """The state to start from."""
@@ -470,7 +484,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 raise ValueError("segments is empty and memory_state is None; give one of them")
             return memory_state
         state = self._admit(memory_state, first.ids.shape[0])
-        run = self._window(True, Nothing(None))
+        watch = Watch(self.memory)
+        run = self._window(True, Nothing(None), watch)
 
         def noted(window: list[Segment], before: MemoryState) -> tuple[Any, MemoryState]:
             out, after = run(window, before)
@@ -480,6 +495,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
 
         for _, after in scan(noted, chain([first], pieces), state, bptt_depth=1):
             state = after
+        watch.check()
         return state
 
     def set_memory_options(self, **options: Any) -> None:

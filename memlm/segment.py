@@ -7,11 +7,12 @@ never moves a segment boundary. The short segment is a row's last, or its first 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
@@ -35,12 +36,13 @@ class Segment:
 
     ids (B, T) long. mask (B, T) bool, True on real tokens, real tokens first; None when every token is
     real, which spares the attention a mask. labels (B, T) long, already shifted, -100 where there is
-    no target; None when no loss is wanted.
+    no target; None when no loss is wanted. num_targets: how many targets there are, where that is known.
     """
 
     ids: Tensor
     mask: Tensor | None = None
     labels: Tensor | None = None
+    num_targets: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("mask", "labels"):
@@ -224,10 +226,43 @@ def cut(
 
     The last segment may be shorter. `labels` must be shifted already (`shift_labels`).
     """
-    for start in range(0, ids.shape[1], segment_length):
+    starts = range(0, ids.shape[1], segment_length)
+    full, targets = _known_of(mask, labels, segment_length)
+    for number, start in enumerate(starts):
         at = slice(start, start + segment_length)
         yield Segment(
             ids[:, at],
-            None if mask is None else mask[:, at],
+            None if mask is None or full[number] else mask[:, at],
             None if labels is None else labels[:, at],
+            None if labels is None else targets[number],
         )
+
+
+def joined_mask(segments: Sequence[Segment]) -> Tensor | None:
+    """The masks of segments side by side, (B, n) bool; None when none of them has padding."""
+    if all(segment.mask is None for segment in segments):
+        return None
+    found = [
+        torch.ones_like(one.ids, dtype=torch.bool) if one.mask is None else one.mask
+        for one in segments
+    ]
+    return torch.cat(found, dim=1)
+
+
+def _known_of(
+    mask: Tensor | None, labels: Tensor | None, segment_length: int
+) -> tuple[list[int], list[int]]:
+    """Of each segment whether it is without padding, and how many targets it has.
+
+    Asked once for all segments: on an accelerator every question waits for what was computed before.
+    """
+    asked = []
+    for values, filler in ((mask, True), (None if labels is None else labels != IGNORE, False)):
+        if values is not None:
+            whole = F.pad(values, (0, -values.shape[1] % segment_length), value=filler)
+            by_segment = whole.unflatten(1, (-1, segment_length))
+            asked.append(
+                by_segment.all(dim=2).all(dim=0).long() if filler else by_segment.sum(dim=(0, 2))
+            )
+    answers = torch.stack(asked).tolist() if asked else []
+    return ([] if mask is None else answers[0]), ([] if labels is None else answers[-1])

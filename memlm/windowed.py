@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memlm.arguments import Batch, packed
 from memlm.output import MemLMOutput
 from memlm.scan import Anchor, first_window, scan
-from memlm.segment import BORDERS, IGNORE, Alignment, Segment, cut
+from memlm.segment import BORDERS, IGNORE, Alignment, Segment, cut, joined_mask
 from memlm.state import MemoryState
 
 
@@ -138,11 +138,9 @@ class _Shares:
 def _joined(window: list[Segment]) -> Segment:
     """The segments of a window as one."""
 
-    def cat(name: str) -> Any:
-        found = [getattr(segment, name) for segment in window]
-        return None if found[0] is None else torch.cat(found, dim=1)
-
-    return Segment(cat("ids"), cat("mask"), cat("labels"))
+    labels = [segment.labels for segment in window if segment.labels is not None]
+    ids = torch.cat([segment.ids for segment in window], dim=1)
+    return Segment(ids, joined_mask(window), torch.cat(labels, dim=1) if labels else None)
 
 
 def _model_within(model: nn.Module) -> _Model:

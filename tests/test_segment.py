@@ -7,7 +7,7 @@ import torch
 
 from memlm import MemoryState
 from memlm.scan import first_window, scan
-from memlm.segment import Packing, Segment, cut, documents_in, shift_labels
+from memlm.segment import IGNORE, Packing, Segment, cut, documents_in, joined_mask, shift_labels
 
 
 def test_packing_moves_tokens_left_and_back() -> None:
@@ -141,3 +141,22 @@ def test_a_depth_below_one_is_refused() -> None:
         first_window(3, -2)
     with pytest.raises(ValueError, match="bptt_anchor='middle'"):
         first_window(3, 2, "middle")
+
+
+def test_cut_says_what_the_host_has_to_know() -> None:
+    ids = torch.arange(1, 23).view(2, 11)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, 6:] = False
+    labels = torch.full_like(ids, IGNORE)
+    labels[0, 1], labels[1, 2], labels[0, 9] = 5, 6, 7
+    found = list(cut(ids, mask, labels, 4))
+    assert [segment.mask is None for segment in found] == [True, False, False]
+    assert [segment.num_targets for segment in found] == [2, 0, 1]
+    assert torch.equal(torch.cat([s.ids for s in found], 1), ids)
+    # Short segments are full as well, where no row is shorter.
+    assert [s.mask is None for s in cut(ids, torch.ones_like(mask), None, 4)] == [True] * 3
+    assert [s.num_targets for s in cut(ids, mask, None, 4)] == [None] * 3
+    assert all(s.mask is None for s in cut(ids, None, labels, 4))
+    joined = joined_mask(found)
+    assert joined is not None and torch.equal(joined, mask)
+    assert joined_mask(found[:1]) is None

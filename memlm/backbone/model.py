@@ -410,9 +410,8 @@ class Backbone:
         times: Tensor | None = None,
     ) -> dict[str, Any]:
         """A stage's arguments for `x` (B, T', D) of another length: positions and mask made anew."""
-        if mask is None:
-            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        positions = places_of(mask, times)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        positions = places_of(real, times)
         config = self.config
         kind = self.kind(layer)
         if kind is not None:

@@ -221,8 +221,8 @@ def _in_precision_of(
     runs under the caller's own setting, on what it would be given without memories.
     """
     stream = (x.v if isinstance(x, QKV) else x).dtype
-    parameter = next(memory.parameters(), None)
-    if stream not in HALF or parameter is None or parameter.dtype == stream:
+    parameter = next(memory.parameters(), None) if stream in HALF else None
+    if parameter is None or parameter.dtype == stream:
         return run_memory(memory, x, state, inner, mask=mask, write=write)
     device = parameter.device.type
     outside = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)

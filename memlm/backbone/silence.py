@@ -1,7 +1,7 @@
 """Segments in which nothing is written: a memory that can tell so beforehand is read, and left as it is.
 
 Only where no gradient is wanted and a value may decide what is computed: not in training, not under
-torch.compile, not while a CUDA graph is captured. On an accelerator the question waits for the device.
+torch.compile, and not on an accelerator, where the question would make every layer wait for all before it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def may_skip(memory: GatedMemory, x: Tensor) -> bool:
         and not memory.training
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not x.is_meta
-        and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        and x.device.type == "cpu"
         # Whoever hooks the memory's forward, expects it to run.
         and not memory._forward_hooks
         and not memory._forward_pre_hooks

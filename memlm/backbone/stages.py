@@ -25,6 +25,7 @@ HIDDEN: ContextVar[GivenHidden | None] = ContextVar("memlm_hidden", default=None
 # One subclass and one signature per class, however many models are opened.
 _SUBCLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 _SIGNATURES: dict[type[nn.Module], inspect.Signature] = {}
+_NAMES: dict[type[nn.Module], list[str]] = {}
 
 
 class GivenHidden(BaseModelOutputWithPastAndCrossAttentions):
@@ -156,17 +157,26 @@ def signature_of(cls: type[nn.Module]) -> inspect.Signature:
 
 def bind(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a stage's forward by name; in every family the hidden states come first."""
-    signature = signature_of(cls)
-    bound = signature.bind_partial(None, *args, **kwargs).arguments
-    names = list(signature.parameters)
-    first = names[1]
-    named = {k: v for k, v in bound.items() if k not in (names[0], first)}
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(name, {}))
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            raise TypeError(f"{cls.__name__}.forward takes *{name}; its arguments cannot be named")
-    return {"hidden_states": bound[first], **named}
+    names = _names_of(cls)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(given) != len(args) + len(kwargs):
+        # Too many, or one twice: let Python say which.
+        signature_of(cls).bind_partial(None, *args, **kwargs)
+    return {"hidden_states": given.pop(names[0]), **given}
+
+
+def _names_of(cls: type[nn.Module]) -> list[str]:
+    """The names that arguments of a stage's forward may be given by position, in order."""
+    # Not by `Signature.bind`, which takes longer than a small layer's products for one new token.
+    if cls not in _NAMES:
+        parameters = list(signature_of(cls).parameters.values())[1:]
+        for one in parameters:
+            if one.kind is one.VAR_POSITIONAL:
+                raise TypeError(
+                    f"{cls.__name__}.forward takes *{one.name}; its arguments cannot be named"
+                )
+        _NAMES[cls] = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return _NAMES[cls]
 
 
 def _subclass(stage: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.memory.parts.feature_maps import dpfp
+from memlm.memory.parts.precision import without_autocast
 
 EPSILON = 1e-5
 
@@ -26,14 +27,22 @@ def features_of(x: Tensor, heads: int, nu: int, unit: bool) -> Tensor:
 
 def associated(phi: Tensor, associations: Tensor) -> Tensor:
     """The sum of values that features (B, T, H, p) point to, in their dtype: (B, T, H, d)."""
-    by_head = associations.to(phi.dtype).unflatten(2, (phi.shape[2], -1))
-    return torch.einsum("bthp,bphd->bthd", phi, by_head)
+    # Not by einsum, which costs more than the product where it is small, as for a single new token.
+    heads = phi.shape[2]
+    if heads == 1:
+        return (phi.squeeze(2) @ associations.to(phi.dtype)).unsqueeze(2)
+    by_head = associations.to(phi.dtype).unflatten(2, (heads, -1))
+    return (phi.transpose(1, 2) @ by_head.transpose(1, 2)).transpose(1, 2)
 
 
 def counted(phi: Tensor, normaliser: Tensor) -> Tensor:
     """How often features (B, T, H, p) are counted, in the normaliser's dtype: (B, T, H)."""
-    by_head = normaliser.unflatten(1, (phi.shape[2], -1))
-    return torch.einsum("bthp,bhp->bth", phi.to(normaliser.dtype), by_head)
+    wide = phi.to(normaliser.dtype)
+    heads = phi.shape[2]
+    if heads == 1:
+        return wide.squeeze(2) @ normaliser.unsqueeze(2)
+    by_head = normaliser.unflatten(1, (heads, -1)).unsqueeze(3)
+    return (wide.transpose(1, 2) @ by_head).squeeze(3).transpose(1, 2)
 
 
 def summed(phi: Tensor, associations: Tensor, normaliser: Normaliser) -> Tensor:
@@ -47,7 +56,7 @@ def averaged(phi: Tensor, associations: Tensor, normaliser: Normaliser) -> Tenso
     The quotient alone is wide: in bfloat16 a sum over P features would lose the epsilon.
     """
     assert isinstance(normaliser, Tensor)
-    with torch.autocast(phi.device.type, enabled=False):
+    with without_autocast(phi.device.type):
         share = counted(phi, normaliser).unsqueeze(-1) + EPSILON
         return (associated(phi, associations) / share).flatten(2)
 

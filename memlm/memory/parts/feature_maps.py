@@ -13,7 +13,13 @@ def dpfp(x: Tensor, nu: int) -> Tensor:
     r = [relu(x); relu(-x)]; features r_i * r_{i-j} for j = 1..nu: non-negative and sparse.
     """
     r = torch.cat([x, -x], dim=-1).relu()
-    return torch.cat([r * r.roll(shifts=j, dims=-1) for j in range(1, nu + 1)], dim=-1)
+    size = r.shape[-1]
+    turns = -(-nu // size)
+    # With its end in front of it, r is its own past: views, where `roll` makes copies.
+    past = torch.cat([r[..., -nu:] if turns == 1 else r.repeat(*[1] * (r.ndim - 1), turns), r], -1)
+    front = past.shape[-1] - size
+    shifted = [r * past[..., front - j : front - j + size] for j in range(1, nu + 1)]
+    return torch.cat(shifted, dim=-1)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

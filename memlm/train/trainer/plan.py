@@ -17,6 +17,7 @@ from memlm.segment import (
     Segment,
     cut,
     documents_in,
+    joined_mask,
     shift_labels,
 )
 
@@ -45,7 +46,7 @@ class AskedSegment(Segment):
     @property
     def has_labels(self) -> bool:
         """Whether a token of the segment itself has a target."""
-        return self.labels is not None and bool((self.labels != IGNORE).any())
+        return bool(self.num_targets)
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def cut_batch(batch: dict[str, Any], length: int) -> list[AskedSegment]:
             f"give 0 to {count - 1}"
         )
     return [
-        AskedSegment(segment.ids, segment.mask, segment.labels, asked.get(index))
+        AskedSegment(
+            segment.ids, segment.mask, segment.labels, segment.num_targets, asked.get(index)
+        )
         for index, segment in enumerate(cut(ids, mask, targets, length))
     ]
 
@@ -203,8 +206,7 @@ def split_calls(window: Sequence[AskedSegment], whole: bool) -> Iterator[list[As
 def join_segments(segments: Sequence[AskedSegment]) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """ids, mask (None when all are real) and targets (None when there are none) side by side, (B, n)."""
     ids = torch.cat([segment.ids for segment in segments], dim=1)
-    masks = [segment.mask for segment in segments if segment.mask is not None]
-    mask = torch.cat(masks, dim=1) if masks else None
+    mask = joined_mask(segments)
     if not any(segment.has_labels for segment in segments):
         return ids, mask, None
     return ids, mask, torch.cat([s.labels for s in segments if s.labels is not None], dim=1)
@@ -215,7 +217,7 @@ def with_target(segment: AskedSegment) -> AskedSegment:
     labels = torch.full_like(segment.ids, IGNORE)
     row = 0 if segment.mask is None else int(segment.mask[:, 0].long().argmax())
     labels[row, 0] = segment.ids[row, 0]
-    return replace(segment, labels=labels)
+    return replace(segment, labels=labels, num_targets=1)
 
 
 def count_tokens(segment: Segment) -> int:

@@ -1,0 +1,78 @@
+"""What the benchmarks measure with: seconds, how far memory rises, and what this machine can multiply.
+
+Ratios come from runs that take turns in one process, in CPU seconds (GPU: device-synchronised seconds), so
+that a machine whose speed drifts does not decide them.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """CPU seconds of `run`; on a GPU the seconds until the device is done."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_growth(run: Callable[[], object], device: str) -> int | None:
+    """Bytes by which memory rises while `run` runs; None where the system does not tell."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # getrusage's ru_maxrss would not do: a child's starts at what its parent held.
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    reset.write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function` of an importable module returns in a new interpreter."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
+        return pool.submit(function, *args).result()
+
+
+def multiplications(run: Callable[[], object]) -> int:
+    """Multiplications in the products of matrices that `run` computes, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def peak_multiplications(device: str, dtype: str, size: int | None = None) -> float:
+    """Multiplications per second of this machine in a product of square matrices, the best of five."""
+    size = size or (1024 if device == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in "ab")
+    a @ b
+    return size**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
