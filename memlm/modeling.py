@@ -26,7 +26,7 @@ from memlm.output import LogitsNotMade, MemLMOutput
 from memlm.rolling import RollingMemory
 from memlm.saving import SavingMixin
 from memlm.scan import Anchor, first_window, scan
-from memlm.schedule import sequential
+from memlm.scheduling import Read, Scheduler
 from memlm.segment import IGNORE, Alignment, Segment, cut
 from memlm.state import MemoryState
 from memlm.windowed import windows
@@ -84,6 +84,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             for layer in recurrent[:1]:
                 self.backbone.try_recurrence(layer)
         self.gradient_checkpointing = False
+        self.scheduler = Scheduler(self.backbone, self.memory, config)
+        self.scheduler.check()
         with self.backbone.weights_kept() if given else nullcontext():
             self.post_init()
         if given:
@@ -110,6 +112,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         memory: str | MemoryConfig | dict[str, Any] | list[Any] | None = "armt",
         segment_length: int = 512,
         memory_dtype: str = "float32",
+        schedule: str = "auto",
         **kwargs: Any,
     ) -> MemLMForCausalLM:
         """Give a base model a memory.
@@ -117,8 +120,10 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         base: a live model (wrapped, not copied), a configuration (random weights), or a hub id or path,
         loaded with `kwargs`. memory: a name (`memlm.memory.available_memories()`), a config, or a list.
         segment_length: text tokens per segment. memory_dtype: "float32" keeps the memories' parameters in
-        it on a base in half precision, "base" in the base's own dtype. ValueError when they do not fit each
-        other.
+        it on a base in half precision, "base" in the base's own dtype. schedule: "wavefront" runs neighbouring
+        layers of neighbouring segments together, with the same results, and refuses a model with which it
+        cannot; "sequential" does not; "auto" measures, and does where it is faster. ValueError when they do
+        not fit each other.
         """
         if isinstance(base, (str, os.PathLike)):
             base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
@@ -143,6 +148,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             memory=[config_to_dict(entry) for entry in resolve_memories(memory)],
             segment_length=segment_length,
             memory_dtype=memory_dtype,
+            schedule=schedule,
             attn_implementation=base.config._attn_implementation,
             dtype=base.dtype,
         )
@@ -366,12 +372,12 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         return out.to_tuple() if return_dict is False else out
 
     def _window(
-        self, write: bool, keep: Collector
+        self, write: bool, keep: Collector, writes: WriteCount | None = None
     ) -> Callable[[list[Segment], MemoryState], tuple[Losses, MemoryState]]:
         self._check_ready()
         cells, tokens = self.memory.cells(), self.memory.tokens
 
-        def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
+        def step(segment: Segment, state: MemoryState) -> tuple[Read, MemoryState]:
             before = self.memory.unpack(state)
             hidden, after, router_loss = self.backbone.run_segment(
                 segment.ids,
@@ -392,11 +398,15 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             if router_loss is not None:
                 # The rows of a segment pass through the routers together; `forward` divides by all rows.
                 cost = router_loss * segment.rows + (0.0 if cost is None else cost)
-            loss = None
-            if segment.labels is not None:
-                assert hidden is not None
-                loss = self._loss(hidden, segment.labels)
-            return (loss, cost, hidden if keep.wanted else None), new
+            sizes = new.largest() if write else None
+            gate = None if writes is None else self.memory.largest_gate(new)
+            return Read(loss_of(segment, hidden), hidden, cost, sizes, gate), new
+
+        def loss_of(segment: Segment, hidden: Tensor | None) -> Tensor | None:
+            if segment.labels is None:
+                return None
+            assert hidden is not None
+            return self._loss(hidden, segment.labels)
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         read = 0
@@ -404,15 +414,25 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         def window(segments: list[Segment], state: MemoryState) -> tuple[Losses, MemoryState]:
             nonlocal read
             total, extra, sizes = Sum(), Sum(), []
-            found = sequential(step, segments, state, recompute=recompute)
-            for (loss, cost, hidden), after in found:
-                total.add(loss)
-                extra.add(cost)
-                if hidden is not None:
-                    keep.add(hidden)
-                if write:
-                    sizes.append(after.largest())
-                state = after
+            found = self.scheduler.run(
+                step,
+                loss_of,
+                segments,
+                state,
+                write=write,
+                recompute=recompute,
+                gates=writes is not None,
+            )
+            for segment, (one, after) in zip(segments, found, strict=True):
+                total.add(one.loss)
+                extra.add(one.cost)
+                if keep.wanted:
+                    keep.add(one.hidden)
+                if one.sizes is not None:
+                    sizes.append(one.sizes)
+                if writes is not None:
+                    writes.add(segment.active, one.gate)
+                state = state if after is None else after
             self.memory.check_finite(sizes, state, first_segment=read)
             read += len(segments)
             return (total.value, extra.value), state
@@ -421,6 +441,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
 
     def _check_ready(self) -> None:
         self.backbone.check_open()
+        self.config.check_schedule()
         # Somebody may have called the base model's own `set_attn_implementation`, which ignores memories.
         self._open_heads()
         self.memory.check_present(self.backbone.device)
@@ -470,15 +491,9 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 raise ValueError("segments is empty and memory_state is None; give one of them")
             return memory_state
         state = self._admit(memory_state, first.ids.shape[0])
-        run = self._window(True, Nothing(None))
-
-        def noted(window: list[Segment], before: MemoryState) -> tuple[Any, MemoryState]:
-            out, after = run(window, before)
-            if writes is not None:
-                writes.add(window[-1].active, self.memory.largest_gate(after))
-            return out, after
-
-        for _, after in scan(noted, chain([first], pieces), state, bptt_depth=1):
+        run = self._window(True, Nothing(None), writes)
+        depth = self.scheduler.reads_ahead()
+        for _, after in scan(run, chain([first], pieces), state, bptt_depth=depth):
             state = after
         return state
 
@@ -502,6 +517,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         a module of the base has changed its class since, as sharding does.
         """
         self.backbone.close()
+        self.scheduler.release()
         return self.base
 
 

@@ -269,7 +269,7 @@ class Backbone:
                 x, mask = tokens_in(order, x), mask.gather(1, order)
             with entered(run.but(mask=mask) if cells else None), self._handed_over():
                 found = self._decode(x, mask, open_segment)
-            if self._balances_routers:
+            if self.balances_routers:
                 router_losses.append(self._router_loss(found, mask))
             return tokens_back_from(order, found.last_hidden_state)[:, :length]
 
@@ -305,7 +305,8 @@ class Backbone:
                 handle.remove()
 
     @property
-    def _balances_routers(self) -> bool:
+    def balances_routers(self) -> bool:
+        """Whether the base adds a loss for unbalanced routers now."""
         wanted = getattr(self.config, "output_router_logits", False)
         return bool(wanted) and self.base.training and torch.is_grad_enabled()
 
@@ -344,6 +345,10 @@ class Backbone:
     def _decode(self, x: Tensor, mask: Tensor | None, open_segment: OpenSegment | None) -> Any:
         if open_segment is not None:
             return self._decode_more(x, mask, open_segment)
+        return self.decode(x, mask)
+
+    def decode(self, x: Tensor, mask: Tensor | None) -> Any:
+        """Embeddings (B, T, E), real where mask (B, T) is True, through the decoder; what it returns."""
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
         if mask is not None:
             # A row without a token would attend to nothing and fill its gradients with NaN. So it may see
@@ -353,7 +358,7 @@ class Backbone:
             arguments["attention_mask"] = mask.to(torch.long)
             if self._takes_positions:
                 arguments["position_ids"] = places_of(mask)
-        if self._balances_routers:
+        if self.balances_routers:
             arguments["output_router_logits"] = True
         return self.decoder(**arguments)
 

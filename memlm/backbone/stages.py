@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from memlm.backbone.open import Front
-from memlm.backbone.run import RUN, Run, entered
+from memlm.backbone.run import MEETS, RUN, Run, entered
 from memlm.memory.base import Site
 
 HIDDEN: ContextVar[GivenHidden | None] = ContextVar("memlm_hidden", default=None)
@@ -67,6 +68,13 @@ class MemoryStage(Stage):
     _memlm_layer: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        meets = MEETS.get()
+        if meets is not None and self._memlm_site == "layer":
+            arguments = bind(type(self)._memlm_original, args, kwargs)
+            return meets.meet(self._memlm_layer, arguments, partial(self._called, args, kwargs))
+        return self._called(args, kwargs)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = RUN.get()
         if run is not None:
             kwargs["memory_run"] = run

@@ -1,0 +1,409 @@
+"""Which schedule a window of segments runs under: what the config asks for, or what was measured to be faster.
+
+`schedule="wavefront"` runs neighbouring layers of neighbouring segments together (`memlm.schedule.wavefront`), and
+refuses by name what it cannot; "sequential" is segment after segment; "auto" measures once for every device
+and shape, keeps what it found in `config.schedule_measured`, and goes by that from then on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from memlm.attach import MemoryStack
+from memlm.backbone import Backbone, Cell
+from memlm.backbone.batched import BatchedLine, Kind, find_kinds, obstacle, returned_tuples
+from memlm.backbone.stacking import separate
+from memlm.config import MemLMConfig
+from memlm.memory.base import Memory
+from memlm.schedule import Place, alike, sequential, wavefront
+from memlm.segment import Segment
+from memlm.state import MemoryState, flatten
+
+# Under "auto", fewer segments are never worth it: a diagonal would hold a few cells at most.
+LEAST_SEGMENTS = 4
+# How much faster "auto" wants the wavefront to be, so that what it picks is no accident of measuring.
+MARGIN = 1.1
+ROUNDS = 3
+# Segments in a window for each layer when a document is only read: then nine diagonals in ten are full.
+READ_AHEAD = 8
+# Tokens of the segments on which the wavefront is tried out.
+TRIED_TOKENS = 4
+
+
+class Read(NamedTuple):
+    """What one segment leaves beside the state.
+
+    loss (): summed over its targets. hidden (B, T, D): last hidden states. cost (): summed over rows, what the
+    changes of state cost in training. sizes (n,): `MemoryState.largest` of the state after it. gate (B,): the
+    largest write gate. None where it was not asked for.
+    """
+
+    loss: Tensor | None
+    hidden: Tensor
+    cost: Tensor | None = None
+    sizes: Tensor | None = None
+    gate: Tensor | None = None
+
+
+Step = Callable[[Segment, MemoryState], tuple[Read, MemoryState]]
+
+
+class Scheduler:
+    """Runs windows of segments for one model."""
+
+    def __init__(self, backbone: Backbone, memory: MemoryStack, config: MemLMConfig) -> None:
+        self.backbone, self.memory, self.config = backbone, memory, config
+        # Trying needs weights, and is done once for each make of model.
+        self._tried: dict[Any, str | None] = {}
+
+    def obstacle(self) -> str | None:
+        """Why this model cannot run under the wavefront, with what helps; None: it can, as far as can be seen."""
+        cells = self.memory.cells()
+        found = obstacle(self.backbone, cells)
+        if found is None and len(find_kinds(self.backbone, cells)) == len(self.backbone.layers):
+            return "no two of its layers are alike, so that none can run together"
+        return found
+
+    def check(self) -> None:
+        """ValueError when the config asks for a schedule that cannot be."""
+        self.config.check_schedule()
+        if self.config.schedule == "wavefront" and (reason := self.obstacle()) is not None:
+            raise ValueError(_refused(reason))
+
+    def try_out(self, kinds: Sequence[Kind]) -> str | None:
+        """Why the wavefront of this model gives something else than the sequence; None: it gives the same.
+
+        Two short segments with and without padding, under both; what cannot be seen shows there.
+        """
+        key = tuple((tuple(kind.members), *map(repr, kind.modules())) for kind in kinds)
+        if key not in self._tried:
+            modes = [(module, module.training) for module in (*self.backbone.base.modules(), *self.memory.modules())]
+            try:
+                for module, _ in modes:
+                    module.training = False
+                with torch.no_grad(), torch.random.fork_rng(self._devices()):
+                    self._tried[key] = self._differs(kinds)
+            finally:
+                for module, training in modes:
+                    module.training = training
+        return self._tried[key]
+
+    def _devices(self) -> list[torch.device]:
+        return [self.backbone.device] if self.backbone.device.type == "cuda" else []
+
+    def _differs(self, kinds: Sequence[Kind]) -> str | None:
+        tokens = min(TRIED_TOKENS, self.config.segment_length)
+        vocabulary = self.backbone.base.get_input_embeddings().num_embeddings
+        ids = torch.arange(2 * 2 * tokens, device=self.backbone.device).reshape(2, 2, tokens) % vocabulary
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[1, 1, -1] = tokens == 1
+        tuples = returned_tuples(self.backbone, ids[0])
+        for masks in (None, mask):
+            segments = [Segment(ids[i], None if masks is None else masks[i]) for i in range(2)]
+            start = self.memory.init_state(2)
+            state, expected = start, []
+            for segment in segments:
+                before = self.memory.unpack(state)
+                hidden, after, _ = self.backbone.run_segment(
+                    segment.ids, segment.mask, self.memory.cells(), self.memory.tokens, before, True
+                )
+                state = self.memory.pack({**before, **after}, 2)
+                if segment.active is not None:
+                    state = state.where(segment.active, start)
+                expected.append(hidden)
+            line = self._line(kinds, tuples, start, masks is not None, partial(self._note, False, False))
+            try:
+                found = [passed.hidden for passed in wavefront(line, segments)]
+            except Exception as error:
+                return (
+                    f"its layers cannot be run together ({type(error).__name__}: "
+                    f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})"
+                )
+            real = [torch.ones_like(ids[0], dtype=torch.bool)] * 2 if masks is None else list(masks)
+            pairs = [(a[m], b[m]) for a, b, m in zip(found, expected, real, strict=True)]
+            result = self.memory.pack(line.result(), 2)
+            pairs += [(result[name], state[name]) for name in state.floating()]
+            if not all(_close(a, b) for a, b in pairs):
+                return (
+                    "its layers, run together, compute something else than one by one: they differ in "
+                    "more than their weights"
+                )
+        return None
+
+    def reads_ahead(self) -> int:
+        """How many segments of a document that is only read make a window: enough to fill the diagonals."""
+        if self.config.schedule == "sequential" or (
+            self.config.schedule == "auto" and self.obstacle() is not None
+        ):
+            return 1
+        return READ_AHEAD * len(self.backbone.layers)
+
+    def run(
+        self,
+        step: Step,
+        finish: Callable[[Segment, Tensor], Tensor | None],
+        segments: Sequence[Segment],
+        state: MemoryState,
+        *,
+        write: bool,
+        recompute: bool,
+        gates: bool,
+    ) -> Iterator[tuple[Read, MemoryState | None]]:
+        """What each segment of a window leaves, and the state after it; None where that is never in one piece.
+
+        step: a segment through the whole model. finish: the loss of a segment, from its last hidden states.
+        recompute: keep few activations and compute them again in backward. gates: whether the gates are wanted.
+        The state of the last segment is always given.
+        """
+        for part in alike(segments):
+            kinds = self._kinds_for(step, part, state, recompute) if write else None
+            if kinds is None:
+                found: Iterator[tuple[Read, MemoryState | None]] = sequential(
+                    step, part, state, recompute=recompute
+                )
+            else:
+                found = self._wavefront(finish, kinds, part, state, recompute, gates)
+            for read, after in found:
+                state = state if after is None else after
+                yield read, after
+
+    def _wavefront(
+        self,
+        finish: Callable[[Segment, Tensor], Tensor | None],
+        kinds: Sequence[Kind],
+        segments: list[Segment],
+        state: MemoryState,
+        recompute: bool,
+        gates: bool,
+    ) -> Iterator[tuple[Read, MemoryState | None]]:
+        training = self.backbone.base.training and torch.is_grad_enabled()
+        padded = any(segment.mask is not None for segment in segments)
+        note = partial(self._note, training, gates)
+        tuples = self._tuples(segments[0])
+        line = self._line(kinds, tuples, state, padded, note, recompute)
+        for number, (hidden, notes) in enumerate(wavefront(line, segments)):
+            segment = segments[number]
+            last = number == len(segments) - 1
+            after = self.memory.pack(line.result(), state.batch_size) if last else None
+            hidden = hidden.to(segment.ids.device)
+            if recompute:
+                loss = checkpoint(finish, segment, hidden, use_reentrant=False)
+            else:
+                loss = finish(segment, hidden)
+            yield Read(loss, hidden, *self._noted(notes, segment.active)), after
+            del hidden, notes
+
+    def _line(
+        self,
+        kinds: Sequence[Kind],
+        tuples: Sequence[bool],
+        state: MemoryState,
+        padded: bool,
+        note: Any,
+        recompute: bool = False,
+    ) -> BatchedLine:
+        states = self.memory.unpack(state)
+        return BatchedLine(
+            self.backbone, kinds, tuples, self.memory.tokens, padded, states, note, recompute
+        )
+
+    def _tuples(self, segment: Segment) -> list[bool]:
+        return returned_tuples(self.backbone, segment.ids[:1, :TRIED_TOKENS])
+
+    def _note(
+        self, costs: bool, gates: bool, cell: Cell, before: Any, after: Any, kept: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What is kept of one cell: see `Read`. kept: the leaves after it, ended rows as they were."""
+        found: dict[str, Tensor] = {}
+        sizes = [
+            leaf.detach().abs().amax().double()
+            for leaf in kept.values()
+            if leaf.is_floating_point() and leaf.numel()
+        ]
+        if sizes:
+            found["sizes"] = torch.stack(sizes)
+        if costs and (cost := cell.memory.auxiliary_loss(before, after)) is not None:
+            found["cost"] = cost
+        if gates and (gate := cell.memory.largest_gate(after)) is not None:
+            found["gate"] = gate.float()
+        return found
+
+    def _noted(
+        self, notes: Mapping[str, Mapping[str, Tensor]], active: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(cost, sizes, gate) of a segment from what was noted of its cells."""
+        labels = [label for label in self.memory.labels() if label in notes]
+        sizes = [notes[label]["sizes"] for label in labels if "sizes" in notes[label]]
+        gates = [notes[label]["gate"] for label in labels if "gate" in notes[label]]
+        cost = None
+        for label in labels:
+            if "cost" in notes[label]:
+                one = notes[label]["cost"]
+                if active is not None:
+                    one = one.masked_fill(~active, 0.0)
+                one = one.sum() / self.memory.count_of(label)
+                cost = one if cost is None else cost + one
+        return (
+            cost,
+            torch.cat(sizes) if sizes else None,
+            torch.stack(gates).amax(dim=0) if gates else None,
+        )
+
+    def _kinds_for(
+        self, step: Step, segments: list[Segment], state: MemoryState, recompute: bool
+    ) -> list[Kind] | None:
+        """The layers by kind where `segments` are to run under the wavefront, else None."""
+        asked = self.config.schedule
+        least = LEAST_SEGMENTS if asked == "auto" else 2
+        if asked == "sequential" or len(segments) < least:
+            return None
+        if asked == "auto" and (torch.distributed.is_initialized() or torch.compiler.is_compiling()):
+            # Processes that measured for themselves could not agree; a compiler cannot look into a measurement.
+            return None
+        reason = "torch.compile cannot look into it" if torch.compiler.is_compiling() else self.obstacle()
+        kinds = None if reason is not None else find_kinds(self.backbone, self.memory.cells())
+        if kinds is not None:
+            reason = self.try_out(kinds)
+        if reason is not None or kinds is None:
+            if asked == "wavefront":
+                raise ValueError(_refused(str(reason)))
+            return None
+        if asked == "auto":
+            found = self._measured(step, kinds, segments[0], state, recompute)
+            if not faster(found, len(self.backbone.layers), len(segments)):
+                return None
+        return kinds
+
+    def _measured(
+        self, step: Step, kinds: Sequence[Kind], segment: Segment, state: MemoryState, recompute: bool
+    ) -> dict[str, Any]:
+        """Seconds of a segment and of diagonals at this shape, from the config or measured now."""
+        device, learning = self.backbone.device, torch.is_grad_enabled()
+        shape = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "rows": segment.ids.shape[0],
+            "tokens": segment.ids.shape[1],
+            "padded": segment.mask is not None,
+            "learning": learning,
+            "autocast": torch.is_autocast_enabled(device.type),
+            "recompute": recompute,
+        }
+        known = self.config.schedule_measured or []
+        for one in known:
+            if all(one.get(name) == value for name, value in shape.items()):
+                return one
+        with torch.random.fork_rng(self._devices()):
+            seconds = self._measure(step, kinds, segment, state.detach(), learning, recompute)
+        found = {**shape, **seconds}
+        self.config.schedule_measured = [*known, found]
+        return found
+
+    def _measure(
+        self,
+        step: Step,
+        kinds: Sequence[Kind],
+        segment: Segment,
+        state: MemoryState,
+        learning: bool,
+        recompute: bool,
+    ) -> dict[str, Any]:
+        depth, device = len(self.backbone.layers), self.backbone.device
+        parameters = [
+            p
+            for p in (*self.backbone.base.parameters(), *self.memory.parameters())
+            if p.requires_grad
+        ]
+        tuples = self._tuples(segment)
+        note = partial(self._note, False, False)
+
+        def finish(*outputs: Tensor) -> None:
+            if learning:
+                wanted = [x for x in outputs if x.requires_grad]
+                if wanted:
+                    total = torch.stack([x.sum() for x in wanted]).sum()
+                    torch.autograd.grad(total, parameters, allow_unused=True)
+
+        def one_segment() -> None:
+            read, _ = next(sequential(step, [segment], state, recompute=recompute))
+            finish(read.hidden)
+
+        def cells(count: int) -> Callable[[], None]:
+            line = self._line(kinds, tuples, state, segment.mask is not None, note, recompute)
+            places = [Place(layer, count - 1 - layer) for layer in range(count)]
+
+            def call() -> None:
+                fresh = self._line(kinds, tuples, state, line.padded, note, recompute)
+                for layer, number in places:
+                    fresh.enter(number, segment)
+                    fresh.under_way[number].layer = layer
+                fresh.run(places)
+                finish(*(one.x for one in fresh.under_way.values()))
+
+            return call
+
+        sizes = sorted({1, -(-depth // 2), depth})
+        jobs = [one_segment, *(cells(size) for size in sizes)]
+        best = [float("inf")] * len(jobs)
+        for turn in range(ROUNDS + 1):
+            for index, job in enumerate(jobs):
+                taken = _seconds(job, device)
+                if turn:  # The first is for what is made once.
+                    best[index] = min(best[index], taken)
+        return {"segment_seconds": best[0], "cells": sizes, "cells_seconds": best[1:]}
+
+    def release(self) -> None:
+        """Give every parameter memory of its own again."""
+        for module in (self.backbone.base, self.memory):
+            separate(list(cast(nn.Module, module).parameters()))
+
+
+def faster(measured: Mapping[str, Any], layers: int, segments: int) -> bool:
+    """Whether `segments` are clearly faster under the wavefront, going by what was measured.
+
+    A diagonal's seconds are taken to lie on straight lines between the sizes that were measured.
+    """
+    largest = min(layers, segments)
+    ramps = sum(2 * _between(measured, size) for size in range(1, largest))
+    full = (layers + segments - 1 - 2 * (largest - 1)) * _between(measured, largest)
+    return segments * measured["segment_seconds"] > MARGIN * (ramps + full)
+
+
+def _between(measured: Mapping[str, Any], size: int) -> float:
+    points = list(zip(measured["cells"], measured["cells_seconds"], strict=True))
+    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+        if a <= size <= b:
+            return low + (high - low) * (size - a) / (b - a)
+    return points[-1][1]
+
+
+def _seconds(job: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call: on an accelerator until it is done, else of the processor, which others share."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        job()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+    start = time.process_time()
+    job()
+    return time.process_time() - start
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of any dtype."""
+    if not a.numel():
+        return True
+    return float((a - b).abs().max()) <= 0.02 * float(b.abs().max()) + 1e-6
+
+
+def _refused(reason: str) -> str:
+    return f"schedule='wavefront' cannot run this model: {reason}; or use schedule='sequential'"
