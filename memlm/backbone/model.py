@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memlm.backbone.finding import find_attention, find_layers, layer_list, unwrapped, works_on
 from memlm.backbone.heads import (
     OPENED,
+    folded_mask,
     not_later,
     open_attention,
     places_of,
@@ -57,6 +58,7 @@ from memlm.backbone.stages import (
     signature_of,
 )
 from memlm.memory.base import LOADED, Dims, Site
+from memlm.memory.parts.folding import is_mapped
 from memlm.memory.parts.tokens import tokens_back_from, tokens_in
 
 # Kinds of attention whose keys and values say everything about the tokens before.
@@ -427,7 +429,14 @@ class Backbone:
         else:
             make_mask = create_causal_mask
         given = dict(arguments)
-        seen = make_mask(config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None)
+
+        def made(x: Tensor, mask: Tensor) -> Tensor | None:
+            return make_mask(
+                config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
+            )
+
+        # transformers looks into a mask, to leave it out where it says nothing.
+        seen = folded_mask(made, x, mask) if is_mapped(mask) else made(x, mask)
         given["attention_mask"] = seen if times is None else not_later(seen, times)
         if given.get("position_ids") is not None:
             given["position_ids"] = positions
