@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memlm.attach import MemoryStack
 from memlm.backbone import Backbone, Cell
-from memlm.backbone.batched import BatchedLine, Kind, find_kinds, obstacle, returned_tuples
+from memlm.backbone.batched import BatchedLine, Kind, find_kinds, returned_tuples
 from memlm.backbone.stacking import separate
 from memlm.config import MemLMConfig
 from memlm.memory.base import Memory
@@ -56,21 +56,33 @@ class Read(NamedTuple):
 Step = Callable[[Segment, MemoryState], tuple[Read, MemoryState]]
 
 
+class Trial(NamedTuple):
+    """Whether each layer returns a tuple, and why the wavefront cannot be had; None: it can."""
+
+    tuples: list[bool]
+    obstacle: str | None
+
+
 class Scheduler:
     """Runs windows of segments for one model."""
 
     def __init__(self, backbone: Backbone, memory: MemoryStack, config: MemLMConfig) -> None:
         self.backbone, self.memory, self.config = backbone, memory, config
         # Trying needs weights, and is done once for each make of model.
-        self._tried: dict[Any, str | None] = {}
+        self._tried: dict[Any, Trial] = {}
+        # What the last run of several segments went by.
+        self.last = "sequential"
 
     def obstacle(self) -> str | None:
         """Why this model cannot run under the wavefront, with what helps; None: it can, as far as can be seen."""
-        cells = self.memory.cells()
-        found = obstacle(self.backbone, cells)
-        if found is None and len(find_kinds(self.backbone, cells)) == len(self.backbone.layers):
-            return "no two of its layers are alike, so that none can run together"
-        return found
+        return self._kinds()[0]
+
+    def _kinds(self) -> tuple[str | None, list[Kind]]:
+        """What stands in the way, and, where nothing does, the layers by kind."""
+        try:
+            return None, find_kinds(self.backbone, self.memory.cells())
+        except ValueError as error:
+            return str(error), []
 
     def check(self) -> None:
         """ValueError when the config asks for a schedule that cannot be."""
@@ -78,14 +90,14 @@ class Scheduler:
         if self.config.schedule == "wavefront" and (reason := self.obstacle()) is not None:
             raise ValueError(_refused(reason))
 
-    def try_out(self, kinds: Sequence[Kind]) -> str | None:
-        """Why the wavefront of this model gives something else than the sequence; None: it gives the same.
-
-        Two short segments with and without padding, under both; what cannot be seen shows there.
-        """
-        key = tuple((tuple(kind.members), *map(repr, kind.modules())) for kind in kinds)
+    def try_out(self, kinds: Sequence[Kind]) -> Trial:
+        """Try the wavefront on two short segments, with and without padding; what cannot be seen shows there."""
+        key = tuple((tuple(kind.members), kind.description) for kind in kinds)
         if key not in self._tried:
-            modes = [(module, module.training) for module in (*self.backbone.base.modules(), *self.memory.modules())]
+            modes = [
+                (module, module.training)
+                for module in (*self.backbone.base.modules(), *self.memory.modules())
+            ]
             try:
                 for module, _ in modes:
                     module.training = False
@@ -99,10 +111,13 @@ class Scheduler:
     def _devices(self) -> list[torch.device]:
         return [self.backbone.device] if self.backbone.device.type == "cuda" else []
 
-    def _differs(self, kinds: Sequence[Kind]) -> str | None:
+    def _differs(self, kinds: Sequence[Kind]) -> Trial:
         tokens = min(TRIED_TOKENS, self.config.segment_length)
         vocabulary = self.backbone.base.get_input_embeddings().num_embeddings
-        ids = torch.arange(2 * 2 * tokens, device=self.backbone.device).reshape(2, 2, tokens) % vocabulary
+        ids = (
+            torch.arange(2 * 2 * tokens, device=self.backbone.device).reshape(2, 2, tokens)
+            % vocabulary
+        )
         mask = torch.ones_like(ids, dtype=torch.bool)
         mask[1, 1, -1] = tokens == 1
         tuples = returned_tuples(self.backbone, ids[0])
@@ -119,24 +134,26 @@ class Scheduler:
                 if segment.active is not None:
                     state = state.where(segment.active, start)
                 expected.append(hidden)
-            line = self._line(kinds, tuples, start, masks is not None, partial(self._note, False, False))
+            note = partial(self._note, False, False)
+            line = self._line(kinds, start, masks is not None, note, tuples=tuples)
             try:
                 found = [passed.hidden for passed in wavefront(line, segments)]
             except Exception as error:
-                return (
-                    f"its layers cannot be run together ({type(error).__name__}: "
-                    f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'})"
+                said = next(iter(str(error).strip().splitlines()), "no reason given")
+                return Trial(
+                    tuples, f"its layers cannot run together ({type(error).__name__}: {said})"
                 )
             real = [torch.ones_like(ids[0], dtype=torch.bool)] * 2 if masks is None else list(masks)
             pairs = [(a[m], b[m]) for a, b, m in zip(found, expected, real, strict=True)]
             result = self.memory.pack(line.result(), 2)
             pairs += [(result[name], state[name]) for name in state.floating()]
             if not all(_close(a, b) for a, b in pairs):
-                return (
+                return Trial(
+                    tuples,
                     "its layers, run together, compute something else than one by one: they differ in "
-                    "more than their weights"
+                    "more than their weights",
                 )
-        return None
+        return Trial(tuples, None)
 
     def reads_ahead(self) -> int:
         """How many segments of a document that is only read make a window: enough to fill the diagonals."""
@@ -165,6 +182,7 @@ class Scheduler:
         """
         for part in alike(segments):
             kinds = self._kinds_for(step, part, state, recompute) if write else None
+            self.last = "sequential" if kinds is None else "wavefront"
             if kinds is None:
                 found: Iterator[tuple[Read, MemoryState | None]] = sequential(
                     step, part, state, recompute=recompute
@@ -187,8 +205,7 @@ class Scheduler:
         training = self.backbone.base.training and torch.is_grad_enabled()
         padded = any(segment.mask is not None for segment in segments)
         note = partial(self._note, training, gates)
-        tuples = self._tuples(segments[0])
-        line = self._line(kinds, tuples, state, padded, note, recompute)
+        line = self._line(kinds, state, padded, note, recompute)
         for number, (hidden, notes) in enumerate(wavefront(line, segments)):
             segment = segments[number]
             last = number == len(segments) - 1
@@ -204,22 +221,26 @@ class Scheduler:
     def _line(
         self,
         kinds: Sequence[Kind],
-        tuples: Sequence[bool],
         state: MemoryState,
         padded: bool,
         note: Any,
         recompute: bool = False,
+        tuples: Sequence[bool] | None = None,
     ) -> BatchedLine:
         states = self.memory.unpack(state)
+        tuples = self.try_out(kinds).tuples if tuples is None else tuples
         return BatchedLine(
             self.backbone, kinds, tuples, self.memory.tokens, padded, states, note, recompute
         )
 
-    def _tuples(self, segment: Segment) -> list[bool]:
-        return returned_tuples(self.backbone, segment.ids[:1, :TRIED_TOKENS])
-
     def _note(
-        self, costs: bool, gates: bool, cell: Cell, before: Any, after: Any, kept: Mapping[str, Tensor]
+        self,
+        costs: bool,
+        gates: bool,
+        cell: Cell,
+        before: Any,
+        after: Any,
+        kept: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """What is kept of one cell: see `Read`. kept: the leaves after it, ended rows as they were."""
         found: dict[str, Tensor] = {}
@@ -265,47 +286,53 @@ class Scheduler:
         least = LEAST_SEGMENTS if asked == "auto" else 2
         if asked == "sequential" or len(segments) < least:
             return None
-        if asked == "auto" and (torch.distributed.is_initialized() or torch.compiler.is_compiling()):
+        if asked == "auto" and (
+            torch.distributed.is_initialized() or torch.compiler.is_compiling()
+        ):
             # Processes that measured for themselves could not agree; a compiler cannot look into a measurement.
             return None
-        reason = "torch.compile cannot look into it" if torch.compiler.is_compiling() else self.obstacle()
-        kinds = None if reason is not None else find_kinds(self.backbone, self.memory.cells())
-        if kinds is not None:
-            reason = self.try_out(kinds)
-        if reason is not None or kinds is None:
+        if asked == "auto" and (known := self._known(segments[0], recompute)) is not None:
+            if not faster(known, len(self.backbone.layers), len(segments)):
+                return None
+        reason, kinds = self._kinds()
+        if torch.compiler.is_compiling():
+            reason = "torch.compile cannot look into it; compile without it"
+        if reason is None:
+            reason = self.try_out(kinds).obstacle
+        if reason is not None:
             if asked == "wavefront":
-                raise ValueError(_refused(str(reason)))
+                raise ValueError(_refused(reason))
             return None
-        if asked == "auto":
-            found = self._measured(step, kinds, segments[0], state, recompute)
-            if not faster(found, len(self.backbone.layers), len(segments)):
+        if asked == "auto" and known is None:
+            with torch.random.fork_rng(self._devices()):
+                seconds = self._measure(step, kinds, segments[0], state.detach(), recompute)
+            known = {**self._shape(segments[0], recompute), **seconds}
+            self.config.schedule_measured = [*(self.config.schedule_measured or []), known]
+            if not faster(known, len(self.backbone.layers), len(segments)):
                 return None
         return kinds
 
-    def _measured(
-        self, step: Step, kinds: Sequence[Kind], segment: Segment, state: MemoryState, recompute: bool
-    ) -> dict[str, Any]:
-        """Seconds of a segment and of diagonals at this shape, from the config or measured now."""
-        device, learning = self.backbone.device, torch.is_grad_enabled()
-        shape = {
+    def _known(self, segment: Segment, recompute: bool) -> dict[str, Any] | None:
+        """What was measured at this shape."""
+        shape = self._shape(segment, recompute).items()
+        for one in self.config.schedule_measured or []:
+            if all(one.get(name) == value for name, value in shape):
+                return one
+        return None
+
+    def _shape(self, segment: Segment, recompute: bool) -> dict[str, Any]:
+        """What seconds are taken to depend on, beside the model and its memories."""
+        device = self.backbone.device
+        return {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "rows": segment.ids.shape[0],
             "tokens": segment.ids.shape[1],
             "padded": segment.mask is not None,
-            "learning": learning,
+            "learning": torch.is_grad_enabled(),
             "autocast": torch.is_autocast_enabled(device.type),
             "recompute": recompute,
         }
-        known = self.config.schedule_measured or []
-        for one in known:
-            if all(one.get(name) == value for name, value in shape.items()):
-                return one
-        with torch.random.fork_rng(self._devices()):
-            seconds = self._measure(step, kinds, segment, state.detach(), learning, recompute)
-        found = {**shape, **seconds}
-        self.config.schedule_measured = [*known, found]
-        return found
 
     def _measure(
         self,
@@ -313,16 +340,16 @@ class Scheduler:
         kinds: Sequence[Kind],
         segment: Segment,
         state: MemoryState,
-        learning: bool,
         recompute: bool,
     ) -> dict[str, Any]:
+        """Seconds of one segment, and of diagonals of some sizes."""
         depth, device = len(self.backbone.layers), self.backbone.device
+        learning = torch.is_grad_enabled()
         parameters = [
             p
             for p in (*self.backbone.base.parameters(), *self.memory.parameters())
             if p.requires_grad
         ]
-        tuples = self._tuples(segment)
         note = partial(self._note, False, False)
 
         def finish(*outputs: Tensor) -> None:
@@ -337,11 +364,10 @@ class Scheduler:
             finish(read.hidden)
 
         def cells(count: int) -> Callable[[], None]:
-            line = self._line(kinds, tuples, state, segment.mask is not None, note, recompute)
             places = [Place(layer, count - 1 - layer) for layer in range(count)]
 
             def call() -> None:
-                fresh = self._line(kinds, tuples, state, line.padded, note, recompute)
+                fresh = self._line(kinds, state, segment.mask is not None, note, recompute)
                 for layer, number in places:
                     fresh.enter(number, segment)
                     fresh.under_way[number].layer = layer

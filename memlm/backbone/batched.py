@@ -2,7 +2,7 @@
 
 Layers that differ in their weights alone are of one kind. A kind has one layer as its template, called under
 `torch.vmap` with the weights of several, so that the family's code and the mechanisms' code are what they
-always are. What this cannot do is refused by name (`obstacle`), or found by trying (`Trial`).
+always are. What this cannot do is refused by name (`find_kinds`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -24,8 +23,6 @@ from memlm.backbone.finding import layer_list
 from memlm.backbone.model import Backbone
 from memlm.backbone.run import Cell, Cells, Passage, Returns, Run, entered, met_by
 from memlm.backbone.stacking import stacked, with_gradient
-from memlm.memory.base import Memory, MemoryConfig
-from memlm.memory.parts.folding import folded
 from memlm.schedule import Place
 from memlm.segment import Segment
 from memlm.state import flatten, unflatten, where_rows
@@ -34,7 +31,8 @@ from memlm.state import flatten, unflatten, where_rows
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index")
 # Arguments of a layer that follow from the segment's shape alone where nothing is padding.
 FROM_SHAPE = ("attention_mask", "position_embeddings", "position_ids", "cache_position")
-PLAIN = (bool, int, float, str, type(None), tuple, torch.dtype, MemoryConfig)
+PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # What is noted of a cell: called with the memory, the state before and after, and after ended rows kept theirs.
 Note = Callable[[Cell, Any, Any, Any], dict[str, Tensor]]
@@ -43,19 +41,24 @@ Note = Callable[[Cell, Any, Any, Any], dict[str, Tensor]]
 class Kind(nn.Module):
     """Layers that differ in their weights alone, with the memories in them: one of them, the template.
 
-    members: the layers' numbers, rising. cells: the memories of each member, in one order.
+    members: the layers' numbers, rising. cells: the memories of each member, in one order. description: what the
+    members have in common.
     """
 
-    def __init__(self, backbone: Backbone, members: list[int], found: Cells) -> None:
+    def __init__(
+        self, backbone: Backbone, members: list[int], found: Cells, description: tuple[Any, ...]
+    ) -> None:
         super().__init__()
-        self.members = members
+        self.members, self.description = members, description
         self.cells = [_cells_of(layer, found) for layer in members]
         self.layer = backbone.layers[members[0]]
         self.memories = nn.ModuleList(cell.memory for cell in self.cells[0])
         at = members[0]
         self.here: Cells = {place: cells for place, cells in found.items() if place[1] == at}
-        parts = [nn.ModuleList([backbone.layers[layer], *(cell.memory for cell in cells)])
-                 for layer, cells in zip(members, self.cells, strict=True)]
+        parts = [
+            nn.ModuleList([backbone.layers[layer], *(cell.memory for cell in cells)])
+            for layer, cells in zip(members, self.cells, strict=True)
+        ]
         # Names as this module has them, in the order in which every member lists its own.
         listed: dict[int, str] = {id(p): name for name, p in self.named_parameters()}
         listed |= {id(b): name for name, b in self.named_buffers()}
@@ -78,124 +81,140 @@ def _cells_of(layer: int, found: Cells) -> list[Cell]:
 
 
 def find_kinds(backbone: Backbone, cells: Cells) -> list[Kind]:
-    """The layers of the base model by kind."""
+    """The layers of the base model by kind. ValueError, half a sentence with what helps, where there are none."""
+    reason = _obstacle(backbone, cells)
     members: dict[Any, list[int]] = {}
-    for layer in range(len(backbone.layers)):
-        members.setdefault(tuple(_description(backbone, layer, cells)), []).append(layer)
-    return [Kind(backbone, layers, cells) for layers in members.values()]
+    seen: dict[int, int] = {}
+    around = [] if reason else list(layer_list(backbone.base))
+    for layer, outer in enumerate(around):
+        if outer is not backbone.layers[layer]:
+            reason = f"layer {layer} stands in a {type(outer).__name__}, which would be passed by; take it off"
+            break
+        found, reason = _described(backbone, layer, cells, seen)
+        if reason is not None:
+            break
+        members.setdefault(found, []).append(layer)
+    if reason is None and len(members) == len(backbone.layers):
+        reason = "no two of its layers are alike, so that none can run together"
+    if reason is not None:
+        raise ValueError(reason)
+    return [Kind(backbone, layers, cells, described) for described, layers in members.items()]
 
 
-def _description(backbone: Backbone, layer: int, cells: Cells) -> Iterator[tuple[Any, ...]]:
-    """All that makes a layer's kind: modules, their settings, and the shapes of its weights."""
-    yield ("memories", tuple((site, len(found)) for (site, at), found in cells.items() if at == layer))
-    roots = [("layer", backbone.layers[layer])]
-    roots += [(f"memory {i}", cell.memory) for i, cell in enumerate(_cells_of(layer, cells))]
-    for root, top in roots:
-        for name, module in top.named_modules():
-            where = f"{root}.{name}" if name else root
-            yield (where, type(module).__qualname__, id(type(module)))
-            for key, value in sorted(vars(module).items()):
-                if isinstance(value, PLAIN) and key not in NUMBERS and not key.startswith("_"):
-                    yield (where, key, repr(value))
-            for key, parameter in module.named_parameters(recurse=False):
-                yield (where, key, tuple(parameter.shape), parameter.dtype, parameter.device)
-            for key, buffer in module.named_buffers(recurse=False):
-                yield (where, key, tuple(buffer.shape), buffer.dtype, buffer.device)
-
-
-def obstacle(backbone: Backbone, cells: Cells) -> str | None:
-    """Why layers of this model cannot be run together, with what helps, as half a sentence; None: they can."""
-    for site, _ in cells:
-        if site == "model":
-            (first, *_) = cells[site, -1]
-            return (
-                f"the memory {first.name!r} stands around the whole decoder, so that the first layer of a "
-                "segment waits for the last layer of the one before; use a memory inside the layers, such "
-                "as 'armt'"
-            )
+def _obstacle(backbone: Backbone, cells: Cells) -> str | None:
+    """What stands in the way of the whole model."""
     for found in cells.values():
         for cell in found:
+            name = cell.name.partition(".")[0]
+            if cell.memory.site == "model":
+                return (
+                    f"the memory {name!r} stands around the whole decoder, so that the first layer of a "
+                    "segment waits for the last layer of the one before; use a memory inside the layers, "
+                    "such as 'armt'"
+                )
             if cell.memory.not_batched:
-                return f"the memory {cell.name.partition('.')[0]!r} {cell.memory.not_batched}"
+                return f"the memory {name!r} {cell.memory.not_batched}"
+            owner = getattr(cell.within, "__self__", cell.within)
+            if isinstance(owner, nn.Module) and (reason := _module_obstacle(owner)):
+                return f"the memory {name!r} {reason}"
     if backbone.attention not in ("sdpa", "eager"):
         return (
-            f"attn_implementation={backbone.attention!r} is code that cannot be run for several layers; "
+            f"attn_implementation={backbone.attention!r} is code that cannot run for several layers at once; "
             "load the base with attn_implementation='sdpa'"
         )
     if backbone.balances_routers:
-        return "the routers' loss (output_router_logits) is collected layer by layer; set it to False"
-    seen: dict[int, int] = {}
-    for layer in range(len(backbone.layers)):
-        reason = _layer_obstacle(backbone, layer, cells, seen)
-        if reason is not None:
-            return reason
+        return (
+            "the routers' loss (output_router_logits) is collected layer by layer; set it to False"
+        )
     return None
 
 
-def _layer_obstacle(
+def _described(
     backbone: Backbone, layer: int, cells: Cells, seen: dict[int, int]
-) -> str | None:
-    stage = backbone.layers[layer]
-    around = list(layer_list(backbone.base))[layer]
-    if around is not stage:
-        return f"layer {layer} stands in a {type(around).__name__}, which would be passed by; take it off"
-    for top in (stage, *(cell.memory for cell in _cells_of(layer, cells))):
-        for path, module in top.named_modules():
-            reason = _module_obstacle(module)
-            if reason is not None:
-                return f"{type(module).__name__} {path!r} of layer {layer} {reason}"
-        for path, parameter in top.named_parameters():
+) -> tuple[tuple[Any, ...], str | None]:
+    """All that makes the kind of `layer` (modules, settings, the shapes of weights), or what stands in the way.
+
+    seen: the layers in which parameters were met, by id. Called for every window, so it makes no names.
+    """
+    device = backbone.device
+    made: list[Any] = [
+        tuple((site, len(found)) for (site, at), found in cells.items() if at == layer)
+    ]
+    memories = [cell.memory for cell in _cells_of(layer, cells)]
+    made += [memory.config for memory in memories]
+    for module in (part for top in (backbone.layers[layer], *memories) for part in top.modules()):
+        reason = _module_obstacle(module)
+        if reason is not None:
+            return (), f"a {type(module).__name__} of layer {layer} {reason}"
+        made.append(type(module))
+        for key, value in vars(module).items():
+            if key[0] != "_" and key not in NUMBERS and (plain := _plain(value)) is not None:
+                made.append((key, plain))
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                made.append(key)
+                continue
+            reason = _parameter_obstacle(parameter, device)
             if seen.setdefault(id(parameter), layer) != layer:
-                return (
-                    f"layers {seen[id(parameter)]} and {layer} share the parameter {path!r}; use the "
-                    "sequential schedule"
-                )
-            reason = _parameter_obstacle(parameter)
+                reason = f"is shared with layer {seen[id(parameter)]}; use the sequential schedule"
             if reason is not None:
-                return f"the parameter {path!r} of layer {layer} {reason}"
-            if parameter.device != backbone.device:
-                return f"layer {layer} is on another device than the embeddings; keep them on one"
-    for cell in _cells_of(layer, cells):
-        owner = getattr(cell.within, "__self__", cell.within)
-        if isinstance(owner, nn.Module) and (reason := _module_obstacle(owner)):
-            return f"the memory {cell.name!r} {reason}"
+                return (
+                    (),
+                    f"the parameter {key!r} of a {type(module).__name__} of layer {layer} {reason}",
+                )
+            made.append((key, parameter.shape, parameter.dtype))
+        for key, buffer in module._buffers.items():
+            made.append((key, None if buffer is None else (buffer.shape, buffer.dtype)))
+    return tuple(made), None
+
+
+def _plain(value: Any) -> Any:
+    """A setting as something that can be compared and hashed; None for anything else."""
+    if type(value) in PLAIN:
+        return value
+    if type(value) is dict:
+        return tuple((key, _plain(one)) for key, one in value.items())
+    if type(value) in (list, tuple):
+        return tuple(map(_plain, value))
     return None
 
 
 def _module_obstacle(module: nn.Module) -> str | None:
-    if isinstance(module, ActivationWrapper):
-        return (
-            "recomputes its activations; use the memory model's gradient_checkpointing_enable() instead"
-        )
+    own = vars(module)
     if isinstance(module, FSDPModule):
         return "is sharded; run the model unsharded"
-    own = vars(module)
+    if isinstance(module, ActivationWrapper) or (
+        own["training"] and own.get("gradient_checkpointing", False)
+    ):
+        return "recomputes its own activations; use the memory model's gradient_checkpointing_enable() instead"
     if "_hf_hook" in own:
         return "is moved by accelerate's hooks (a device map, offloading); keep it on one device"
     if "forward" in own:
         return "has a forward of its own on the instance; take it off"
     if own.get("_compiled_call_impl") is not None:
-        return "is compiled by itself; leave `layer.compile()` out"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "is compiled by itself; leave its compile() out"
+    if any(_expects_calls(hook) for hooks in HOOKS for hook in (own[hooks] or {}).values()):
         return "has hooks, which would not be called for each layer; remove them"
-    if module._backward_pre_hooks:
-        return "has hooks, which would not be called for each layer; remove them"
-    if module.training and getattr(module, "gradient_checkpointing", False):
-        return (
-            "recomputes its own activations; use the memory model's gradient_checkpointing_enable() instead "
-            "of the base's"
-        )
     return None
 
 
-def _parameter_obstacle(parameter: nn.Parameter) -> str | None:
+def _expects_calls(hook: Any) -> bool:
+    # transformers leaves its own behind once hidden states were asked for; without that they do nothing.
+    return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+
+
+def _parameter_obstacle(parameter: nn.Parameter, device: torch.device) -> str | None:
     if isinstance(parameter, DTensor):
         return "is sharded; run the model unsharded"
     if parameter.is_meta:
         return "is offloaded; keep it on the device"
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
     if not plain or not parameter.is_floating_point():
-        return f"is quantised ({type(parameter.data).__name__}, {parameter.dtype}); use plain weights"
+        return (
+            f"is quantised ({type(parameter.data).__name__}, {parameter.dtype}); use plain weights"
+        )
+    if parameter.device != device:
+        return f"is on {parameter.device}, the embeddings are on {device}; keep the model on one device"
     return None
 
 
@@ -254,10 +273,20 @@ class Entered:
     """A segment on its way: what it is now, which layers are behind it, and what each layer is given of it."""
 
     def __init__(
-        self, x: Tensor, length: int, arguments: list[dict[str, Any]], mask: Tensor | None,
+        self,
+        x: Tensor,
+        length: int,
+        arguments: list[dict[str, Any]],
+        mask: Tensor | None,
         active: Tensor | None,
     ) -> None:
-        self.x, self.length, self.arguments, self.mask, self.active = x, length, arguments, mask, active
+        self.x, self.length, self.arguments, self.mask, self.active = (
+            x,
+            length,
+            arguments,
+            mask,
+            active,
+        )
         self.layer = 0
         self.notes: dict[str, dict[str, Tensor]] = {}
 
@@ -335,7 +364,9 @@ class BatchedLine:
         segments = [self.under_way[place.segment] for place in places]
         for place, segment in zip(places, segments, strict=True):
             if place.layer != segment.layer:
-                raise RuntimeError(f"layer {place.layer} of segment {place.segment} is not its turn")
+                raise RuntimeError(
+                    f"layer {place.layer} of segment {place.segment} is not its turn"
+                )
         start = kind.members.index(places[0].layer)
         stop = start + len(places)
         given = [one.arguments[place.layer] for place, one in zip(places, segments, strict=True)]
@@ -380,8 +411,8 @@ class BatchedLine:
             for one, tree in zip(kind.cells[0], trees, strict=True):
                 named = {name: next(rest) for name, _ in flatten(tree, "")}
                 before[one.name] = unflatten(tree, "", named)
-            run = Run(self.backbone, kind.here, before, True, mask)
-            with entered(run), FoldedAttention():
+            run = Run(self.backbone, kind.here, before, True, mask).but(batched=True)
+            with entered(run):
                 y = torch.func.functional_call(kind, weights, (x, arguments))
             after = run.left.close(kind.here)
             leaves, notes = [], []
@@ -411,7 +442,9 @@ class BatchedLine:
     def leave(self, number: int) -> Passed:
         segment = self.under_way.pop(number)
         if segment.layer != self.depth:
-            raise RuntimeError(f"segment {number} has passed {segment.layer} of {self.depth} layers")
+            raise RuntimeError(
+                f"segment {number} has passed {segment.layer} of {self.depth} layers"
+            )
         with met_by(Passage(self.tuples, segment.x)):
             # What goes in is replaced by what the last layer made.
             found = self.backbone.decode(segment.x.detach(), None)
@@ -470,26 +503,3 @@ def _masks(values: list[Tensor | None]) -> list[Tensor | None]:
             plain = plain.masked_fill(~past, torch.finfo(like.dtype).min)
         plain = plain.expand(like.shape)
     return [plain if value is None else value for value in values]
-
-
-class FoldedAttention(TorchFunctionMode):
-    """torch's attention without vmap, which has no rule for it on a CPU: one call for all layers."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        return _attention(*args, **kwargs)
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    inputs = [query, key, value]
-    if attn_mask is not None:
-        inputs.append(attn_mask.expand(len(query), *attn_mask.shape[1:]))
-
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
-        return (F.scaled_dot_product_attention(q, k, v, mask, *args, **kwargs),)
-
-    return folded(call, *inputs)[0]

@@ -147,9 +147,7 @@ def _causal(q: Tensor, keys: int) -> Tensor:
     return torch.ones(shape, dtype=torch.bool, device=q.device).tril(keys - shape[0])[None, None]
 
 
-def folded_mask(
-    made: Callable[[Tensor, Tensor], Tensor | None], x: Tensor, mask: Tensor
-) -> Tensor:
+def folded_mask(made: Callable[[Tensor, Tensor], Tensor | None], x: Tensor, mask: Tensor) -> Tensor:
     """`made(x, mask)`, an attention mask (B, 1, T, T), where vmap maps over the mask (B, T)."""
 
     def call(x: Tensor, mask: Tensor) -> tuple[Tensor]:

@@ -80,13 +80,15 @@ class Run:
     heads: the layer whose attention module is running, when its "heads" have memories. rotation: the
     (cos, sin) withheld from it. wanted: how many positions, counted from the end, need the attention
     module's output; None is all. open: what is kept of the segment, when tokens may be added to it later.
-    stops: whether to raise `Enough` once every memory has left its state.
+    stops: whether to raise `Enough` once every memory has left its state. batched: whether several layers
+    run as one, under vmap.
     """
 
     heads: int | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     wanted: int | None = None
     stops: bool = False
+    batched: bool = False
 
     def __init__(
         self,

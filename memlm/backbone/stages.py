@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from memlm.backbone.folding import FoldedAttention
 from memlm.backbone.open import Front
 from memlm.backbone.run import MEETS, RUN, Run, entered
 from memlm.memory.base import Site
@@ -78,7 +80,9 @@ class MemoryStage(Stage):
         run = RUN.get()
         if run is not None:
             kwargs["memory_run"] = run
-        out = super().__call__(*args, **kwargs)
+        folds = run is not None and run.batched and self._memlm_site == "attention"
+        with FoldedAttention() if folds else nullcontext():
+            out = super().__call__(*args, **kwargs)
         return out[0] if _is_shown(self, kwargs.get("memory_run")) else out
 
     def forward(self, *args: Any, memory_run: Run | None = None, **kwargs: Any) -> Any:

@@ -133,9 +133,7 @@ def read_write(
         return y, *new_weights, *new_momentum
 
     masks = () if mask is None else (mask,)
-    y, *new = folded(
-        on_rows, q, k, v, log_keep, log_momentum, rate, *weights, *momentum, *masks
-    )
+    y, *new = folded(on_rows, q, k, v, log_keep, log_momentum, rate, *weights, *momentum, *masks)
     return y, tuple(new[:layers]), tuple(new[layers:])
 
 
