@@ -85,7 +85,6 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 self.backbone.try_recurrence(layer)
         self.gradient_checkpointing = False
         self.scheduler = Scheduler(self.backbone, self.memory, config)
-        self.scheduler.check()
         with self.backbone.weights_kept() if given else nullcontext():
             self.post_init()
         if given:
@@ -93,6 +92,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             self.generation_config = copy.deepcopy(base.generation_config)
         elif self.generation_config is not None and base.generation_config is not None:
             self.generation_config = copy.deepcopy(base.generation_config)
+        if given:
+            self.scheduler.check()
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this child first, and guards what was loaded from a checkpoint.
@@ -441,10 +442,10 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
 
     def _check_ready(self) -> None:
         self.backbone.check_open()
-        self.config.check_schedule()
         # Somebody may have called the base model's own `set_attn_implementation`, which ignores memories.
         self._open_heads()
         self.memory.check_present(self.backbone.device)
+        self.scheduler.check()
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Summed cross-entropy (nats) over the targets of one segment, in float32 or wider."""

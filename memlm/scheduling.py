@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,10 +23,9 @@ from memlm.backbone import Backbone, Cell
 from memlm.backbone.batched import BatchedLine, Kind, find_kinds, returned_tuples
 from memlm.backbone.stacking import separate
 from memlm.config import MemLMConfig
-from memlm.memory.base import Memory
 from memlm.schedule import Place, alike, sequential, wavefront
 from memlm.segment import Segment
-from memlm.state import MemoryState, flatten
+from memlm.state import MemoryState
 
 # Under "auto", fewer segments are never worth it: a diagonal would hold a few cells at most.
 LEAST_SEGMENTS = 4
@@ -70,8 +70,11 @@ class Scheduler:
         self.backbone, self.memory, self.config = backbone, memory, config
         # Trying needs weights, and is done once for each make of model.
         self._tried: dict[Any, Trial] = {}
-        # What the last run of several segments went by.
-        self.last = "sequential"
+        self._checked: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was tried names classes that pickle cannot find.
+        return {**vars(self), "_tried": {}}
 
     def obstacle(self) -> str | None:
         """Why this model cannot run under the wavefront, with what helps; None: it can, as far as can be seen."""
@@ -85,10 +88,17 @@ class Scheduler:
             return str(error), []
 
     def check(self) -> None:
-        """ValueError when the config asks for a schedule that cannot be."""
+        """ValueError when the config asks for a schedule that cannot be; looked into once for each value."""
+        if self.config.schedule == self._checked:
+            return
         self.config.check_schedule()
-        if self.config.schedule == "wavefront" and (reason := self.obstacle()) is not None:
-            raise ValueError(_refused(reason))
+        if self.config.schedule == "wavefront":
+            reason, kinds = self._kinds()
+            if reason is None and self.backbone.device.type != "meta":
+                reason = self.try_out(kinds).obstacle
+            if reason is not None:
+                raise ValueError(_refused(reason))
+        self._checked = self.config.schedule
 
     def try_out(self, kinds: Sequence[Kind]) -> Trial:
         """Try the wavefront on two short segments, with and without padding; what cannot be seen shows there."""
@@ -157,9 +167,8 @@ class Scheduler:
 
     def reads_ahead(self) -> int:
         """How many segments of a document that is only read make a window: enough to fill the diagonals."""
-        if self.config.schedule == "sequential" or (
-            self.config.schedule == "auto" and self.obstacle() is not None
-        ):
+        around = any(site == "model" for site, _ in self.memory.cells())
+        if self.config.schedule == "sequential" or around:
             return 1
         return READ_AHEAD * len(self.backbone.layers)
 
@@ -180,9 +189,11 @@ class Scheduler:
         recompute: keep few activations and compute them again in backward. gates: whether the gates are wanted.
         The state of the last segment is always given.
         """
+        if not write or self._in_sequence(segments):
+            yield from sequential(step, segments, state, recompute=recompute)
+            return
         for part in alike(segments):
-            kinds = self._kinds_for(step, part, state, recompute) if write else None
-            self.last = "sequential" if kinds is None else "wavefront"
+            kinds = self._kinds_for(step, part, state, recompute)
             if kinds is None:
                 found: Iterator[tuple[Read, MemoryState | None]] = sequential(
                     step, part, state, recompute=recompute
@@ -282,14 +293,8 @@ class Scheduler:
         self, step: Step, segments: list[Segment], state: MemoryState, recompute: bool
     ) -> list[Kind] | None:
         """The layers by kind where `segments` are to run under the wavefront, else None."""
-        asked = self.config.schedule
-        least = LEAST_SEGMENTS if asked == "auto" else 2
-        if asked == "sequential" or len(segments) < least:
-            return None
-        if asked == "auto" and (
-            torch.distributed.is_initialized() or torch.compiler.is_compiling()
-        ):
-            # Processes that measured for themselves could not agree; a compiler cannot look into a measurement.
+        asked, known = self.config.schedule, None
+        if self._in_sequence(segments):
             return None
         if asked == "auto" and (known := self._known(segments[0], recompute)) is not None:
             if not faster(known, len(self.backbone.layers), len(segments)):
@@ -311,6 +316,15 @@ class Scheduler:
             if not faster(known, len(self.backbone.layers), len(segments)):
                 return None
         return kinds
+
+    def _in_sequence(self, segments: Sequence[Segment]) -> bool:
+        """Whether this is one after the other without looking further."""
+        asked = self.config.schedule
+        if asked != "auto":
+            return asked == "sequential" or len(segments) < 2
+        # Processes that measured for themselves would not agree; a compiler cannot look into measuring.
+        apart = torch.distributed.is_initialized() or torch.compiler.is_compiling()
+        return apart or len(segments) < LEAST_SEGMENTS
 
     def _known(self, segment: Segment, recompute: bool) -> dict[str, Any] | None:
         """What was measured at this shape."""
@@ -405,7 +419,7 @@ def faster(measured: Mapping[str, Any], layers: int, segments: int) -> bool:
 
 def _between(measured: Mapping[str, Any], size: int) -> float:
     points = list(zip(measured["cells"], measured["cells_seconds"], strict=True))
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+    for (a, low), (b, high) in pairwise(points):
         if a <= size <= b:
             return low + (high - low) * (size - a) / (b - a)
     return points[-1][1]
