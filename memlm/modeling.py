@@ -84,7 +84,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             for layer in recurrent[:1]:
                 self.backbone.try_recurrence(layer)
         self.gradient_checkpointing = False
-        self.scheduler = Scheduler(self.backbone, self.memory, config)
+        self.scheduler = Scheduler(self)
         with self.backbone.weights_kept() if given else nullcontext():
             self.post_init()
         if given:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed
@@ -63,14 +63,35 @@ class Trial(NamedTuple):
     obstacle: str | None
 
 
+class Parts(Protocol):
+    """What is needed of a model with memories."""
+
+    backbone: Backbone
+    memory: MemoryStack
+    config: MemLMConfig
+
+
 class Scheduler:
     """Runs windows of segments for one model."""
 
-    def __init__(self, backbone: Backbone, memory: MemoryStack, config: MemLMConfig) -> None:
-        self.backbone, self.memory, self.config = backbone, memory, config
+    def __init__(self, model: Parts) -> None:
+        self._model = model
         # Trying needs weights, and is done once for each make of model.
         self._tried: dict[Any, Trial] = {}
         self._checked: str | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._model.backbone
+
+    @property
+    def memory(self) -> MemoryStack:
+        # Looked up each time: peft may have put a copy in its place.
+        return self._model.memory
+
+    @property
+    def config(self) -> MemLMConfig:
+        return self._model.config
 
     def __getstate__(self) -> dict[str, Any]:
         # What was tried names classes that pickle cannot find.

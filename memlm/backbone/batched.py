@@ -31,7 +31,7 @@ from memlm.state import flatten, unflatten, where_rows
 NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index")
 # Arguments of a layer that follow from the segment's shape alone where nothing is padding.
 FROM_SHAPE = ("attention_mask", "position_embeddings", "position_ids", "cache_position")
-PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
+PLAIN = frozenset({bool, int, float, type(None), torch.dtype})
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # What is noted of a cell: called with the memory, the state before and after, and after ended rows kept theirs.
@@ -148,7 +148,7 @@ def _described(
             return (), f"a {type(module).__name__} of layer {layer} {reason}"
         made.append(type(module))
         for key, value in vars(module).items():
-            if key[0] != "_" and key not in NUMBERS and (plain := _plain(value)) is not None:
+            if key[0] != "_" and key not in NUMBERS and (plain := _plain(value, layer)) is not None:
                 made.append((key, plain))
         for key, parameter in module._parameters.items():
             if parameter is None:
@@ -168,14 +168,17 @@ def _described(
     return tuple(made), None
 
 
-def _plain(value: Any) -> Any:
-    """A setting as something that can be compared and hashed; None for anything else."""
+def _plain(value: Any, layer: int) -> Any:
+    """A setting of `layer` as something that can be compared and hashed; None for anything else."""
+    if type(value) is str:
+        # Its own name, as adapters keep it.
+        return value.replace(f".{layer}.", ".*.")
     if type(value) in PLAIN:
         return value
     if type(value) is dict:
-        return tuple((key, _plain(one)) for key, one in value.items())
+        return tuple((key, _plain(one, layer)) for key, one in value.items())
     if type(value) in (list, tuple):
-        return tuple(map(_plain, value))
+        return tuple(_plain(one, layer) for one in value)
     return None
 
 
