@@ -1,10 +1,12 @@
 """The wavefront schedule over the sequential one: seconds of the same call, and what "auto" picks there.
 
-Both run on the same weights (which stand in a stack in both cases), interleaved, and the ratio is taken pair by
-pair, in CPU seconds (GPU: device-synchronised seconds). Above 1 the wavefront is faster. Every list is a grid:
+Both run on the same weights (which stand in a stack in both cases), interleaved, and the ratio is taken
+pair by pair, in CPU seconds (GPU: device-synchronised seconds). Above 1 the wavefront is faster. Every list
+is a grid:
 
     python benchmarks/wavefront.py --layers 4,16 --hidden 128,256 --segment 128 --rows 1 --segments 2,8,32
-    python benchmarks/wavefront.py --device cuda --dtype bfloat16 --layers 16 --hidden 2048 --segment 1024 --segments 2,4,16,128
+    python benchmarks/wavefront.py --device cuda --dtype bfloat16 --layers 16 --hidden 2048 --segment 1024
+    --segments 2,4,16,128
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ _BEFORE: dict[str, Any] = {"memory_dtype": "base"}
 class MemLMConfig(PreTrainedConfig):
     """Configuration of a base model with memories.
 
-    text_config: the base model's own configuration (or its dict). memory: one dict per memory, with
-    its `name` and its fields; empty for independent segments. segment_length: tokens of text per segment,
+    text_config: the base model's own configuration (or its dict). memory: one dict per memory, with its
+    `name` and its fields; empty for independent segments. segment_length: tokens of text per segment,
     memory tokens not counted. question_template: the text that asks a question after a document, with
     {question} in it; the answer follows after a space. question_segment, as the model was trained: "open"
     when a question follows the document in its last, open segment; "own" when that segment ends first, and
@@ -31,8 +31,8 @@ class MemLMConfig(PreTrainedConfig):
     parameters in float32 where the base model is in half precision, so that small training steps are not
     lost (in a wider base model they are as wide as it is); "base" keeps them in the base model's dtype.
     logits_with_labels: whether a call with labels for more than one segment keeps all logits beside the
-    loss, for trainers that compute metrics of predictions. schedule: the order in which layers and segments are
-    run: "sequential", "wavefront", or "auto", which takes the faster one where both are possible.
+    loss, for trainers that compute metrics of predictions. schedule: the order in which layers and segments
+    are run: "sequential", "wavefront", or "auto", which takes the faster one where both are possible.
     schedule_measured: what "auto" goes by, one dict for each device and shape.
     """
 

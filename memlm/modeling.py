@@ -121,10 +121,10 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         base: a live model (wrapped, not copied), a configuration (random weights), or a hub id or path,
         loaded with `kwargs`. memory: a name (`memlm.memory.available_memories()`), a config, or a list.
         segment_length: text tokens per segment. memory_dtype: "float32" keeps the memories' parameters in
-        it on a base in half precision, "base" in the base's own dtype. schedule: "wavefront" runs neighbouring
-        layers of neighbouring segments together, with the same results, and refuses a model with which it
-        cannot; "sequential" does not; "auto" measures, and does where it is faster. ValueError when they do
-        not fit each other.
+        it on a base in half precision, "base" in the base's own dtype. schedule: "wavefront" runs
+        neighbouring layers of neighbouring segments together, with the same results, and refuses a model
+        with which it cannot; "sequential" does not; "auto" measures, and does where it is faster.
+        ValueError when they do not fit each other.
         """
         if isinstance(base, (str, os.PathLike)):
             base = AutoModelForCausalLM.from_pretrained(base, **kwargs)

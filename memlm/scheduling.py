@@ -1,8 +1,9 @@
-"""Which schedule a window of segments runs under: what the config asks for, or what was measured to be faster.
+"""Which schedule a window of segments runs under: the one asked for, or the one measured to be faster.
 
-`schedule="wavefront"` runs neighbouring layers of neighbouring segments together (`memlm.schedule.wavefront`), and
-refuses by name what it cannot; "sequential" is segment after segment; "auto" measures once for every device
-and shape, keeps what it found in `config.schedule_measured`, and goes by that from then on.
+`schedule="wavefront"` runs neighbouring layers of neighbouring segments together
+(`memlm.schedule.wavefront`), and refuses by name what it cannot; "sequential" is segment after segment;
+"auto" measures once for every device and shape, keeps what it found in `config.schedule_measured`, and goes
+by that from then on.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ TRIED_TOKENS = 4
 class Read(NamedTuple):
     """What one segment leaves beside the state.
 
-    loss (): summed over its targets. hidden (B, T, D): last hidden states. cost (): summed over rows, what the
-    changes of state cost in training. sizes (n,): `MemoryState.largest` of the state after it. gate (B,): the
-    largest write gate. None where it was not asked for.
+    loss (): summed over its targets. hidden (B, T, D): last hidden states. cost (): summed over rows, what
+    the changes of state cost in training. sizes (n,): `MemoryState.largest` of the state after it. gate
+    (B,): the largest write gate. None where it was not asked for.
     """
 
     loss: Tensor | None
@@ -98,7 +99,7 @@ class Scheduler:
         return {**vars(self), "_tried": {}}
 
     def obstacle(self) -> str | None:
-        """Why this model cannot run under the wavefront, with what helps; None: it can, as far as can be seen."""
+        """Why this model cannot run under the wavefront, and what helps; None: it can, as far as one sees."""
         return self._kinds()[0]
 
     def _kinds(self) -> tuple[str | None, list[Kind]]:
@@ -109,7 +110,7 @@ class Scheduler:
             return str(error), []
 
     def check(self) -> None:
-        """ValueError when the config asks for a schedule that cannot be; looked into once for each value."""
+        """ValueError when the config asks for a schedule that cannot be. Looked into once for each value."""
         if self.config.schedule == self._checked:
             return
         self.config.check_schedule()
@@ -122,7 +123,7 @@ class Scheduler:
         self._checked = self.config.schedule
 
     def try_out(self, kinds: Sequence[Kind]) -> Trial:
-        """Try the wavefront on two short segments, with and without padding; what cannot be seen shows there."""
+        """Try the wavefront on two short segments, with and without padding: what does not show otherwise."""
         key = tuple((tuple(kind.members), kind.description) for kind in kinds)
         if key not in self._tried:
             modes = [
@@ -204,11 +205,11 @@ class Scheduler:
         recompute: bool,
         gates: bool,
     ) -> Iterator[tuple[Read, MemoryState | None]]:
-        """What each segment of a window leaves, and the state after it; None where that is never in one piece.
+        """What each segment of a window leaves, and the state after it, None where that is never whole.
 
         step: a segment through the whole model. finish: the loss of a segment, from its last hidden states.
-        recompute: keep few activations and compute them again in backward. gates: whether the gates are wanted.
-        The state of the last segment is always given.
+        recompute: keep few activations and compute them again in backward. gates: whether the gates are
+        wanted. The state of the last segment is always given.
         """
         if not write or self._in_sequence(segments):
             yield from sequential(step, segments, state, recompute=recompute)
@@ -447,7 +448,7 @@ def _between(measured: Mapping[str, Any], size: int) -> float:
 
 
 def _seconds(job: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call: on an accelerator until it is done, else of the processor, which others share."""
+    """Seconds of one call: on an accelerator until it is done, else CPU seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The wavefront schedule beside law 10: its order, what it refuses, what "auto" picks, and where weights stand."""
+"""The wavefront beside law 10: its order, what it refuses, what "auto" picks, where weights stand."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from memlm import MemLMForCausalLM, MemoryState
-from memlm.memory import ARMTConfig, InfiniConfig, TransformerXLConfig
 from memlm.backbone.batched import BatchedLine
+from memlm.memory import ARMTConfig, InfiniConfig, TransformerXLConfig
 from memlm.schedule import Place, diagonals
 from memlm.scheduling import LEAST_SEGMENTS, MARGIN, Scheduler, faster
 from memlm.segment import cut
@@ -281,7 +281,7 @@ class Scaled(LlamaMLP):
 
 def test_a_model_is_refused_when_it_is_made() -> None:
     given = {"segment_length": SEGMENT, "schedule": "wavefront"}
-    with pytest.raises(ValueError, match="'rmt' stands around the whole decoder.*'armt'"):
+    with pytest.raises(ValueError, match=r"'rmt' stands around the whole decoder.*'armt'"):
         MemLMForCausalLM.from_base(base_model("llama"), memory=CASES["rmt"], **given)
     with pytest.raises(ValueError, match="no two of its layers are alike"):
         MemLMForCausalLM.from_base(base_model("gemma3_text"), memory=CASES["armt"], **given)

@@ -1,13 +1,13 @@
 """Cells (layer, segment) that do not depend on one another, run as one batched call over stacked weights.
 
-Layers that differ in their weights alone are of one kind. A kind has one layer as its template, called under
-`torch.vmap` with the weights of several, so that the family's code and the mechanisms' code are what they
-always are. What this cannot do is refused by name (`find_kinds`).
+Layers that differ in their weights alone are of one kind. A kind has one layer as its template, called
+under `torch.vmap` with the weights of several, so that the family's code and the mechanisms' code are what
+they always are. What this cannot do is refused by name (`find_kinds`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,15 +34,16 @@ FROM_SHAPE = ("attention_mask", "position_embeddings", "position_ids", "cache_po
 PLAIN = frozenset({bool, int, float, type(None), torch.dtype})
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# What is noted of a cell: called with the memory, the state before and after, and after ended rows kept theirs.
+# What is noted of a cell: called with the memory, the state before and after, and after ended rows kept
+# theirs.
 Note = Callable[[Cell, Any, Any, Any], dict[str, Tensor]]
 
 
 class Kind(nn.Module):
     """Layers that differ in their weights alone, with the memories in them: one of them, the template.
 
-    members: the layers' numbers, rising. cells: the memories of each member, in one order. description: what the
-    members have in common.
+    members: the layers' numbers, rising. cells: the memories of each member, in one order. description:
+    what the members have in common.
     """
 
     def __init__(
@@ -81,14 +82,15 @@ def _cells_of(layer: int, found: Cells) -> list[Cell]:
 
 
 def find_kinds(backbone: Backbone, cells: Cells) -> list[Kind]:
-    """The layers of the base model by kind. ValueError, half a sentence with what helps, where there are none."""
+    """The layers by kind. ValueError where they cannot run together: why, and what helps, half a sentence."""
     reason = _obstacle(backbone, cells)
     members: dict[Any, list[int]] = {}
     seen: dict[int, int] = {}
     around = [] if reason else list(layer_list(backbone.base))
     for layer, outer in enumerate(around):
         if outer is not backbone.layers[layer]:
-            reason = f"layer {layer} stands in a {type(outer).__name__}, which would be passed by; take it off"
+            around_it = type(outer).__name__
+            reason = f"layer {layer} stands in a {around_it}, which would be passed by; take it off"
             break
         found, reason = _described(backbone, layer, cells, seen)
         if reason is not None:
@@ -119,7 +121,7 @@ def _obstacle(backbone: Backbone, cells: Cells) -> str | None:
                 return f"the memory {name!r} {reason}"
     if backbone.attention not in ("sdpa", "eager"):
         return (
-            f"attn_implementation={backbone.attention!r} is code that cannot run for several layers at once; "
+            f"attn_implementation={backbone.attention!r} cannot run for several layers at once; "
             "load the base with attn_implementation='sdpa'"
         )
     if backbone.balances_routers:
@@ -132,7 +134,7 @@ def _obstacle(backbone: Backbone, cells: Cells) -> str | None:
 def _described(
     backbone: Backbone, layer: int, cells: Cells, seen: dict[int, int]
 ) -> tuple[tuple[Any, ...], str | None]:
-    """All that makes the kind of `layer` (modules, settings, the shapes of weights), or what stands in the way.
+    """All that makes the kind of `layer` (modules, settings, shapes of weights), or what stands in the way.
 
     seen: the layers in which parameters were met, by id. Called for every window, so it makes no names.
     """
@@ -189,7 +191,8 @@ def _module_obstacle(module: nn.Module) -> str | None:
     if isinstance(module, ActivationWrapper) or (
         own["training"] and own.get("gradient_checkpointing", False)
     ):
-        return "recomputes its own activations; use the memory model's gradient_checkpointing_enable() instead"
+        return "recomputes its own activations; use the memory model's gradient_checkpointing_enable()
+        instead"
     if "_hf_hook" in own:
         return "is moved by accelerate's hooks (a device map, offloading); keep it on one device"
     if "forward" in own:
@@ -273,7 +276,7 @@ class States:
 
 
 class Entered:
-    """A segment on its way: what it is now, which layers are behind it, and what each layer is given of it."""
+    """A segment on its way: what has become of it, how far it is, and what each layer is given of it."""
 
     def __init__(
         self,
@@ -295,7 +298,7 @@ class Entered:
 
 
 class Passed(NamedTuple):
-    """A segment that has passed: last hidden states (B, T, D), and what was noted, by the memories' names."""
+    """A segment that has passed: last hidden states (B, T, D), and what was noted of each memory."""
 
     hidden: Tensor
     notes: dict[str, dict[str, Tensor]]
@@ -304,9 +307,9 @@ class Passed(NamedTuple):
 class BatchedLine:
     """The layers of a base model with their memories, for one wavefront (`memlm.schedule.Line`).
 
-    tokens (M, E): embeddings appended to each segment, or None. padded: whether any segment has a mask. states:
-    by the memories' names, before the first segment. note: computed of every cell, in the batched call.
-    recompute: keep nothing of a diagonal but what goes in, and run it again in backward.
+    tokens (M, E): embeddings appended to each segment, or None. padded: whether any segment has a mask.
+    states: by the memories' names, before the first segment. note: computed of every cell, in the batched
+    call. recompute: keep nothing of a diagonal but what goes in, and run it again in backward.
     """
 
     def __init__(
@@ -467,7 +470,7 @@ def _joined(values: list[Tensor | None]) -> tuple[Tensor | None, int | None]:
 
 
 def _together(given: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of several cells as one dict, and the dimension in which each of its leaves is mapped."""
+    """The arguments of several cells as one dict, and the dimension along which each leaf is mapped."""
     found, dims = {}, {}
     for name in given[0]:
         values = [one[name] for one in given]
@@ -493,7 +496,7 @@ def _argument(name: str, values: list[Any]) -> tuple[Any, int | None]:
 
 
 def _masks(values: list[Tensor | None]) -> list[Tensor | None]:
-    """Attention masks of several cells, those left out because nothing is padding put in like the others."""
+    """Attention masks of several cells; those left out, since nothing is padding, made like the others."""
     like = next((value for value in values if value is not None), None)
     if like is None:
         return values

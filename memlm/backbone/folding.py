@@ -14,7 +14,8 @@ from memlm.memory.parts.folding import folded
 class FoldedAttention(TorchFunctionMode):
     """`scaled_dot_product_attention` without vmap, which has no rule for it on a CPU and loops there.
 
-    Every torch function called meanwhile costs a step through Python, so this stands around attention alone.
+    Every torch function called meanwhile costs a step through Python, so this stands around attention
+    alone.
     """
 
     def __torch_function__(

@@ -77,8 +77,6 @@ class Run:
     No dataclass and no tuple: sharding rebuilds those on their way into a module, and what was written into
     the copy would be lost.
 
-    heads: the layer whose attention module is running, when its "heads" have memories. rotation: the
-    (cos, sin) withheld from it. wanted: how many positions, counted from the end, need the attention
     module's output; None is all. open: what is kept of the segment, when tokens may be added to it later.
     stops: whether to raise `Enough` once every memory has left its state. batched: whether several layers
     run as one, under vmap.
@@ -174,9 +172,9 @@ class Run:
 class Passage:
     """The decoder without its layers: what it gives each of them, and what it makes of what they return.
 
-    tuples: whether each layer returns a tuple. leaves (B, T, D): what the last layer has made of the segment;
-    None when it is about to enter. inputs (B, T, D): what the first layer is given. arguments: the other
-    arguments of each layer, by name.
+    tuples: whether each layer returns a tuple. leaves (B, T, D): what the last layer has made of the
+    segment; None when it is about to enter. inputs (B, T, D): what the first layer is given. arguments: the
+    other arguments of each layer, by name.
     """
 
     def __init__(self, tuples: Sequence[bool], leaves: Tensor | None = None) -> None:
@@ -185,7 +183,7 @@ class Passage:
         self.arguments: list[dict[str, Any]] = []
 
     def meet(self, layer: int, arguments: dict[str, Any], call: Callable[[], Any]) -> Any:
-        """What `layer` would return, without running it. ValueError when more than layers would be left out."""
+        """What `layer` would return, without running it. ValueError when more than that is left out."""
         hidden = arguments.pop("hidden_states")
         if self.inputs is None:
             self.inputs = hidden

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def stacked(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """(n, ...) whose memory is that of the parameters, which are moved if they do not yet stand together."""
+    """(n, ...) in the memory of the parameters, which are moved if they do not stand together yet."""
     found = _in_place(parameters)
     if found is None:
         found = torch.stack([parameter.data for parameter in parameters])

@@ -1,7 +1,7 @@
 """Diagonal after diagonal: all cells (layer, segment) with the same layer + segment are run as one.
 
-Cell (l, s) needs what layer l - 1 made of segment s, and the memory that layer l had left after segment s - 1.
-Both come from the diagonal before, so L layers and S segments take L + S - 1 steps in place of L x S
+Cell (l, s) needs what layer l - 1 made of segment s, and the memory that layer l had left after segment s -
+1. Both come from the diagonal before, so L layers and S segments take L + S - 1 steps in place of L x S
 (diagonal batching, Sivtsov et al. 2025). That holds where every memory belongs to one layer; a memory
 around the whole decoder makes layer 0 of a segment wait for the last layer of the one before.
 """

@@ -281,7 +281,8 @@ def test_the_wavefront_is_the_sequence(
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         plain = model(ids[:, :-3], memory_state=out.memory_state.detach(), logits_to_keep=0)
         found.append((out, gradients, plain))
-        # Of the windows of 1, 3 and 3 segments, and of 6, the first and two short segments are by themselves.
+        # Of the windows of 1, 3 and 3 segments, and of 6, the first and two short segments are by
+        # themselves.
         layers = len(model.backbone.layers)
         expected = 0 if schedule == "sequential" else (3 + 2 + 5) * layers
         assert len(ran) == len(set(ran)) == expected

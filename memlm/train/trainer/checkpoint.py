@@ -45,7 +45,7 @@ def load_position(folder: Path, stream: TrainingStream, rank: int) -> None:
 
 
 def load_schedule(folder: Path, config: Any) -> None:
-    """Let `config`, a `MemLMConfig`, go by what "auto" had measured, so that a resumed run takes the same schedule."""
+    """Let `config`, a `MemLMConfig`, go by what schedule="auto" had measured before the checkpoint."""
     written = folder / CONFIG_NAME
     if written.is_file():
         found = json.loads(written.read_text(encoding="utf-8"))
