@@ -99,7 +99,7 @@ class Scheduler:
         return {**vars(self), "_tried": {}}
 
     def obstacle(self) -> str | None:
-        """Why this model cannot run under the wavefront, and what helps; None: it can, as far as one sees."""
+        """Why this model cannot run under the wavefront, and what helps; None: it looks as if it can."""
         return self._kinds()[0]
 
     def _kinds(self) -> tuple[str | None, list[Kind]]:
@@ -110,7 +110,7 @@ class Scheduler:
             return str(error), []
 
     def check(self) -> None:
-        """ValueError when the config asks for a schedule that cannot be. Looked into once for each value."""
+        """ValueError when the config asks for a schedule that cannot be. Looks once for each value."""
         if self.config.schedule == self._checked:
             return
         self.config.check_schedule()
@@ -123,7 +123,7 @@ class Scheduler:
         self._checked = self.config.schedule
 
     def try_out(self, kinds: Sequence[Kind]) -> Trial:
-        """Try the wavefront on two short segments, with and without padding: what does not show otherwise."""
+        """Try the wavefront on two short segments, with and without padding: not everything shows."""
         key = tuple((tuple(kind.members), kind.description) for kind in kinds)
         if key not in self._tried:
             modes = [

@@ -261,7 +261,7 @@ def _hooked_memory(model: MemLMForCausalLM) -> None:
         (_quantised, "of layer 1 is quantised .*int8"),
         (_shared, "of layer 1 is shared with layer 0"),
         (_compiled, "of layer 1 is compiled by itself"),
-        (_recomputed, "recomputes its own activations"),
+        (_recomputed, "recomputes activations by itself"),
         (_hooked_memory, "memory 'armt' has hooks"),
     ],
 )

@@ -82,7 +82,7 @@ def _cells_of(layer: int, found: Cells) -> list[Cell]:
 
 
 def find_kinds(backbone: Backbone, cells: Cells) -> list[Kind]:
-    """The layers by kind. ValueError where they cannot run together: why, and what helps, half a sentence."""
+    """The layers by kind. ValueError where they cannot run together: half a sentence, why and what helps."""
     reason = _obstacle(backbone, cells)
     members: dict[Any, list[int]] = {}
     seen: dict[int, int] = {}
@@ -191,8 +191,7 @@ def _module_obstacle(module: nn.Module) -> str | None:
     if isinstance(module, ActivationWrapper) or (
         own["training"] and own.get("gradient_checkpointing", False)
     ):
-        return "recomputes its own activations; use the memory model's gradient_checkpointing_enable()
-        instead"
+        return "recomputes activations by itself; use the memory model's gradient_checkpointing_enable()"
     if "_hf_hook" in own:
         return "is moved by accelerate's hooks (a device map, offloading); keep it on one device"
     if "forward" in own:
