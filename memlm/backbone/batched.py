@@ -82,7 +82,7 @@ def _cells_of(layer: int, found: Cells) -> list[Cell]:
 
 
 def find_kinds(backbone: Backbone, cells: Cells) -> list[Kind]:
-    """The layers by kind. ValueError where they cannot run together: half a sentence, why and what helps."""
+    """The layers by kind. ValueError, half a sentence with what helps, where they cannot run together."""
     reason = _obstacle(backbone, cells)
     members: dict[Any, list[int]] = {}
     seen: dict[int, int] = {}
