@@ -131,10 +131,9 @@ def _compare(
 
 def _picked(model: MemLMForCausalLM, ids: torch.Tensor) -> str:
     """What the run under "auto" went by."""
-    layers = model.config.num_hidden_layers
     segments = ids.shape[1] // model.config.segment_length
     measured = model.config.schedule_measured or []
-    picked = measured and faster(measured[-1], layers, segments)
+    picked = measured and faster(measured[-1], segments)
     return "wavefront" if picked else "sequential"
 
 

@@ -26,7 +26,7 @@ from memlm.output import LogitsNotMade, MemLMOutput
 from memlm.rolling import RollingMemory
 from memlm.saving import SavingMixin
 from memlm.scan import Anchor, first_window, scan
-from memlm.scheduling import Read, Scheduler
+from memlm.scheduling import How, Read, Scheduler
 from memlm.segment import IGNORE, Alignment, Segment, cut
 from memlm.state import MemoryState
 from memlm.windowed import windows
@@ -415,19 +415,14 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         def window(segments: list[Segment], state: MemoryState) -> tuple[Losses, MemoryState]:
             nonlocal read
             total, extra, sizes = Sum(), Sum(), []
-            found = self.scheduler.run(
-                step,
-                loss_of,
-                segments,
-                state,
-                write=write,
-                recompute=recompute,
-                gates=writes is not None,
-            )
+            wanted = keep.wanted or any(segment.labels is not None for segment in segments)
+            how = How(step, loss_of, write, wanted, recompute, writes is not None)
+            found = self.scheduler.run(how, segments, state)
             for segment, (one, after) in zip(segments, found, strict=True):
                 total.add(one.loss)
                 extra.add(one.cost)
                 if keep.wanted:
+                    assert one.hidden is not None
                     keep.add(one.hidden)
                 if one.sizes is not None:
                     sizes.append(one.sizes)

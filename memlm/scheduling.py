@@ -48,13 +48,29 @@ class Read(NamedTuple):
     """
 
     loss: Tensor | None
-    hidden: Tensor
+    hidden: Tensor | None
     cost: Tensor | None = None
     sizes: Tensor | None = None
     gate: Tensor | None = None
 
 
 Step = Callable[[Segment, MemoryState], tuple[Read, MemoryState]]
+
+
+class How(NamedTuple):
+    """How a window is run.
+
+    step: a segment through the whole model. finish: the loss of a segment, from its last hidden states.
+    write: whether memories are written. hidden: whether the last hidden states are wanted. recompute: keep
+    few activations and compute them again in backward. gates: whether the write gates are wanted.
+    """
+
+    step: Step
+    finish: Callable[[Segment, Tensor | None], Tensor | None]
+    write: bool = True
+    hidden: bool = True
+    recompute: bool = False
+    gates: bool = False
 
 
 class Trial(NamedTuple):
@@ -165,11 +181,13 @@ class Scheduler:
                 state = self.memory.pack({**before, **after}, 2)
                 if segment.active is not None:
                     state = state.where(segment.active, start)
+                assert hidden is not None
                 expected.append(hidden)
             note = partial(self._note, False, False)
-            line = self._line(kinds, start, masks is not None, note, tuples=tuples)
+            how = How(_no_step, _no_loss)
+            line = self._line(how, kinds, start, masks is not None, note, tuples)
             try:
-                found = [passed.hidden for passed in wavefront(line, segments)]
+                found = [cast(Tensor, passed.hidden) for passed in wavefront(line, segments)]
             except Exception as error:
                 said = next(iter(str(error).strip().splitlines()), "no reason given")
                 return Trial(
@@ -195,76 +213,74 @@ class Scheduler:
         return READ_AHEAD * len(self.backbone.layers)
 
     def run(
-        self,
-        step: Step,
-        finish: Callable[[Segment, Tensor], Tensor | None],
-        segments: Sequence[Segment],
-        state: MemoryState,
-        *,
-        write: bool,
-        recompute: bool,
-        gates: bool,
+        self, how: How, segments: Sequence[Segment], state: MemoryState
     ) -> Iterator[tuple[Read, MemoryState | None]]:
         """What each segment of a window leaves, and the state after it, None where that is never whole.
 
-        step: a segment through the whole model. finish: the loss of a segment, from its last hidden states.
-        recompute: keep few activations and compute them again in backward. gates: whether the gates are
-        wanted. The state of the last segment is always given.
+        The state after the last segment is always given.
         """
-        if not write or self._in_sequence(segments):
-            yield from sequential(step, segments, state, recompute=recompute)
+        if not how.write or self._in_sequence(segments):
+            yield from sequential(how.step, segments, state, recompute=how.recompute)
             return
         for part in alike(segments):
-            kinds = self._kinds_for(step, part, state, recompute)
+            kinds = self._kinds_for(how, part, state)
+            found: Iterator[tuple[Read, MemoryState | None]]
             if kinds is None:
-                found: Iterator[tuple[Read, MemoryState | None]] = sequential(
-                    step, part, state, recompute=recompute
-                )
+                found = sequential(how.step, part, state, recompute=how.recompute)
             else:
-                found = self._wavefront(finish, kinds, part, state, recompute, gates)
+                found = self._wavefront(how, kinds, part, state)
             for read, after in found:
                 state = state if after is None else after
                 yield read, after
 
     def _wavefront(
-        self,
-        finish: Callable[[Segment, Tensor], Tensor | None],
-        kinds: Sequence[Kind],
-        segments: list[Segment],
-        state: MemoryState,
-        recompute: bool,
-        gates: bool,
+        self, how: How, kinds: Sequence[Kind], segments: list[Segment], state: MemoryState
     ) -> Iterator[tuple[Read, MemoryState | None]]:
         training = self.backbone.base.training and torch.is_grad_enabled()
         padded = any(segment.mask is not None for segment in segments)
-        note = partial(self._note, training, gates)
-        line = self._line(kinds, state, padded, note, recompute)
+        note = partial(self._note, training, how.gates)
+        line = self._line(how, kinds, state, padded, note)
         for number, (hidden, notes) in enumerate(wavefront(line, segments)):
             segment = segments[number]
             last = number == len(segments) - 1
             after = self.memory.pack(line.result(), state.batch_size) if last else None
-            hidden = hidden.to(segment.ids.device)
-            if recompute:
-                loss = checkpoint(finish, segment, hidden, use_reentrant=False)
+            if hidden is not None:
+                hidden = hidden.to(segment.ids.device)
+            if how.recompute:
+                loss = checkpoint(how.finish, segment, hidden, use_reentrant=False)
             else:
-                loss = finish(segment, hidden)
+                loss = how.finish(segment, hidden)
             yield Read(loss, hidden, *self._noted(notes, segment.active)), after
             del hidden, notes
 
     def _line(
         self,
+        how: How,
         kinds: Sequence[Kind],
         state: MemoryState,
         padded: bool,
         note: Any,
-        recompute: bool = False,
         tuples: Sequence[bool] | None = None,
     ) -> BatchedLine:
-        states = self.memory.unpack(state)
-        tuples = self.try_out(kinds).tuples if tuples is None else tuples
         return BatchedLine(
-            self.backbone, kinds, tuples, self.memory.tokens, padded, states, note, recompute
+            self.backbone,
+            kinds,
+            self.try_out(kinds).tuples if tuples is None else tuples,
+            self._depth(how),
+            how.hidden,
+            self.memory.tokens,
+            padded,
+            self.memory.unpack(state),
+            note,
+            how.recompute,
         )
+
+    def _depth(self, how: How) -> int:
+        """How many layers segments pass: without hidden states wanted, those up to the last memory's."""
+        cells = self.memory.cells()
+        if how.hidden or not cells or not self.backbone.may_stop():
+            return len(self.backbone.layers)
+        return 1 + max(layer for _, layer in cells)
 
     def _note(
         self,
@@ -312,14 +328,14 @@ class Scheduler:
         )
 
     def _kinds_for(
-        self, step: Step, segments: list[Segment], state: MemoryState, recompute: bool
+        self, how: How, segments: list[Segment], state: MemoryState
     ) -> list[Kind] | None:
         """The layers by kind where `segments` are to run under the wavefront, else None."""
-        asked, known = self.config.schedule, None
         if self._in_sequence(segments):
             return None
-        if asked == "auto" and (known := self._known(segments[0], recompute)) is not None:
-            if not faster(known, len(self.backbone.layers), len(segments)):
+        measures, known = self.config.schedule == "auto", None
+        if measures and (known := self._known(how, segments[0])) is not None:
+            if not faster(known, len(segments)):
                 return None
         reason, kinds = self._kinds()
         if torch.compiler.is_compiling():
@@ -327,15 +343,15 @@ class Scheduler:
         if reason is None:
             reason = self.try_out(kinds).obstacle
         if reason is not None:
-            if asked == "wavefront":
-                raise ValueError(_refused(reason))
-            return None
-        if asked == "auto" and known is None:
+            if measures:
+                return None
+            raise ValueError(_refused(reason))
+        if measures and known is None:
             with torch.random.fork_rng(self._devices()):
-                seconds = self._measure(step, kinds, segments[0], state.detach(), recompute)
-            known = {**self._shape(segments[0], recompute), **seconds}
+                seconds = self._measure(how, kinds, segments[0], state.detach())
+            known = {**self._shape(how, segments[0]), **seconds}
             self.config.schedule_measured = [*(self.config.schedule_measured or []), known]
-            if not faster(known, len(self.backbone.layers), len(segments)):
+            if not faster(known, len(segments)):
                 return None
         return kinds
 
@@ -348,15 +364,15 @@ class Scheduler:
         apart = torch.distributed.is_initialized() or torch.compiler.is_compiling()
         return apart or len(segments) < LEAST_SEGMENTS
 
-    def _known(self, segment: Segment, recompute: bool) -> dict[str, Any] | None:
+    def _known(self, how: How, segment: Segment) -> dict[str, Any] | None:
         """What was measured at this shape."""
-        shape = self._shape(segment, recompute).items()
+        shape = self._shape(how, segment).items()
         for one in self.config.schedule_measured or []:
             if all(one.get(name) == value for name, value in shape):
                 return one
         return None
 
-    def _shape(self, segment: Segment, recompute: bool) -> dict[str, Any]:
+    def _shape(self, how: How, segment: Segment) -> dict[str, Any]:
         """What seconds are taken to depend on, beside the model and its memories."""
         device = self.backbone.device
         return {
@@ -364,23 +380,18 @@ class Scheduler:
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "rows": segment.ids.shape[0],
             "tokens": segment.ids.shape[1],
+            "layers": self._depth(how),
             "padded": segment.mask is not None,
             "learning": torch.is_grad_enabled(),
             "autocast": torch.is_autocast_enabled(device.type),
-            "recompute": recompute,
+            "recompute": how.recompute,
         }
 
     def _measure(
-        self,
-        step: Step,
-        kinds: Sequence[Kind],
-        segment: Segment,
-        state: MemoryState,
-        recompute: bool,
+        self, how: How, kinds: Sequence[Kind], segment: Segment, state: MemoryState
     ) -> dict[str, Any]:
         """Seconds of one segment, and of diagonals of some sizes."""
-        depth, device = len(self.backbone.layers), self.backbone.device
-        learning = torch.is_grad_enabled()
+        depth, device, learning = self._depth(how), self.backbone.device, torch.is_grad_enabled()
         parameters = [
             p
             for p in (*self.backbone.base.parameters(), *self.memory.parameters())
@@ -396,14 +407,15 @@ class Scheduler:
                     torch.autograd.grad(total, parameters, allow_unused=True)
 
         def one_segment() -> None:
-            read, _ = next(sequential(step, [segment], state, recompute=recompute))
-            finish(read.hidden)
+            read, _ = next(sequential(how.step, [segment], state, recompute=how.recompute))
+            if read.hidden is not None:
+                finish(read.hidden)
 
         def cells(count: int) -> Callable[[], None]:
             places = [Place(layer, count - 1 - layer) for layer in range(count)]
 
             def call() -> None:
-                fresh = self._line(kinds, state, segment.mask is not None, note, recompute)
+                fresh = self._line(how, kinds, state, segment.mask is not None, note)
                 for layer, number in places:
                     fresh.enter(number, segment)
                     fresh.under_way[number].layer = layer
@@ -428,11 +440,12 @@ class Scheduler:
             separate(list(cast(nn.Module, module).parameters()))
 
 
-def faster(measured: Mapping[str, Any], layers: int, segments: int) -> bool:
+def faster(measured: Mapping[str, Any], segments: int) -> bool:
     """Whether `segments` are clearly faster under the wavefront, going by what was measured.
 
     A diagonal's seconds are taken to lie on straight lines between the sizes that were measured.
     """
+    layers = measured["layers"]
     largest = min(layers, segments)
     ramps = sum(2 * _between(measured, size) for size in range(1, largest))
     full = (layers + segments - 1 - 2 * (largest - 1)) * _between(measured, largest)
@@ -465,6 +478,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if not a.numel():
         return True
     return float((a - b).abs().max()) <= 0.02 * float(b.abs().max()) + 1e-6
+
+
+def _no_step(segment: Segment, state: MemoryState) -> tuple[Read, MemoryState]:
+    raise AssertionError("a trial runs no whole segment")
+
+
+def _no_loss(segment: Segment, hidden: Tensor | None) -> None:
+    return None
 
 
 def _refused(reason: str) -> str:

@@ -175,6 +175,20 @@ def test_a_document_that_is_only_read(ran: list[int]) -> None:
 
 
 @torch.no_grad()
+def test_layers_above_the_last_memory_rest_in_what_is_only_read(ran: list[int]) -> None:
+    model = wave("llama", replace(CASES["armt"], layers=(0, 1)), num_hidden_layers=5)
+    ids, found = tokens(2, 5 * SEGMENT), []
+    model(ids)
+    assert max(ran) == 5
+    ran.clear()
+    for schedule in ("sequential", "wavefront"):
+        model.config.schedule = schedule
+        found.append(model.read(cut(ids, None, None, SEGMENT)))
+    torch.testing.assert_close(found[0].tensors, found[1].tensors, rtol=1e-10, atol=1e-10)
+    assert sum(ran) == 2 * 5
+
+
+@torch.no_grad()
 def test_half_precision_stays_close(ran: list[int]) -> None:
     model, ids = wave(), tokens(2, 4 * SEGMENT)
     for parameter in model.parameters():
@@ -323,17 +337,16 @@ def test_hooks_that_transformers_leaves_behind_are_no_hooks() -> None:
 
 
 def test_the_estimate_counts_every_diagonal() -> None:
-    layers = 3
     # Five segments: two diagonals of one cell, two of two, three of three.
-    measured = {"segment_seconds": 1.0, "cells": [1, 3], "cells_seconds": [0.2, 0.6]}
+    measured = {"layers": 3, "cells": [1, 3], "cells_seconds": [0.2, 0.6]}
     wanted = 2 * 0.2 + 2 * 0.4 + 3 * 0.6
     for slack, picked in ((1.01, True), (0.99, False)):
         seconds = slack * MARGIN * wanted / 5
-        assert faster({**measured, "segment_seconds": seconds}, layers, 5) is picked
-    assert not faster(SLOW, 3, 10**6)
-    # A diagonal that costs a whole segment's time gains nothing with two segments of three layers.
-    even = {"segment_seconds": 1.0, "cells": [1, 3], "cells_seconds": [0.6, 0.6]}
-    assert not faster(even, 3, 2) and faster(even, 3, 40)
+        assert faster({**measured, "segment_seconds": seconds}, 5) is picked
+    assert not faster({**SLOW, "layers": 3}, 10**6)
+    # Diagonals that take the same time whatever they hold gain nothing with two segments of three layers.
+    even = {"segment_seconds": 1.0, "layers": 3, "cells": [1, 3], "cells_seconds": [0.6, 0.6]}
+    assert not faster(even, 2) and faster(even, 40)
 
 
 def test_auto_measures_once_and_never_on_a_short_document(

@@ -264,6 +264,8 @@ class States:
 
     def result(self) -> dict[str, Any]:
         """The states of all members, by the memories' names."""
+        if not self.trees:
+            return {}
         rest = [[leaf[i] for leaf in self.live] for i in range(self.stop - self.start)]
         found = {}
         for cells, leaves in zip(self.kind.cells, [*self.done, *rest], strict=True):
@@ -297,15 +299,16 @@ class Entered:
 
 
 class Passed(NamedTuple):
-    """A segment that has passed: last hidden states (B, T, D), and what was noted of each memory."""
+    """A segment that has passed: last hidden states (B, T, D) if wanted, and what was noted of memories."""
 
-    hidden: Tensor
+    hidden: Tensor | None
     notes: dict[str, dict[str, Tensor]]
 
 
 class BatchedLine:
     """The layers of a base model with their memories, for one wavefront (`memlm.schedule.Line`).
 
+    depth: how many of them, from the first. hidden: whether last hidden states are wanted, which takes all.
     tokens (M, E): embeddings appended to each segment, or None. padded: whether any segment has a mask.
     states: by the memories' names, before the first segment. note: computed of every cell, in the batched
     call. recompute: keep nothing of a diagonal but what goes in, and run it again in backward.
@@ -316,6 +319,8 @@ class BatchedLine:
         backbone: Backbone,
         kinds: Sequence[Kind],
         tuples: Sequence[bool],
+        depth: int,
+        hidden: bool,
         tokens: Tensor | None,
         padded: bool,
         states: Mapping[str, Any],
@@ -323,15 +328,12 @@ class BatchedLine:
         recompute: bool = False,
     ) -> None:
         self.backbone, self.kinds, self.tuples = backbone, kinds, tuples
+        self.depth, self.hidden = depth, hidden
         self.tokens, self.padded, self.note, self.recompute = tokens, padded, note, recompute
         self.states = [States(kind, states) for kind in kinds]
         self.under_way: dict[int, Entered] = {}
         self._weights: dict[tuple[int, int, int], dict[str, Tensor]] = {}
         self._places: list[dict[str, Any]] | None = None
-
-    @property
-    def depth(self) -> int:
-        return len(self.backbone.layers)
 
     def enter(self, number: int, segment: Segment) -> None:
         x = self.backbone.embed(segment.ids)
@@ -420,7 +422,8 @@ class BatchedLine:
             with entered(run):
                 y = torch.func.functional_call(kind, weights, (x, arguments))
             after = run.left.close(kind.here)
-            leaves, notes = [], []
+            leaves: list[Tensor] = []
+            notes = []
             for one in kind.cells[0]:
                 old = dict(flatten(before[one.name], ""))
                 new = dict(flatten(after[one.name], ""))
@@ -450,6 +453,8 @@ class BatchedLine:
             raise RuntimeError(
                 f"segment {number} has passed {segment.layer} of {self.depth} layers"
             )
+        if not self.hidden:
+            return Passed(None, segment.notes)
         with met_by(Passage(self.tuples, segment.x)):
             # What goes in is replaced by what the last layer made.
             found = self.backbone.decode(segment.x.detach(), None)

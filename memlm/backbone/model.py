@@ -253,7 +253,7 @@ class Backbone:
         """
         router_losses: list[Tensor] = []
         run = Run(self, cells, states, write, mask, open_segment)
-        run.stops = not wanted and bool(cells) and open_segment is None and self._may_stop()
+        run.stops = not wanted and bool(cells) and open_segment is None and self.may_stop()
         if tokens is not None and not write:
             tokens = None
 
@@ -282,7 +282,7 @@ class Backbone:
         losses = torch.stack(router_losses).mean().to(ids.device) if router_losses else None
         return hidden, run.left.close(cells), losses
 
-    def _may_stop(self) -> bool:
+    def may_stop(self) -> bool:
         """Whether nothing would miss the layers above the last memory: no gradient, hook or sharding."""
         if torch.is_grad_enabled() or self.base.training or torch.compiler.is_compiling():
             return False

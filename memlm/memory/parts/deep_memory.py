@@ -126,9 +126,14 @@ def read_write(
     layers = len(weights)
 
     def on_rows(*given: Tensor) -> tuple[Tensor, ...]:
-        tokens, states, masks = given[:6], given[6 : 6 + 2 * layers], given[6 + 2 * layers :]
+        states, rest = given[6 : 6 + 2 * layers], given[6 + 2 * layers :]
         y, new_weights, new_momentum = _read_write(
-            *tokens, states[:layers], states[layers:], chunk, limit, *masks
+            *given[:6],
+            weights=states[:layers],
+            momentum=states[layers:],
+            chunk=chunk,
+            limit=limit,
+            mask=rest[0] if rest else None,
         )
         return y, *new_weights, *new_momentum
 
@@ -148,7 +153,7 @@ def _read_write(
     momentum: Sequence[Tensor],
     chunk: int,
     limit: float | None,
-    mask: Tensor | None = None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Weights, Weights]:
     """`read_write` on plain tensors."""
     batch, heads, length = rate.shape
