@@ -147,8 +147,17 @@ def test_recomputing_diagonals_changes_no_gradient(ran: list[int]) -> None:
     assert len(ran) == 6
 
 
-def test_what_writing_costs_is_the_same() -> None:
-    model = wave("llama", replace(CASES["armt"], write_cost=0.3)).train()
+@pytest.mark.parametrize(
+    "memory",
+    [
+        replace(CASES["armt"], write_cost=0.3),
+        # Of which a row that has ended would have to pay, if it were asked.
+        replace(CASES["compressive"], reconstruction_weight=0.3),
+    ],
+    ids=lambda memory: type(memory).__name__,
+)
+def test_what_memories_add_to_the_loss_is_the_same(memory: object) -> None:
+    model = wave("llama", memory).train()
     ids = tokens(3, 4 * SEGMENT)
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0

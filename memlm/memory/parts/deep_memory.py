@@ -126,9 +126,15 @@ def read_write(
     layers = len(weights)
 
     def on_rows(*given: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, log_keep, log_momentum, rate = given[:6]
         states, rest = given[6 : 6 + 2 * layers], given[6 + 2 * layers :]
         y, new_weights, new_momentum = _read_write(
-            *given[:6],
+            q,
+            k,
+            v,
+            log_keep,
+            log_momentum,
+            rate,
             weights=states[:layers],
             momentum=states[layers:],
             chunk=chunk,
