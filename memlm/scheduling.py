@@ -172,17 +172,7 @@ class Scheduler:
         for masks in (None, mask):
             segments = [Segment(ids[i], None if masks is None else masks[i]) for i in range(2)]
             start = self.memory.init_state(2)
-            state, expected = start, []
-            for segment in segments:
-                before = self.memory.unpack(state)
-                hidden, after, _ = self.backbone.run_segment(
-                    segment.ids, segment.mask, self.memory.cells(), self.memory.tokens, before, True
-                )
-                state = self.memory.pack({**before, **after}, 2)
-                if segment.active is not None:
-                    state = state.where(segment.active, start)
-                assert hidden is not None
-                expected.append(hidden)
+            expected, states = zip(*sequential(self._one, segments, start), strict=True)
             note = partial(self._note, False, False)
             how = How(_no_step, _no_loss)
             line = self._line(how, kinds, start, masks is not None, note, tuples)
@@ -196,7 +186,7 @@ class Scheduler:
             real = [torch.ones_like(ids[0], dtype=torch.bool)] * 2 if masks is None else list(masks)
             pairs = [(a[m], b[m]) for a, b, m in zip(found, expected, real, strict=True)]
             result = self.memory.pack(line.result(), 2)
-            pairs += [(result[name], state[name]) for name in state.floating()]
+            pairs += [(result[name], value) for name, value in states[-1].floating().items()]
             if not all(_close(a, b) for a, b in pairs):
                 return Trial(
                     tuples,
@@ -204,6 +194,16 @@ class Scheduler:
                     "more than their weights",
                 )
         return Trial(tuples, None)
+
+    def _one(self, segment: Segment, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """The last hidden states of one segment, and the state after it."""
+        before = self.memory.unpack(state)
+        hidden, after, _ = self.backbone.run_segment(
+            segment.ids, segment.mask, self.memory.cells(), self.memory.tokens, before, True
+        )
+        assert hidden is not None
+        new = self.memory.pack({**before, **after}, state.batch_size)
+        return hidden, new if segment.active is None else new.where(segment.active, state)
 
     def reads_ahead(self) -> int:
         """How many segments of a document that is only read make a window: enough to fill the diagonals."""

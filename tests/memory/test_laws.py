@@ -264,7 +264,7 @@ def test_the_wavefront_is_the_sequence(
     if any(cell.memory.site == "model" or cell.memory.not_batched for cell in cells):
         with pytest.raises(ValueError, match=memory):
             model(tokens(1, 2 * SEGMENT))
-        return
+        pytest.skip("the mechanism is refused by name")
     # The model is tried out now, and not while cells are counted.
     model(tokens(1, 2 * SEGMENT))
     ids = tokens(3, 6 * SEGMENT + 2)
