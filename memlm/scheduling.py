@@ -28,8 +28,9 @@ from memlm.schedule import Place, alike, sequential, wavefront
 from memlm.segment import Segment
 from memlm.state import MemoryState
 
-# Under "auto", fewer segments are never worth it: a diagonal would hold a few cells at most.
-LEAST_SEGMENTS = 4
+# Under "auto", fewer segments are run in sequence: diagonals would hold a few cells, and measuring takes as
+# long as some ten segments.
+LEAST_SEGMENTS = 8
 # How much faster "auto" wants the wavefront to be, so that what it picks is no accident of measuring.
 MARGIN = 1.1
 ROUNDS = 3

@@ -298,8 +298,12 @@ def memory_model(
 ) -> MemLMForCausalLM:
     """A memory model with nothing at zero, float64, in evaluation mode."""
     config = CASES.get(memory, memory) if isinstance(memory, str) else memory
+    # What is measured would not be the same twice; law 10 ties the wavefront to the sequence.
     model = MemLMForCausalLM.from_base(
-        base_model(standing(memory, family), **over), memory=config, segment_length=segment_length
+        base_model(standing(memory, family), **over),
+        memory=config,
+        segment_length=segment_length,
+        schedule="sequential",
     )
     randomise(model.memory)
     return model.eval()

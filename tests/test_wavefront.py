@@ -356,6 +356,18 @@ def test_the_estimate_counts_every_diagonal() -> None:
     assert not faster(even, 2) and faster(even, 40)
 
 
+def measuring() -> MemLMForCausalLM:
+    model = memory_model("llama", "armt", num_hidden_layers=3)
+    model.config.schedule = "auto"
+    return model
+
+
+def test_auto_is_the_default() -> None:
+    assert (
+        MemLMForCausalLM.from_base(base_model("llama"), segment_length=8).config.schedule == "auto"
+    )
+
+
 def test_auto_measures_once_and_never_on_a_short_document(
     monkeypatch: pytest.MonkeyPatch, ran: list[int]
 ) -> None:
@@ -366,23 +378,22 @@ def test_auto_measures_once_and_never_on_a_short_document(
         return FAST
 
     monkeypatch.setattr(Scheduler, "_measure", measure)
-    model = memory_model("llama", "armt", num_hidden_layers=3)
-    assert model.config.schedule == "auto"
+    model = measuring()
     with torch.no_grad():
         model(tokens(1, (LEAST_SEGMENTS - 1) * SEGMENT))
         assert not measured and not ran and model.config.schedule_measured is None
         for _ in range(2):
-            model(tokens(1, 6 * SEGMENT))
+            model(tokens(1, 9 * SEGMENT))
         assert measured == [1] and max(ran) == 3
         (one,) = model.config.schedule_measured
         assert (one["rows"], one["tokens"], one["learning"]) == (1, SEGMENT, False)
         # Another shape is measured by itself; a short document goes one by one whatever was found.
-        model(tokens(2, 6 * SEGMENT))
+        model(tokens(2, 9 * SEGMENT))
         assert measured == [1, 1]
         ran.clear()
         model(tokens(1, (LEAST_SEGMENTS - 1) * SEGMENT))
         assert not ran
-    model(tokens(1, 6 * SEGMENT), labels=tokens(1, 6 * SEGMENT)).loss.backward()
+    model(tokens(1, 9 * SEGMENT), labels=tokens(1, 9 * SEGMENT)).loss.backward()
     assert measured == [1, 1, 1]
 
 
@@ -391,23 +402,23 @@ def test_auto_goes_by_what_was_measured_before(
 ) -> None:
     for seconds, used in ((FAST, True), (SLOW, False)):
         monkeypatch.setattr(Scheduler, "_measure", lambda *_, found=seconds: found)
-        model = memory_model("llama", "armt", num_hidden_layers=3)
+        model = measuring()
         with torch.no_grad():
-            model(tokens(1, 6 * SEGMENT))
+            model(tokens(1, 9 * SEGMENT))
         model.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
         assert loaded.config.schedule_measured == model.config.schedule_measured
         monkeypatch.setattr(Scheduler, "_measure", lambda *_: pytest.fail("measured again"))
         ran.clear()
         with torch.no_grad():
-            loaded(tokens(1, 6 * SEGMENT))
+            loaded(tokens(1, 9 * SEGMENT))
         # Where it is slower, it is not even tried out.
         assert bool(ran) is used
 
 
 def test_measuring_changes_nothing() -> None:
-    model = memory_model("llama", "armt", num_hidden_layers=3).train()
-    ids = tokens(1, 5 * SEGMENT)
+    model = measuring().train()
+    ids = tokens(1, 9 * SEGMENT)
     torch.manual_seed(0)
     model(ids, labels=ids).loss.backward()
     drawn = torch.rand(1)
@@ -429,7 +440,8 @@ def test_measuring_changes_nothing() -> None:
 def test_auto_runs_what_cannot_be_batched_in_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scheduler, "_measure", lambda *_: pytest.fail("measured"))
     for memory, family in (("rmt", "llama"), ("armt", "gemma3_text")):
-        model, ids = memory_model(family, memory), tokens(1, 6 * SEGMENT)
+        model, ids = memory_model(family, memory), tokens(1, 9 * SEGMENT)
+        model.config.schedule = "auto"
         found = model(ids).logits
         model.config.schedule = "sequential"
         torch.testing.assert_close(found, model(ids).logits, **EXACT)
