@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
@@ -417,9 +418,12 @@ class Scheduler:
 
             def call() -> None:
                 fresh = self._line(how, kinds, state, segment.mask is not None, note)
+                # One segment enters at a time.
+                fresh.enter(0, segment)
+                first = fresh.under_way.pop(0)
                 for layer, number in places:
-                    fresh.enter(number, segment)
-                    fresh.under_way[number].layer = layer
+                    fresh.under_way[number] = one = copy(first)
+                    one.layer, one.notes = layer, {}
                 fresh.run(places)
                 finish(*(one.x for one in fresh.under_way.values()))
 
