@@ -346,6 +346,14 @@ class MemoryStack(nn.Module):
             "rate or clip gradients if this was training"
         )
 
+    def labels(self) -> list[str]:
+        """The names of the cells' states, in the order in which states have them."""
+        return list(self._trees)
+
+    def count_of(self, label: str) -> int:
+        """How many cells the memory has that one cell's state `label` belongs to."""
+        return len(self._memories()[label.partition(".")[0]].cells)
+
     def _memories(self) -> dict[str, AttachedMemory]:
         return cast(dict[str, AttachedMemory], dict(self.attached.items()))
 

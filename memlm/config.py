@@ -21,8 +21,8 @@ _BEFORE: dict[str, Any] = {"memory_dtype": "base"}
 class MemLMConfig(PreTrainedConfig):
     """Configuration of a base model with memories.
 
-    text_config: the base model's own configuration (or its dict). memory: one dict per memory, with
-    its `name` and its fields; empty for independent segments. segment_length: tokens of text per segment,
+    text_config: the base model's own configuration (or its dict). memory: one dict per memory, with its
+    `name` and its fields; empty for independent segments. segment_length: tokens of text per segment,
     memory tokens not counted. question_template: the text that asks a question after a document, with
     {question} in it; the answer follows after a space. question_segment, as the model was trained: "open"
     when a question follows the document in its last, open segment; "own" when that segment ends first, and
@@ -31,7 +31,9 @@ class MemLMConfig(PreTrainedConfig):
     parameters in float32 where the base model is in half precision, so that small training steps are not
     lost (in a wider base model they are as wide as it is); "base" keeps them in the base model's dtype.
     logits_with_labels: whether a call with labels for more than one segment keeps all logits beside the
-    loss, for trainers that compute metrics of predictions.
+    loss, for trainers that compute metrics of predictions. schedule: the order in which layers and segments
+    are run: "sequential", "wavefront", or "auto", which takes the faster one where both are possible.
+    schedule_measured: what "auto" goes by, one dict for each device and shape.
     """
 
     model_type = "memlm"
@@ -54,6 +56,8 @@ class MemLMConfig(PreTrainedConfig):
     recall_template: str = DOCUMENT_RECALL_TEMPLATE
     memory_dtype: str = "float32"
     logits_with_labels: bool = False
+    schedule: str = "auto"
+    schedule_measured: list | None = None
     memlm_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 
@@ -89,6 +93,7 @@ class MemLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"question_segment={self.question_segment!r} is unknown; use 'open' or 'own'"
             )
+        self.check_schedule()
         if self.memory_dtype not in ("float32", "base"):
             raise ValueError(
                 f"memory_dtype={self.memory_dtype!r} is unknown; use 'float32' or 'base'"
@@ -102,6 +107,13 @@ class MemLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"recall_template={self.recall_template!r} has no place for the passage; "
                 "put {text} into it"
+            )
+
+    def check_schedule(self) -> None:
+        """ValueError for a schedule that there is not; it may have been set since."""
+        if self.schedule not in ("auto", "sequential", "wavefront"):
+            raise ValueError(
+                f"schedule={self.schedule!r} is unknown; use 'auto', 'sequential' or 'wavefront'"
             )
 
     @classmethod

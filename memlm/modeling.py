@@ -33,7 +33,7 @@ from memlm.output import LogitsNotMade, MemLMOutput
 from memlm.rolling import RollingMemory
 from memlm.saving import SavingMixin
 from memlm.scan import Anchor, first_window, scan
-from memlm.schedule import sequential
+from memlm.scheduling import How, Read, Scheduler
 from memlm.segment import IGNORE, Alignment, Segment, cut
 from memlm.state import MemoryState
 from memlm.watch import Watch
@@ -92,6 +92,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             for layer in recurrent[:1]:
                 self.backbone.try_recurrence(layer)
         self.gradient_checkpointing = False
+        self.scheduler = Scheduler(self)
         with self.backbone.weights_kept() if given else nullcontext():
             self.post_init()
         if given:
@@ -99,6 +100,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             self.generation_config = copy.deepcopy(base.generation_config)
         elif self.generation_config is not None and base.generation_config is not None:
             self.generation_config = copy.deepcopy(base.generation_config)
+        if given:
+            self.scheduler.check()
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this child first, and guards what was loaded from a checkpoint.
@@ -118,6 +121,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         memory: str | MemoryConfig | dict[str, Any] | list[Any] | None = "armt",
         segment_length: int = 512,
         memory_dtype: str = "float32",
+        schedule: str = "auto",
         **kwargs: Any,
     ) -> MemLMForCausalLM:
         """Give a base model a memory.
@@ -125,8 +129,10 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         base: a live model (wrapped, not copied), a configuration (random weights), or a hub id or path,
         loaded with `kwargs`. memory: a name (`memlm.memory.available_memories()`), a config, or a list.
         segment_length: text tokens per segment. memory_dtype: "float32" keeps the memories' parameters in
-        it on a base in half precision, "base" in the base's own dtype. ValueError when they do not fit each
-        other.
+        it on a base in half precision, "base" in the base's own dtype. schedule: "wavefront" runs
+        neighbouring layers of neighbouring segments together, with the same results, and refuses a model
+        with which it cannot; "sequential" does not; "auto" measures, and does where it is faster.
+        ValueError when they do not fit each other.
         """
         if isinstance(base, (str, os.PathLike)):
             base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
@@ -151,6 +157,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             memory=[config_to_dict(entry) for entry in resolve_memories(memory)],
             segment_length=segment_length,
             memory_dtype=memory_dtype,
+            schedule=schedule,
             attn_implementation=base.config._attn_implementation,
             dtype=base.dtype,
         )
@@ -376,12 +383,12 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         return out.to_tuple() if return_dict is False else out
 
     def _window(
-        self, write: bool, keep: Collector, watch: Watch
+        self, write: bool, keep: Collector, watch: Watch, writes: WriteCount | None = None
     ) -> Callable[[list[Segment], MemoryState], tuple[Losses, MemoryState]]:
         self._check_ready()
         cells, tokens = self.memory.cells(), self.memory.tokens
 
-        def step(segment: Segment, state: MemoryState) -> tuple[Any, MemoryState]:
+        def step(segment: Segment, state: MemoryState) -> tuple[Read, MemoryState]:
             before = self.memory.unpack(state)
             hidden, after, router_loss = self.backbone.run_segment(
                 segment.ids,
@@ -402,25 +409,34 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             if router_loss is not None:
                 # The rows of a segment pass through the routers together; `forward` divides by all rows.
                 cost = router_loss * segment.rows + (0.0 if cost is None else cost)
-            loss = None
-            if segment.labels is not None:
-                assert hidden is not None
-                loss = self._loss(hidden, segment)
-            return (loss, cost, hidden if keep.wanted else None), new
+            sizes = new.largest() if write else None
+            gate = None if writes is None else self.memory.largest_gate(new)
+            return Read(loss_of(segment, hidden), hidden, cost, sizes, gate), new
+
+        def loss_of(segment: Segment, hidden: Tensor | None) -> Tensor | None:
+            if segment.labels is None:
+                return None
+            assert hidden is not None
+            return self._loss(hidden, segment)
 
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
         def window(segments: list[Segment], state: MemoryState) -> tuple[Losses, MemoryState]:
             total, extra = Sum(), Sum()
-            found = sequential(step, segments, state, recompute=recompute)
-            for (loss, cost, hidden), after in found:
-                total.add(loss)
-                extra.add(cost)
-                if hidden is not None:
-                    keep.add(hidden)
-                if write:
-                    watch.add(after)
-                state = after
+            wanted = keep.wanted or any(segment.labels is not None for segment in segments)
+            how = How(step, loss_of, write, wanted, recompute, writes is not None)
+            found = self.scheduler.run(how, segments, state)
+            for segment, (one, after) in zip(segments, found, strict=True):
+                total.add(one.loss)
+                extra.add(one.cost)
+                if keep.wanted:
+                    assert one.hidden is not None
+                    keep.add(one.hidden)
+                state = state if after is None else after
+                if one.sizes is not None:
+                    watch.add(one.sizes, state)
+                if writes is not None:
+                    writes.add(segment.active, one.gate)
             return (total.value, extra.value), state
 
         return window
@@ -430,6 +446,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         # Somebody may have called the base model's own `set_attn_implementation`, which ignores memories.
         self._open_heads()
         self.memory.check_present(self.backbone.device)
+        self.scheduler.check()
 
     def _loss(self, hidden: Tensor, segment: Segment) -> Tensor:
         """Summed cross-entropy (nats) over the targets of one segment, in float32 or wider."""
@@ -485,15 +502,9 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             return memory_state
         state = self._admit(memory_state, first.ids.shape[0])
         watch = Watch(self.memory)
-        run = self._window(True, Nothing(None), watch)
-
-        def noted(window: list[Segment], before: MemoryState) -> tuple[Any, MemoryState]:
-            out, after = run(window, before)
-            if writes is not None:
-                writes.add(window[-1].active, self.memory.largest_gate(after))
-            return out, after
-
-        for _, after in scan(noted, chain([first], pieces), state, bptt_depth=1):
+        run = self._window(True, Nothing(None), watch, writes)
+        depth = self.scheduler.reads_ahead()
+        for _, after in scan(run, chain([first], pieces), state, bptt_depth=depth):
             state = after
         watch.check()
         return state
@@ -518,6 +529,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         a module of the base has changed its class since, as sharding does.
         """
         self.backbone.close()
+        self.scheduler.release()
         return self.base
 
 

@@ -24,9 +24,11 @@ class Watch:
         self._last: MemoryState | None = None
         self._checked = 0
 
-    def add(self, state: MemoryState) -> None:
-        """Note the state after the next segment. FloatingPointError as `check` raises it."""
-        self._sizes.append(state.largest())
+    def add(self, sizes: Tensor, state: MemoryState) -> None:
+        """Note the next segment. sizes: `MemoryState.largest` of the state after it; state: any of this model's,
+        for the names. FloatingPointError as `check` raises it.
+        """
+        self._sizes.append(sizes)
         self._last = state
         if len(self._sizes) == EVERY:
             self.check()

@@ -208,6 +208,16 @@ LAW_FAMILIES = ("llama", "gpt2", "qwen3")
 RECURRENT_FAMILIES = ("mamba2", "falcon_h1", "qwen3_next")
 
 
+def deeper(family: str) -> dict[str, object]:
+    """What gives a tiny model of `family` layers that are alike: four, or three where they all are."""
+    known = (FAMILIES | RECURRENT)[family]
+    kinds = known.get("layer_types")
+    if kinds is None:
+        return {"n_layer" if "n_layer" in known else "num_hidden_layers": 3}
+    more: dict[str, object] = {"num_hidden_layers": 4, "layer_types": [*kinds, *kinds]}
+    return more | ({"mlp_only_layers": [0, 1, 2, 3]} if "mlp_only_layers" in known else {})
+
+
 def needs_recurrence(memory: object) -> bool:
     """Whether a memory stands at a recurrence of the base model's own."""
     known = CASES.get(memory, memory) if isinstance(memory, str) else memory
@@ -288,8 +298,12 @@ def memory_model(
 ) -> MemLMForCausalLM:
     """A memory model with nothing at zero, float64, in evaluation mode."""
     config = CASES.get(memory, memory) if isinstance(memory, str) else memory
+    # What is measured would not be the same twice; law 10 ties the wavefront to the sequence.
     model = MemLMForCausalLM.from_base(
-        base_model(standing(memory, family), **over), memory=config, segment_length=segment_length
+        base_model(standing(memory, family), **over),
+        memory=config,
+        segment_length=segment_length,
+        schedule="sequential",
     )
     randomise(model.memory)
     return model.eval()

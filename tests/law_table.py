@@ -27,6 +27,7 @@ LAWS = {
     "not vacuous": "the_first_segment_reaches_the_last",
     "rows": "rows_of_a_ragged_batch_equal_rows_alone",
     "bptt": "bptt_depth_cuts_exactly_there",
+    "wavefront": "the_wavefront_is_the_sequence",
     "recompute": "recomputing_segments_changes_no_gradient",
     "checkpoint": "layer_checkpointing_of_the_base_changes_no_gradient",
     "gradients": "every_memory_parameter_gets_a_gradient",
@@ -63,6 +64,8 @@ architectures for one mechanism per site.
 - **not vacuous**: a change in the first segment changes the last one's logits.
 - **rows**: ragged rows, padded left, right and with holes, equal the same rows run alone.
 - **bptt**: `bptt_depth` cuts gradients exactly there.
+- **wavefront**: layers and segments that are run together give the outputs, states and gradients
+  of the sequence; who cannot is refused by name.
 - **recompute**, **checkpoint**: recomputing segments, or the base's layers, changes no gradient and
   writes once.
 - **gradients**: every memory parameter gets one.

@@ -23,6 +23,7 @@ from memlm.backbone.open import Front
 from memlm.backbone.run import RUN, Run
 from memlm.backbone.stages import original_class, signature_of
 from memlm.memory.base import QKV, Attended, Dims
+from memlm.memory.parts.folding import folded
 
 # Prefix of an attention implementation's name: it passes through memories at the heads.
 OPENED = "memlm_"
@@ -144,6 +145,18 @@ def _causal(q: Tensor, keys: int) -> Tensor:
     """(1, 1, T, keys) bool: a causal mask for queries (B, H, T, dh) that belong to the last keys."""
     shape = (q.shape[2], keys)
     return torch.ones(shape, dtype=torch.bool, device=q.device).tril(keys - shape[0])[None, None]
+
+
+def folded_mask(made: Callable[[Tensor, Tensor], Tensor | None], x: Tensor, mask: Tensor) -> Tensor:
+    """`made(x, mask)`, an attention mask (B, 1, T, T), where vmap maps over the mask (B, T)."""
+
+    def call(x: Tensor, mask: Tensor) -> tuple[Tensor]:
+        seen = made(x, mask)
+        if seen is None:
+            seen = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None]
+        return (seen.expand(len(x), *seen.shape[1:]),)
+
+    return folded(call, x, mask)[0]
 
 
 def with_keys_in_front(seen: Tensor, front: Front, queries: int) -> Tensor:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memlm.backbone.finding import find_attention, find_layers, layer_list, unwrapped, works_on
 from memlm.backbone.heads import (
     OPENED,
+    folded_mask,
     not_later,
     open_attention,
     places_of,
@@ -57,6 +58,7 @@ from memlm.backbone.stages import (
     signature_of,
 )
 from memlm.memory.base import LOADED, Dims, Site
+from memlm.memory.parts.folding import is_mapped
 from memlm.memory.parts.tokens import tokens_back_from, tokens_in
 
 # Kinds of attention whose keys and values say everything about the tokens before.
@@ -251,7 +253,7 @@ class Backbone:
         """
         router_losses: list[Tensor] = []
         run = Run(self, cells, states, write, mask, open_segment)
-        run.stops = not wanted and bool(cells) and open_segment is None and self._may_stop()
+        run.stops = not wanted and bool(cells) and open_segment is None and self.may_stop()
         if tokens is not None and not write:
             tokens = None
 
@@ -269,7 +271,7 @@ class Backbone:
                 x, mask = tokens_in(order, x), mask.gather(1, order)
             with entered(run.but(mask=mask) if cells else None), self._handed_over():
                 found = self._decode(x, mask, open_segment)
-            if self._balances_routers:
+            if self.balances_routers:
                 router_losses.append(self._router_loss(found, mask))
             return tokens_back_from(order, found.last_hidden_state)[:, :length]
 
@@ -280,7 +282,7 @@ class Backbone:
         losses = torch.stack(router_losses).mean().to(ids.device) if router_losses else None
         return hidden, run.left.close(cells), losses
 
-    def _may_stop(self) -> bool:
+    def may_stop(self) -> bool:
         """Whether nothing would miss the layers above the last memory: no gradient, hook or sharding."""
         if torch.is_grad_enabled() or self.base.training or torch.compiler.is_compiling():
             return False
@@ -305,7 +307,8 @@ class Backbone:
                 handle.remove()
 
     @property
-    def _balances_routers(self) -> bool:
+    def balances_routers(self) -> bool:
+        """Whether the base adds a loss for unbalanced routers now."""
         wanted = getattr(self.config, "output_router_logits", False)
         return bool(wanted) and self.base.training and torch.is_grad_enabled()
 
@@ -344,6 +347,10 @@ class Backbone:
     def _decode(self, x: Tensor, mask: Tensor | None, open_segment: OpenSegment | None) -> Any:
         if open_segment is not None:
             return self._decode_more(x, mask, open_segment)
+        return self.decode(x, mask)
+
+    def decode(self, x: Tensor, mask: Tensor | None) -> Any:
+        """Embeddings (B, T, E), real where mask (B, T) is True, through the decoder; what it returns."""
         arguments: dict[str, Any] = {"inputs_embeds": x, "use_cache": False}
         if mask is not None:
             # A row without a token would attend to nothing and fill its gradients with NaN. So it may see
@@ -353,7 +360,7 @@ class Backbone:
             arguments["attention_mask"] = mask.to(torch.long)
             if self._takes_positions:
                 arguments["position_ids"] = places_of(mask)
-        if self._balances_routers:
+        if self.balances_routers:
             arguments["output_router_logits"] = True
         return self.decoder(**arguments)
 
@@ -421,7 +428,14 @@ class Backbone:
         else:
             make_mask = create_causal_mask
         given = dict(arguments)
-        seen = make_mask(config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None)
+
+        def made(x: Tensor, mask: Tensor) -> Tensor | None:
+            return make_mask(
+                config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
+            )
+
+        # transformers looks into a mask, to leave it out where it says nothing.
+        seen = folded_mask(made, x, mask) if is_mapped(mask) else made(x, mask)
         given["attention_mask"] = seen if times is None else not_later(seen, times)
         if given.get("position_ids") is not None:
             given["position_ids"] = positions

@@ -8,7 +8,7 @@ raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -77,16 +77,16 @@ class Run:
     No dataclass and no tuple: sharding rebuilds those on their way into a module, and what was written into
     the copy would be lost.
 
-    heads: the layer whose attention module is running, when its "heads" have memories. rotation: the
-    (cos, sin) withheld from it. wanted: how many positions, counted from the end, need the attention
     module's output; None is all. open: what is kept of the segment, when tokens may be added to it later.
-    stops: whether to raise `Enough` once every memory has left its state.
+    stops: whether to raise `Enough` once every memory has left its state. batched: whether several layers
+    run as one, under vmap.
     """
 
     heads: int | None = None
     rotation: tuple[Tensor, Tensor] | None = None
     wanted: int | None = None
     stops: bool = False
+    batched: bool = False
 
     def __init__(
         self,
@@ -169,6 +169,45 @@ class Run:
         return F.pad(self.mask, (length - self.mask.shape[1], 0), value=True).to(device)
 
 
+class Passage:
+    """The decoder without its layers: what it gives each of them, and what it makes of what they return.
+
+    tuples: whether each layer returns a tuple. leaves (B, T, D): what the last layer has made of the
+    segment; None when it is about to enter. inputs (B, T, D): what the first layer is given. arguments: the
+    other arguments of each layer, by name.
+    """
+
+    def __init__(self, tuples: Sequence[bool], leaves: Tensor | None = None) -> None:
+        self.tuples, self.leaves = tuples, leaves
+        self.inputs: Tensor | None = None
+        self.arguments: list[dict[str, Any]] = []
+
+    def meet(self, layer: int, arguments: dict[str, Any], call: Callable[[], Any]) -> Any:
+        """What `layer` would return, without running it. ValueError when more than that is left out."""
+        hidden = arguments.pop("hidden_states")
+        if self.inputs is None:
+            self.inputs = hidden
+            self.passes = hidden if self.leaves is None else self.leaves
+        if len(self.arguments) != layer or (layer and hidden is not self.passes):
+            raise ValueError(
+                f"the base model does something of its own before layer {layer}, which would be left out"
+            )
+        self.arguments.append(arguments)
+        return (self.passes,) if self.tuples[layer] else self.passes
+
+
+class Returns:
+    """Whether each layer returns a tuple, seen while the decoder runs as always."""
+
+    def __init__(self) -> None:
+        self.tuples: list[bool] = []
+
+    def meet(self, layer: int, arguments: dict[str, Any], call: Callable[[], Any]) -> Any:
+        out = call()
+        self.tuples.append(isinstance(out, tuple))
+        return out
+
+
 class Left:
     """The states the memories leave in one segment, by name."""
 
@@ -240,6 +279,8 @@ def _in_precision_of(
 
 
 RUN: ContextVar[Run | None] = ContextVar("memlm_run", default=None)
+# What meets the decoder's calls of its layers, if anything does.
+MEETS: ContextVar[Passage | Returns | None] = ContextVar("memlm_meets", default=None)
 
 
 @contextmanager
@@ -249,3 +290,12 @@ def entered(run: Run | None) -> Iterator[None]:
         yield
     finally:
         RUN.reset(token)
+
+
+@contextmanager
+def met_by(one: Passage | Returns) -> Iterator[None]:
+    token = MEETS.set(one)
+    try:
+        yield
+    finally:
+        MEETS.reset(token)

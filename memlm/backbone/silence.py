@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memlm.memory.base import QKV, Memory
+from memlm.memory.parts.folding import is_mapped
 from memlm.memory.parts.gates import GatedMemory
 
 
@@ -26,6 +27,8 @@ def run_memory(
     """`memory` on `x`, without the work of writing where all gates of all rows are zero."""
     if (
         write
+        # Layers that run together would have to be silent together.
+        and not is_mapped(x.k if isinstance(x, QKV) else x)
         and isinstance(memory, GatedMemory)
         and may_skip(memory, x.k if isinstance(x, QKV) else x)
     ):

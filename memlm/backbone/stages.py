@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from memlm.backbone.folding import FoldedAttention
 from memlm.backbone.open import Front
-from memlm.backbone.run import RUN, Run, entered
+from memlm.backbone.run import MEETS, RUN, Run, entered
 from memlm.memory.base import Site
 
 HIDDEN: ContextVar[GivenHidden | None] = ContextVar("memlm_hidden", default=None)
@@ -68,10 +71,19 @@ class MemoryStage(Stage):
     _memlm_layer: int
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        meets = MEETS.get()
+        if meets is not None and self._memlm_site == "layer":
+            arguments = bind(type(self)._memlm_original, args, kwargs)
+            return meets.meet(self._memlm_layer, arguments, partial(self._called, args, kwargs))
+        return self._called(args, kwargs)
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = RUN.get()
         if run is not None:
             kwargs["memory_run"] = run
-        out = super().__call__(*args, **kwargs)
+        folds = run is not None and run.batched and self._memlm_site == "attention"
+        with FoldedAttention() if folds else nullcontext():
+            out = super().__call__(*args, **kwargs)
         return out[0] if _is_shown(self, kwargs.get("memory_run")) else out
 
     def forward(self, *args: Any, memory_run: Run | None = None, **kwargs: Any) -> Any:

@@ -51,6 +51,15 @@ def write_thresholds(model: Any) -> list[float]:
     return list(dict.fromkeys(found))
 
 
+def schedule_of(model: Any) -> dict[str, Any]:
+    """The schedule a model with memories is run under, and what "auto" goes by; {} for another model."""
+    asked = getattr(model.config, "schedule", None)
+    if asked is None:
+        return {}
+    measured = getattr(model.config, "schedule_measured", None)
+    return {"schedule": asked} | ({"schedule_measured": measured} if measured else {})
+
+
 def dtype_of(model: Any) -> str:
     """The type of the model's first weights that are floating-point, as `--dtype` takes it."""
     found = next(p.dtype for p in model.parameters() if p.is_floating_point())

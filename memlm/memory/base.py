@@ -223,6 +223,9 @@ class Memory(nn.Module, ABC):
     transient: ClassVar[frozenset[str]] = frozenset()
     # Options that this takes, where the published form writes something at every segment whatever its gate.
     silent_with: ClassVar[Mapping[str, Any]] = {}
+    # Why the wavefront schedule cannot run it for several layers at once, as the end of a sentence that
+    # begins with its name; "" when it can. A property where it depends on the config.
+    not_batched: ClassVar[str] = ""
     # False when no gradient passes through the state, however deep the backpropagation.
     differentiable: ClassVar[bool] = True
     # A property where it depends on the config.

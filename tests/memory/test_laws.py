@@ -6,22 +6,25 @@ on the others; `-m "not gpu"` runs all of them, as tests/law_table.py does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from memlm import MemoryState
+from memlm.backbone.batched import BatchedLine
 from memlm.memory import available_memories, memory_class
 from memlm.memory.parts.gates import GatedMemory
 from memlm.modeling import MemLMForCausalLM
+from memlm.schedule import Place
 from memlm.segment import cut
 from tests.cases import (
     CASES,
     LAW_FAMILIES,
     SEGMENT,
     base_model,
+    deeper,
     families_of,
     memory_model,
     randomise,
@@ -249,6 +252,59 @@ def test_recomputing_segments_changes_no_gradient(memory: str, family: str) -> N
     for a, b in zip(plain, recomputed, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
     assert same_state(states[0], states[1])
+
+
+@with_none
+def test_the_wavefront_is_the_sequence(
+    memory: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = memory_model(family, memory, **deeper(family))
+    model.config.schedule = "wavefront"
+    cells = [cell for found in model.memory.cells().values() for cell in found]
+    if any(cell.memory.site == "model" or cell.memory.not_batched for cell in cells):
+        with pytest.raises(ValueError, match=memory):
+            model(tokens(1, 2 * SEGMENT))
+        pytest.skip("the mechanism is refused by name")
+    # The model is tried out now, and not while cells are counted.
+    model(tokens(1, 2 * SEGMENT))
+    ids = tokens(3, 6 * SEGMENT + 2)
+    mask = torch.ones_like(ids)
+    # A row that ends early, and one with holes.
+    mask[1, SEGMENT + 4 :], mask[2, 3:9], mask[2, 20] = 0, 0, 0
+    found, ran = [], []
+    monkeypatch.setattr(BatchedLine, "run", _noting(BatchedLine.run, ran))
+    for schedule in ("sequential", "wavefront"):
+        model.config.schedule = schedule
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=ids, logits_to_keep=0, bptt_depth=3)
+        out.loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        plain = model(ids[:, :-3], memory_state=out.memory_state.detach(), logits_to_keep=0)
+        found.append((out, gradients, plain))
+        # Of the windows of 1, 3 and 3 segments, and of 6, the first and two short segments are by
+        # themselves.
+        layers = len(model.backbone.layers)
+        expected = 0 if schedule == "sequential" else (3 + 2 + 5) * layers
+        assert len(ran) == len(set(ran)) == expected
+    (a, gradients, plain), (b, others, again) = found
+    torch.testing.assert_close(a.logits, b.logits, **EXACT)
+    torch.testing.assert_close(a.loss, b.loss, **EXACT)
+    torch.testing.assert_close(plain.logits, again.logits, **EXACT)
+    assert same_state(a.memory_state, b.memory_state)
+    assert same_state(plain.memory_state, again.memory_state)
+    assert len(gradients) == len(others)
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def _noting(run: Callable[..., None], ran: list[tuple[int, ...]]) -> Callable[..., None]:
+    def noted(line: BatchedLine, places: Sequence[Place]) -> None:
+        ran.extend((id(line.states), *place) for place in places)
+        lines.append(line)  # Else another's states could come to stand at the same address.
+        run(line, places)
+
+    lines: list[BatchedLine] = []
+    return noted
 
 
 @with_memory

@@ -19,6 +19,7 @@ from memlm.eval.log import SAMPLES, Row, RunLog, recorded
 from memlm.eval.provenance import (
     dtype_of,
     fingerprint,
+    schedule_of,
     versions,
     without_training,
     write_thresholds,
@@ -204,7 +205,7 @@ def evaluate(
     cells = _cells(log, wanted, skipped)
     report = Report(
         cells,
-        settings | about,
+        settings | about | schedule_of(model),
         versions(model),
         source.notes,
         skipped=skipped,

@@ -29,6 +29,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm.memory.parts.folding import folded
+
 Weights = tuple[Tensor, ...]
 
 # exp(-40) is nothing next to 1, in float64 too. Deeper logs would cost their neighbours in the same running
@@ -121,6 +123,45 @@ def read_write(
     inputs only need to be finite. limit: largest norm of a token's gradient, None for any. Everything is
     computed in the dtype of `weights`. Cuts at multiples of `chunk` change nothing.
     """
+    layers = len(weights)
+
+    def on_rows(*given: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, log_keep, log_momentum, rate = given[:6]
+        states, rest = given[6 : 6 + 2 * layers], given[6 + 2 * layers :]
+        y, new_weights, new_momentum = _read_write(
+            q,
+            k,
+            v,
+            log_keep,
+            log_momentum,
+            rate,
+            weights=states[:layers],
+            momentum=states[layers:],
+            chunk=chunk,
+            limit=limit,
+            mask=rest[0] if rest else None,
+        )
+        return y, *new_weights, *new_momentum
+
+    masks = () if mask is None else (mask,)
+    y, *new = folded(on_rows, q, k, v, log_keep, log_momentum, rate, *weights, *momentum, *masks)
+    return y, tuple(new[:layers]), tuple(new[layers:])
+
+
+def _read_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_keep: Tensor,
+    log_momentum: Tensor,
+    rate: Tensor,
+    weights: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    chunk: int,
+    limit: float | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Weights, Weights]:
+    """`read_write` on plain tensors."""
     batch, heads, length = rate.shape
     size = min(chunk, length)
     chunks = -(-length // size)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME
 
 from memlm.files import write_json
 from memlm.state import MemoryState
@@ -39,6 +42,14 @@ def load_position(folder: Path, stream: TrainingStream, rank: int) -> None:
         found[name] = json.loads((folder / name).read_text(encoding="utf-8"))
     stream.curriculum.load_state_dict(found[CURRICULUM_FILE])
     stream.load_state_dict(found[f"stream-{rank}.json"])
+
+
+def load_schedule(folder: Path, config: Any) -> None:
+    """Let `config`, a `MemLMConfig`, go by what schedule="auto" had measured before the checkpoint."""
+    written = folder / CONFIG_NAME
+    if written.is_file():
+        found = json.loads(written.read_text(encoding="utf-8"))
+        config.schedule_measured = found.get("schedule_measured")
 
 
 def save_states(folder: Path, carried: Mapping[int, MemoryState], rank: int) -> None:

@@ -29,6 +29,7 @@ from memlm.train.data import Collator, TrainingStream, Windows
 from memlm.train.trainer.arguments import MemLMTrainingArguments
 from memlm.train.trainer.checkpoint import (
     load_position,
+    load_schedule,
     load_states,
     save_position,
     save_states,
@@ -537,6 +538,7 @@ class MemLMTrainer(TrainedAlone, Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder, rank = Path(resume_from_checkpoint), self.args.process_index
+        load_schedule(folder, self._model.config)
         self._carried = load_states(folder, rank, str(self.args.device))
         if self._stream is not None:
             self._deal_stream()
