@@ -25,8 +25,9 @@ class Watch:
         self._checked = 0
 
     def add(self, sizes: Tensor, state: MemoryState) -> None:
-        """Note the next segment. sizes: `MemoryState.largest` of the state after it; state: any of this model's,
-        for the names. FloatingPointError as `check` raises it.
+        """Note the next segment. FloatingPointError as `check` raises it.
+
+        sizes: `MemoryState.largest` of the state after it. state: any of this model's, for the names.
         """
         self._sizes.append(sizes)
         self._last = state

@@ -429,13 +429,14 @@ class Backbone:
             make_mask = create_causal_mask
         given = dict(arguments)
 
-        def made(x: Tensor, mask: Tensor) -> Tensor | None:
+        def made(x: Tensor, mask: Tensor | None) -> Tensor | None:
             return make_mask(
                 config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
             )
 
         # transformers looks into a mask, to leave it out where it says nothing.
-        seen = folded_mask(made, x, mask) if is_mapped(mask) else made(x, mask)
+        mapped = mask is not None and is_mapped(mask)
+        seen = folded_mask(made, x, cast(Tensor, mask)) if mapped else made(x, mask)
         given["attention_mask"] = seen if times is None else not_later(seen, times)
         if given.get("position_ids") is not None:
             given["position_ids"] = positions

@@ -121,6 +121,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
             segment_length=section.segment_length,
             **loading(section),
         )
+    model.config.schedule = section.schedule
     # The model is asked later in the way in which it learns to be asked.
     if recipe.data.source == "babilong":
         model.config.question_template = recipe.data.asked_with

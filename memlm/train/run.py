@@ -17,6 +17,7 @@ from typing import Any, Literal
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
+from memlm.config import MemLMConfig
 from memlm.data.opening import open_rows
 from memlm.files import write_json
 from memlm.tasks.haystack.cache import tokenized_haystack
@@ -204,6 +205,8 @@ def save_finished(run: Run) -> list[Path]:
     """Write the finished model and its tokenizer; returns the files of weights."""
     out, model = run.out, run.trainer.accelerator.unwrap_model(run.trainer.model)
     run.tokenizer.save_pretrained(out)
+    # What the order was in training says nothing of how the model is best run.
+    model.config.schedule = MemLMConfig().schedule
     written = []
     if run.lora is not None or run.recipe.model.quantization is not None:
         model.save_adapter(out / ADAPTER)

@@ -316,3 +316,15 @@ def test_a_model_is_asked_as_its_last_stage_asked(
     values["curriculum"]["stages"] = stages
     config = make_model(Recipe.from_dict(values), tokenizer("byte-bpe")).config
     assert (config.question_segment, config.recall_template) == (segment, template)
+
+
+def test_a_run_goes_segment_by_segment_unless_asked_otherwise(
+    finished: tuple[Path, Any],
+) -> None:
+    """What "auto" measures differs from run to run, and a run is to be repeated from its seed."""
+    folder, _ = finished
+    words = tokenizer("bpe")
+    assert make_model(recipe(folder), words).config.schedule == "sequential"
+    asked = recipe(folder, "model.schedule=wavefront")
+    assert make_model(asked, words).config.schedule == "wavefront"
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").config.schedule == "auto"

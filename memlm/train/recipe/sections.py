@@ -61,6 +61,11 @@ class ModelSection:
             "target_modules: names, or 'all-linear' (default), of the base alone"
         },
     )
+    schedule: Literal["sequential", "wavefront", "auto"] = described(
+        "order in which layers and segments run in this training; auto measures, so that another run with "
+        "the same seed may be rounded differently. The finished model has 'auto'",
+        "sequential",
+    )
     init_memory: str | None = described(
         "folder of a memory model, or of what save_memory wrote: the memory starts as it is there",
         None,
