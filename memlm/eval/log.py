@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from memlm.files import parse_json, read_json, write_json
+
 SAMPLES = "samples.jsonl"
 RUN = "run.json"
 # The values in runs of older versions, which did not record these settings.
@@ -80,7 +82,7 @@ class RunLog:
 def recorded(out: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The settings of the run in a folder; none where there is no run, or none that can be read."""
     try:
-        found = json.loads((Path(out or "") / RUN).read_text(encoding="utf-8")) if out else {}
+        found = read_json(Path(out) / RUN) if out else {}
     except (OSError, ValueError):
         return {}
     return in_present_words(found) if isinstance(found, dict) else {}
@@ -98,8 +100,6 @@ def in_present_words(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
     """Refuse a folder with samples of another run; note the settings in a fresh one."""
-    from memlm.files import write_json
-
     path = folder / RUN
     if not path.exists():
         if (folder / name).exists():
@@ -110,7 +110,7 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         wanted = json.loads(json.dumps(settings))
         had, has = ({**ABSENT, **in_present_words(made)} for made in (before, wanted))
         # A setting that only one of them has counts, too: a run with passages only goes on with passages.
@@ -137,7 +137,7 @@ def read_rows(path: Path, keys: Sequence[str], mend: bool = False) -> list[Row]:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("the line has no end")
-            row = json.loads(line)
+            row = parse_json(line)
             missing = set(keys) - row.keys()
             if missing:
                 raise ValueError(f"the line lacks {sorted(missing)[0]!r}")

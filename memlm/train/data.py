@@ -250,8 +250,20 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
                     f"{getattr(self, name)}; resume with the same batch size, accumulation and "
                     "processes"
                 )
-        self.batches = state["batches"]
-        self._cursors = {int(slot): cursor for slot, cursor in state["cursors"].items()}
+        batches = state["batches"]
+        cursors = {int(slot): cursor for slot, cursor in state["cursors"].items()}
+        for slot, cursor in cursors.items():
+            numbers = [number for row in cursor for number in row]
+            whole = all(type(number) is int and number >= 0 for number in numbers)
+            if (
+                not 0 <= slot < self.accumulation
+                or [len(row) for row in cursor] != [2] * self.batch_size
+                or not whole
+            ):
+                raise ValueError(f"the checkpoint's data stream has a cursor that is none: {cursor!r}")
+        if type(batches) is not int or batches < 0:
+            raise ValueError(f"the checkpoint's data stream has batches={batches!r}, which is no count")
+        self.batches, self._cursors = batches, cursors
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()

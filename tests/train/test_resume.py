@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from memlm.train import MemLMTrainer, Stage
 from memlm.train.folder import last_checkpoint
 from memlm.train.trainer import CURRICULUM_FILE
+from memlm.train.trainer.checkpoint import SEAL
 from tests.cases import memory_model
 from tests.train.tiny import Endless, stream, trainer, weights
 
@@ -106,6 +107,37 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_stream_is_refused(tmp_path: Path) -> None:
     run = made(tmp_path, "documents", max_steps=2, save_steps=1)
     run.train()
-    (tmp_path / "checkpoint-1" / "stream-0.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no stream-0\.json"):
-        made(tmp_path, "documents").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    folder = tmp_path / "checkpoint-1"
+    (folder / "stream-0.json").unlink()
+    with pytest.raises(ValueError, match=r"stream-0\.json is not as it was written"):
+        made(tmp_path, "documents").train(resume_from_checkpoint=str(folder))
+    # As one of another trainer, which has neither.
+    (folder / SEAL).unlink()
+    (folder / CURRICULUM_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no curriculum\.json"):
+        made(tmp_path, "documents").train(resume_from_checkpoint=str(folder))
+
+
+def test_a_checkpoint_counts_once_every_process_has_written_its_part(tmp_path: Path) -> None:
+    """The files are listed last, and older checkpoints go only then."""
+    made(tmp_path, "documents", max_steps=2, save_steps=1, save_total_limit=1).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    folder = tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path) == str(folder)
+    # Process 0's last file is there, but not what is written when all are done.
+    seal = (folder / SEAL).read_bytes()
+    (folder / SEAL).unlink()
+    assert last_checkpoint(tmp_path) is None
+    (folder / SEAL).write_bytes(seal)
+    weights_file = folder / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not as it was written"):
+        last_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_earlier_one(tmp_path: Path) -> None:
+    made(tmp_path, "documents", max_steps=2, save_steps=1).train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")

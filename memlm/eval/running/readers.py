@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.files import parse_json
 from memlm.padding import pad_rows
 
 if TYPE_CHECKING:
@@ -242,8 +243,13 @@ class MemoryReader(BatchReader):
             state, extra = MemoryState.load_with_extra(self._file)
             if extra["batch"] != _identity_of(batch):
                 return None
-            writes = json.loads(extra.get("writes", "null"))
-            return Kept(state, int(extra["segments"]), writes)
+            writes, done = parse_json(extra.get("writes", "null")), int(extra["segments"])
+            counts = writes is None or (
+                isinstance(writes, list)
+                and len(writes) == state.batch_size
+                and all(isinstance(count, int) for count in writes)
+            )
+            return Kept(state, done, writes) if counts and done >= 0 else None
         except (ValueError, KeyError):
             # Only time is lost: the batch is read from its start.
             return None
