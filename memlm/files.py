@@ -19,6 +19,7 @@ from typing import Any
 
 # Nodes of a YAML file once its aliases are followed: a recipe has some hundred, a bomb has billions.
 MAX_YAML_NODES = 100_000
+MAX_YAML_DEPTH = 200
 CHECKSUM = "sha256"
 # A temporary file that nobody has touched for so long, and whose writer is gone, was left behind.
 ABANDONED_SECONDS = 60
@@ -107,6 +108,13 @@ def parse_yaml(text: str) -> Any:
 
     number = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_YAML_DEPTH:
+        # PyYAML's scanner takes the square of the depth, which is minutes for a few kilobytes.
+        raise ValueError("it is nested too deeply")
     try:
         loader = Loader(text)
         node = loader.get_single_node()
