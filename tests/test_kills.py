@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import memlm.streaming
 import memlm.train.trainer.trainer as trainer
 from memlm import DocumentStream
 from memlm.eval import evaluate
@@ -228,7 +229,13 @@ def test_an_evaluation_killed_twenty_times_ends_with_the_same_summary(tmp_path: 
 # --- streams
 
 
+@pytest.fixture(autouse=True)
+def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memlm.streaming, "BLOCK", memlm.streaming.BLOCK)
+
+
 def new_stream() -> DocumentStream:
+    memlm.streaming.BLOCK = 40  # So that every piece reaches the memory; undone by `_blocks`.
     model = memory_model("llama", "armt", num_hidden_layers=1, vocab_size=400)
     return DocumentStream(model, tokenizer("byte-bpe"), ChunkIndex(HashingEmbedder(64)))
 
@@ -262,6 +269,7 @@ def kill_saving(folder: Path, times: int) -> int:
     for piece in islice(pieces(), 12):
         right.write(piece)
         saved[right.tokens_seen] = right.fork()
+    assert all(stream._committed for stream in found)
     for stream in found:
         alone = saved[stream.tokens_seen]
         assert (stream._text, stream._open_ids) == (alone._text, alone._open_ids)
