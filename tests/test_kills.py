@@ -160,7 +160,7 @@ def train_until(folder: Path, place: str) -> None:
         shutil.rmtree = dying(shutil.rmtree, after=False)
     else:
         run._run_batch = dying(run._run_batch, after=True)
-        counts["left"] = 9
+        counts["left"] = 5
     run.train(resume_from_checkpoint=last_checkpoint(folder))
 
 

@@ -214,6 +214,8 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         self.collate = Collator(pad_token_id)
         self.batch_size, self.accumulation, self.rank, self.world = 1, 1, 0, 1
         self.batches = 0
+        # Optimiser steps after which no batch comes: a run that is resumed when it is over trains no more.
+        self.last_step: int | None = None
         self._cursors: dict[int, list[list[int]]] = {}
 
     def deal(self, *, batch_size: int, accumulation: int, rank: int, world: int) -> None:
@@ -269,6 +271,9 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         self.check_workers(workers)
+        over = self.last_step is not None and self.step >= self.last_step
+        if over or self.curriculum.finished(self.step):
+            return iter(())
         single = self.source.single_piece(self.curriculum.stages)
         return self._single(worker, workers) if single else self._lanes()
 

@@ -141,3 +141,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_earlier_one(tmp_path: Path) 
     made(tmp_path, "documents", max_steps=2, save_steps=1).train()
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_run_that_was_over_is_not_trained_on(tmp_path: Path) -> None:
+    """Killed after its last checkpoint and before its result, it ends where it ended."""
+    whole = made(tmp_path, "documents", max_steps=4, save_steps=2)
+    whole.train()
+    again = made(tmp_path, "documents", max_steps=4, save_steps=2)
+    again.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert again.state.global_step == 4
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+
 from memlm.eval.log import Row, RunLog
+from memlm.eval.processes import in_one_process
 from memlm.eval.losses.report import PerplexityReport, summarise
 from memlm.eval.losses.texts import Text, choose_texts, notes_on
 from memlm.eval.provenance import fingerprint, versions, without_training
@@ -60,6 +62,7 @@ def perplexity(
     documents are appended to `documents.jsonl`, from where a later call with the same settings goes on.
     ValueError names what cannot work.
     """
+    in_one_process("perplexity")
     tokens = parse_length(length)
     for name, value, least in (
         ("length", tokens, 2), ("documents", documents, 1), ("batch_size", batch_size, 1),

@@ -211,7 +211,7 @@ class MemoryReader(BatchReader):
     """Reads all whole segments into the model's memory, then the open rest with the question.
 
     own_segment: the model was trained to be asked in a segment that holds only the question, so the rest is
-    read into its memory, too. keep_in: a folder where the state of an unfinished document is saved now and
+    read into its memory, too. keep_at: a file where the state of an unfinished document is saved now and
     then, so that a run that was killed goes on in the middle of it.
     """
 
@@ -222,13 +222,13 @@ class MemoryReader(BatchReader):
         model: MemLMForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         own_segment: bool = False,
-        keep_in: str | os.PathLike[str] | None = None,
+        keep_at: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(tokenizer)
         self.model = model
         self.segment = int(model.config.segment_length)
         self.own_segment = own_segment
-        self._file = None if keep_in is None else Path(keep_in) / "unfinished.safetensors"
+        self._file = None if keep_at is None else Path(keep_at)
 
     @property
     def device(self) -> torch.device:

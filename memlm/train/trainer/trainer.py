@@ -133,6 +133,7 @@ class MemLMTrainer(TrainedAlone, Trainer):
         if self._stream is None:
             return super().get_train_dataloader()
         self._deal_stream()
+        self._stream.last_step = self.args.max_steps if self.args.max_steps > 0 else None
         workers = self.args.dataloader_num_workers
         self._stream.check_workers(workers)
         prefetch = self.args.dataloader_prefetch_factor or 2
