@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import DistributedType
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
@@ -47,6 +48,9 @@ from memlm.train.outlook import Outlook, look_ahead
 from memlm.train.recipe import Recipe
 from memlm.train.rows import Survey
 from memlm.train.trainer import MemLMTrainer
+
+# What leaves each process a part of the weights.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     finished = not interrupt.asked
     written: list[Path] = []
-    if finished and trainer.is_world_process_zero():
+    if finished:
         with quiet():
             written = save_finished(run)
     last = last_logged(trainer.state.log_history)
@@ -194,6 +198,17 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
         processing_class=tokenizer,
         callbacks=[LogFile(out / LOG_FILE), interrupt],
     )
+    alone = [
+        name
+        for name in ("lora", "quantization")
+        if getattr(recipe.model, name) is not None
+    ]
+    kind = trainer.accelerator.distributed_type
+    if alone and kind in SHARDED:
+        raise ValueError(
+            f"model.{alone[0]} is set, and {kind.value} spreads the weights over the processes, from which "
+            "an adapter alone cannot be saved; train it with DDP, or the whole model"
+        )
     # Their progress lines and ours would overwrite each other.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -201,7 +216,13 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
 
 
 def save_finished(run: Run) -> list[Path]:
-    """Write the finished model and its tokenizer; returns the files of weights."""
+    """Write the finished model and its tokenizer; returns the files of weights. All processes call it."""
+    if run.trainer.accelerator.distributed_type in SHARDED:
+        # The Trainer gathers what each process has a part of.
+        run.trainer.save_model(str(run.out))
+        return [run.out / "model.safetensors"]
+    if not run.trainer.is_world_process_zero():
+        return []
     out, model = run.out, run.trainer.accelerator.unwrap_model(run.trainer.model)
     run.tokenizer.save_pretrained(out)
     written = []

@@ -7,6 +7,7 @@ last, when every process is done: a checkpoint is whole when all files are as it
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ SEAL = "memlm_checkpoint.json"
 # Written last by transformers, and by process 0 alone.
 LAST = "trainer_state.json"
 VERSION = 1
+_log = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -96,20 +98,30 @@ def save_position(folder: Path, stream: TrainingStream, rank: int, *, curriculum
 def load_position(folder: Path, stream: TrainingStream, rank: int) -> None:
     """Put `stream`, for which `deal` was called already, back to where it stood.
 
-    FileNotFoundError when another kind of trainer, or fewer processes, wrote the checkpoint; ValueError
-    when a file is damaged.
+    Where more or fewer processes wrote the checkpoint, documents are dealt anew from there on.
+    FileNotFoundError when another kind of trainer wrote the checkpoint; ValueError when a file is damaged.
     """
-    found = {}
-    for name in (CURRICULUM_FILE, f"stream-{rank}.json"):
+    files = sorted(folder.glob("stream-*.json"))
+    for name in (CURRICULUM_FILE, "stream-0.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"checkpoint {str(folder)!r} has no {name}; resume from one that MemLMTrainer "
-                "wrote with as many processes"
+                f"checkpoint {str(folder)!r} has no {name}; resume from one that MemLMTrainer wrote"
             )
-        found[name], _ = read_checked_json(folder / name)
+    curriculum, _ = read_checked_json(folder / CURRICULUM_FILE)
+    states = {file.name: read_checked_json(file)[0] for file in files}
     try:
-        stream.curriculum.load_state_dict(found[CURRICULUM_FILE])
-        stream.load_state_dict(found[f"stream-{rank}.json"])
+        stream.curriculum.load_state_dict(curriculum)
+        world = states["stream-0.json"]["world"]
+        if world == stream.world:
+            stream.load_state_dict(states[f"stream-{rank}.json"])
+            return
+        stream.deal_anew([states[f"stream-{number}.json"] for number in range(world)])
+        _log.warning(
+            "the checkpoint is of %s processes, and there are %s: documents are dealt anew, and those that "
+            "were begun are not read on",
+            world,
+            stream.world,
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"checkpoint {str(folder)!r} has a position that cannot be read ({error!r}); resume from "
