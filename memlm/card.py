@@ -301,7 +301,9 @@ def _count_parameters(directory: Path) -> dict[str, int]:
             with safe_open(path, "pt") as file:
                 sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{str(path)!r} is not a readable safetensors file ({error})") from error
+            raise ValueError(
+                f"{str(path)!r} is not a readable safetensors file ({error})"
+            ) from error
         for key, size in sizes.items():
             own = key.startswith("memory.") or path.name == "memory.safetensors"
             counts["memory" if own else "LoRA" if ".lora_" in key else "base"] += size

@@ -1,6 +1,7 @@
-"""Files that are whole or not there, and read with care: what is wrong with one is a ValueError that says so.
+"""Files that are whole or not there, and read with care: what is wrong with one is a ValueError.
 
-Written beside their place, then renamed into it. Nothing here unpickles, evaluates or expands what a file says.
+Written beside their place, then renamed into it. Nothing here unpickles, evaluates or expands what a file
+says.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def read_checked_json(path: str | os.PathLike[str]) -> tuple[dict[str, Any], boo
     """What `write_checked_json` wrote, and whether there was a checksum: older versions wrote none."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{os.fspath(path)!r} holds no JSON object; it is another file, or damaged")
+        raise ValueError(
+            f"{os.fspath(path)!r} holds no JSON object; it is another file, or damaged"
+        )
     found = value.pop(CHECKSUM, None)
     if found is not None and found != _checksum(value):
         raise ValueError(f"{os.fspath(path)!r} is damaged: its checksum does not match")

@@ -370,7 +370,9 @@ def _check_description(described: Any) -> None:
         raise ValueError(f"{MEMORY_CONFIG} holds no JSON object")
     for key, kind in kinds.items():
         if key in described and not isinstance(described[key], kind):
-            raise ValueError(f"{MEMORY_CONFIG} has {key}={described[key]!r}, which is no {kind.__name__}")
+            raise ValueError(
+                f"{MEMORY_CONFIG} has {key}={described[key]!r}, which is no {kind.__name__}"
+            )
     for key in ("memory", "segment_length"):
         if key not in described:
             raise ValueError(f"{MEMORY_CONFIG} has no {key}")

@@ -373,9 +373,7 @@ class DocumentStream:
                 retriever = Retriever.restore(index, saved.retrieval)
             except ValueError as error:
                 raise _damaged(path, error) from error
-        stream = cls(
-            model, tokenizer, retriever, split_special_tokens=saved.split_special_tokens
-        )
+        stream = cls(model, tokenizer, retriever, split_special_tokens=saved.split_special_tokens)
         stream._state = admitted
         stream._committed, stream._open_ids = saved.committed, saved.open
         stream._text, stream._context = saved.text, saved.context

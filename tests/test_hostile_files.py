@@ -63,7 +63,9 @@ LONG = settings(QUICK, max_examples=int(os.environ.get("MEMLM_FUZZ", "1000")), d
 
 @pytest.fixture(scope="module")
 def model() -> MemLMForCausalLM:
-    return memory_model("llama", ARMTConfig(num_memory_tokens=2, d_mem=4), num_hidden_layers=1, vocab_size=400)
+    return memory_model(
+        "llama", ARMTConfig(num_memory_tokens=2, d_mem=4), num_hidden_layers=1, vocab_size=400
+    )
 
 
 @dataclass
@@ -196,7 +198,11 @@ def readers(model: MemLMForCausalLM) -> dict[str, Reader]:
         load_position(folder, data, 0)
         next(iter(data))
         states = load_states(folder, 0, "cpu")
-        return data.state_dict(), data.curriculum.state_dict(), {k: s.tensors for k, s in states.items()}
+        return (
+            data.state_dict(),
+            data.curriculum.state_dict(),
+            {k: s.tensors for k, s in states.items()},
+        )
 
     def read_memory(folder: Path) -> Any:
         model.load_memory(folder)
@@ -352,7 +358,9 @@ class Marks:
 @st.composite
 def broken(draw: Any, whole: bytes, mark: Path) -> bytes:
     """The bytes of a file that something happened to."""
-    kind = draw(st.sampled_from(["cut", "flip", "flip", "filled", "noise", "pickle", "deep", "none"]))
+    kind = draw(
+        st.sampled_from(["cut", "flip", "flip", "filled", "noise", "pickle", "deep", "none"])
+    )
     at = draw(st.integers(0, max(len(whole) - 1, 0)))
     if kind == "cut":
         return whole[:at]
@@ -377,7 +385,9 @@ VALUES = st.recursive(
     | st.sampled_from([-1, 2**31, 2**40, 2**63, 10**30, 1e308, "../../etc/passwd", "", "9" * 5000])
     | st.floats()
     | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=4,
 )
 
@@ -441,7 +451,9 @@ def fuzz(reader: Reader, folder: Path, how: settings) -> tuple[int, int]:
             assert str(error).strip()
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            found = f"{path.name}: {type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            found = (
+                f"{path.name}: {type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            )
             faults.setdefault(found, f"{error}"[:200])
         else:
             if exactly and not same(found, right):
@@ -536,7 +548,7 @@ def replace_part(folder: Path, kind: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("wrong", ["rows", "offsets", "names"])
 def test_arrow_files_are_checked_inside(tmp_path: Path, wrong: str) -> None:
-    """Rows that were never given, texts that end before they begin, other columns: none of it is followed."""
+    """Rows never given, texts that end before they begin, other columns: none of it is followed."""
     import pyarrow as pa
 
     index = ChunkIndex(HashingEmbedder(16), hybrid=False)
@@ -617,7 +629,9 @@ def test_files_of_two_memories_are_not_mixed(tmp_path: Path, model: MemLMForCaus
     other.save_memory(tmp_path / "theirs")
     swapped = tmp_path / "mine" / "memory.safetensors"
     swapped.write_bytes((tmp_path / "theirs" / "memory.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"is not the file that memlm_config\.json was written with"):
+    with pytest.raises(
+        ValueError, match=r"is not the file that memlm_config\.json was written with"
+    ):
         model.load_memory(tmp_path / "mine")
 
 

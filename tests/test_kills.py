@@ -82,7 +82,9 @@ def dying(number: int, work: Callable[..., None], *arguments: Any) -> None:
     work(*arguments)
 
 
-def kill_often(folder: Path, times: int, share: float, work: Callable[..., None], *more: Any) -> int:
+def kill_often(
+    folder: Path, times: int, share: float, work: Callable[..., None], *more: Any
+) -> int:
     """Do a work once undisturbed, and once more with kills, at moments drawn up to a share of it.
 
     Returns how many kills there were, which is less than `times` when the work was done before.
@@ -209,7 +211,10 @@ def summary(folder: Path) -> Any:
 def check_evaluated(folder: Path) -> None:
     assert summary(folder / "killed") == summary(folder / "whole")
     mine, theirs = (
-        [without_clocks(json.loads(line)) for line in (folder / name / SAMPLES).read_text().splitlines()]
+        [
+            without_clocks(json.loads(line))
+            for line in (folder / name / SAMPLES).read_text().splitlines()
+        ]
         for name in ("killed", "whole")
     )
     assert mine == theirs

@@ -110,7 +110,7 @@ def save_or_load(folder: str, load: bool) -> None:
     optimizers = []
     for model in (plain.train(), sharded.train()):
         if model is sharded and load:
-            model(*ids_of(0))  # Its units are set up by a first call.
+            model(ids_of(0)[0])  # Its units are set up by a first call.
             optimizers.append(torch.optim.AdamW(model.parameters(), lr=1e-2))
             continue
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -228,9 +228,7 @@ def test_lora_in_a_sharded_base_equals_lora_in_a_whole_one(alone: None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
-def test_what_some_processes_saved_others_load(
-    tmp_path: Path, writers: int, readers: int
-) -> None:
+def test_what_some_processes_saved_others_load(tmp_path: Path, writers: int, readers: int) -> None:
     """Weights and the optimizer's moments, in parts of other sizes."""
     run(writers, "save", [str(tmp_path)])
     run(readers, "load", [str(tmp_path)])

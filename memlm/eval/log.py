@@ -103,7 +103,11 @@ def join_parts(
 
     order: the keys in the order that the rows shall have; those of rows not among them come first.
     """
-    parts = [p for p in path.parent.glob(f"{path.stem}-*{path.suffix}") if p.stem[len(path.stem) + 1 :].isdigit()]
+    parts = [
+        p
+        for p in path.parent.glob(f"{path.stem}-*{path.suffix}")
+        if p.stem[len(path.stem) + 1 :].isdigit()
+    ]
     if not parts:
         return
     rows = {tuple(row[key] for key in keys): row for row in read_rows(path, keys)}

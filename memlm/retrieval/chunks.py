@@ -179,7 +179,9 @@ class Chunker:
         except KeyError as error:
             raise ValueError(f"state lacks {error}; give what Chunker.state returned") from error
         except TypeError as error:
-            raise ValueError(f"state is damaged ({error}); give what Chunker.state returned") from error
+            raise ValueError(
+                f"state is damaged ({error}); give what Chunker.state returned"
+            ) from error
         chunker._total = _total_count(chunker._sentences) + _total_count(chunker._words)
         return chunker
 

@@ -237,7 +237,9 @@ class Curriculum:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise ValueError(f"the checkpoint's curriculum has {number!r}, which is no number")
         if not all(isinstance(start, int) and 0 <= start <= NEVER for start in starts):
-            raise ValueError(f"the checkpoint's curriculum has starts={starts!r}, which are no steps")
+            raise ValueError(
+                f"the checkpoint's curriculum has starts={starts!r}, which are no steps"
+            )
         for index, start in enumerate(starts):
             self._starts[index] = start
         self._scores.clear()

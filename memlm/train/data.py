@@ -284,13 +284,19 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
                 or [len(row) for row in cursor] != [2] * self.batch_size
                 or not whole
             ):
-                raise ValueError(f"the checkpoint's data stream has a cursor that is none: {cursor!r}")
+                raise ValueError(
+                    f"the checkpoint's data stream has a cursor that is none: {cursor!r}"
+                )
         if type(batches) is not int or batches < 0:
-            raise ValueError(f"the checkpoint's data stream has batches={batches!r}, which is no count")
+            raise ValueError(
+                f"the checkpoint's data stream has batches={batches!r}, which is no count"
+            )
         # Older versions did not deal anew.
         anew = state.get("read_before", 0), state.get("dealt_at", 0)
         if not all(type(number) is int and number >= 0 for number in anew):
-            raise ValueError(f"the checkpoint's data stream was dealt anew at {anew!r}, which are no counts")
+            raise ValueError(
+                f"the checkpoint's data stream was dealt anew at {anew!r}, which are no counts"
+            )
         self.batches, self._cursors = batches, cursors
         self._read_before, self._dealt_at = anew
 

@@ -198,11 +198,7 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
         processing_class=tokenizer,
         callbacks=[LogFile(out / LOG_FILE), interrupt],
     )
-    alone = [
-        name
-        for name in ("lora", "quantization")
-        if getattr(recipe.model, name) is not None
-    ]
+    alone = [name for name in ("lora", "quantization") if getattr(recipe.model, name) is not None]
     kind = trainer.accelerator.distributed_type
     if alone and kind in SHARDED:
         raise ValueError(

@@ -126,8 +126,8 @@ def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
 RECIPE = """
 seed: 3
 model:
-  config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2,
-    num_key_value_heads: 2, max_position_embeddings: 256}
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1,
+    num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 256}
   memory: {name: armt, num_memory_tokens: 2, d_mem: 4}
   segment_length: 64
 tokenizer: {source: train, vocab_size: 400}
@@ -152,7 +152,9 @@ def test_the_command_trains_under_accelerate_launch_and_goes_on_with_fewer(tmp_p
         "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
         "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}",
     )  # fmt: skip
-    made = subprocess.run([*launch, "training.max_steps=4"], env=environment, capture_output=True, text=True)
+    made = subprocess.run(
+        [*launch, "training.max_steps=4"], env=environment, capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr[-3000:]
     # Its end is taken back, as if it had been killed after the checkpoint of step 4.
     out = tmp_path / "out"

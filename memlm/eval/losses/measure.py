@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-
 from memlm.eval.log import Row, RunLog
-from memlm.eval.processes import in_one_process
 from memlm.eval.losses.report import PerplexityReport, summarise
 from memlm.eval.losses.texts import Text, choose_texts, notes_on
+from memlm.eval.processes import in_one_process
 from memlm.eval.provenance import fingerprint, versions, without_training
 from memlm.tasks.babilong import format_length, parse_length
 from memlm.tasks.haystack import Haystack, Split, check_source

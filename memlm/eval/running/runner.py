@@ -113,7 +113,8 @@ def evaluate(
     from there (more samples, tasks and lengths may be asked for). `summary.json` and `accuracy.png` are
     written at the end, about all that the folder holds. Cells that a baseline cannot take are left out,
     with the reason in `report.skipped`. Under `accelerate launch` or torchrun, processes share the batches,
-    and process 0 joins their files and writes the report of all. ValueError on arguments that cannot work, before any work is done.
+    and process 0 joins their files and writes the report of all. ValueError on arguments that cannot work,
+    before any work is done.
     """
     processes = Processes.current()
     if processes.count > 1 and out is None:

@@ -1,4 +1,4 @@
-"""What is kept beside the Trainer's own files in a checkpoint: positions, memories, and a list of all files.
+"""What is kept beside the Trainer's own files in a checkpoint: positions, memories, a list of all files.
 
 curriculum.json is the same for all processes; stream-RANK.json and memory-RANK-SLOT.safetensors, the
 memories of documents that later batches read on, are one process's own. memlm_checkpoint.json is written
@@ -49,7 +49,9 @@ def check_checkpoint(folder: Path) -> None:
         try:
             read_json(folder / LAST)
         except OSError as error:
-            raise ValueError(f"checkpoint {str(folder)!r} has no {LAST}: it was cut short") from error
+            raise ValueError(
+                f"checkpoint {str(folder)!r} has no {LAST}: it was cut short"
+            ) from error
         return
     sealed, _ = read_checked_json(folder / SEAL)
     if sealed.get("version") != VERSION:

@@ -15,7 +15,9 @@ from memlm.eval.log import SAMPLES, RunLog, join_parts, part_of
 from memlm.eval.processes import Processes
 from tests.test_kills import check_evaluated, evaluated, finish, start
 
-LAUNCH = "import sys\nfrom pathlib import Path\nfrom tests.eval.running.test_processes import work\n"
+LAUNCH = (
+    "import sys\nfrom pathlib import Path\nfrom tests.eval.running.test_processes import work\n"
+)
 
 
 def work(folder: Path, dies: int | None = None) -> None:
@@ -96,22 +98,24 @@ def test_processes_share_batches_and_join_their_rows(
                 return skipped
             raise SystemExit
 
-    for rank in (1, 0):
-        monkeypatch.setattr(Processes, "current", classmethod(lambda cls, rank=rank: Other(rank, 2)))
-        if rank:
-            with pytest.raises(SystemExit):
-                evaluated(tmp_path / "killed")
-            # What it wrote would be joined at the start of a run that goes on; here it is still running.
-            mine = part_of(tmp_path / "killed" / SAMPLES, 1)
-            held = mine.read_bytes()
-            mine.unlink()
-        else:
-            join = join_parts
-            monkeypatch.setattr(
-                "memlm.eval.running.runner.join_parts",
-                lambda *arguments: (mine.write_bytes(held), join(*arguments)),
-            )
-            evaluated(tmp_path / "killed")
+    def be(rank: int) -> None:
+        monkeypatch.setattr(Processes, "current", classmethod(lambda cls: Other(rank, 2)))
+
+    be(1)
+    with pytest.raises(SystemExit):
+        evaluated(tmp_path / "killed")
+    # What it wrote would be joined at the start of a run that goes on; here it is still running.
+    mine = part_of(tmp_path / "killed" / SAMPLES, 1)
+    held = mine.read_bytes()
+    mine.unlink()
+
+    def join(*arguments):
+        mine.write_bytes(held)
+        join_parts(*arguments)
+
+    monkeypatch.setattr("memlm.eval.running.runner.join_parts", join)
+    be(0)
+    evaluated(tmp_path / "killed")
     assert [len(batches) for batches in taken] == [2, 2]
     assert not {b.indices.start for b in taken[0]} & {b.indices.start for b in taken[1]}
     assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
@@ -122,7 +126,9 @@ def test_what_processes_left_is_joined_when_a_run_goes_on(tmp_path: Path) -> Non
     keys = ("task", "length", "index")
     for part in (0, 2):
         with RunLog(tmp_path, {"seed": 0}, keys, part=part) as log:
-            log.append([dict(task="qa1", length="0k", index=part + n, right=True) for n in range(2)])
+            log.append(
+                [dict(task="qa1", length="0k", index=part + n, right=True) for n in range(2)]
+            )
     with part_of(tmp_path / SAMPLES, 2).open("a") as file:
         file.write('{"task": "qa1", "len')
     assert not (tmp_path / SAMPLES).exists()
@@ -137,5 +143,7 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="out=None, but 2 processes join"):
         evaluate(None, None, ["qa1"], ["0k"])  # type: ignore[arg-type]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="perplexity runs in one process, but the launcher started 2"):
+    with pytest.raises(
+        ValueError, match="perplexity runs in one process, but the launcher started 2"
+    ):
         perplexity(None, None)  # type: ignore[arg-type]
