@@ -1,4 +1,4 @@
-"""What hours of reading do to a process and to a memory: a stream of millions of tokens, and many documents.
+"""What hours of reading do to a process and to a memory: millions of tokens, thousands of documents.
 
 python benchmarks/soak.py numbers --tokens 10_000_000 --memory armt --dtype bfloat16
 python benchmarks/soak.py load --minutes 60

@@ -1,7 +1,7 @@
-"""Several processes on one evaluation: each takes its share of the batches, and process 0 joins what they wrote.
+"""Several processes on one evaluation: each takes its share of the batches, and process 0 joins the rows.
 
-Started by `accelerate launch` or torchrun. Processes meet, but send each other nothing: what one of them found
-is in a file of its own, `samples-RANK.jsonl` and `skipped-RANK.json`, which outlives it.
+Started by `accelerate launch` or torchrun. Processes meet, but send each other nothing: what one of them
+found is in a file of its own, `samples-RANK.jsonl` and `skipped-RANK.json`, which outlives it.
 """
 
 from __future__ import annotations
