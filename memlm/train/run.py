@@ -49,9 +49,6 @@ from memlm.train.recipe import Recipe
 from memlm.train.rows import Survey
 from memlm.train.trainer import MemLMTrainer
 
-# What leaves each process a part of the weights.
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -198,13 +195,13 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
         processing_class=tokenizer,
         callbacks=[LogFile(out / LOG_FILE), interrupt],
     )
-    alone = [name for name in ("lora", "quantization") if getattr(recipe.model, name) is not None]
-    kind = trainer.accelerator.distributed_type
-    if alone and kind in SHARDED:
-        raise ValueError(
-            f"model.{alone[0]} is set, and {kind.value} spreads the weights over the processes, from which "
-            "an adapter alone cannot be saved; train it with DDP, or the whole model"
-        )
+    sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
+    for name in ("lora", "quantization") if sharded else ():
+        if getattr(recipe.model, name) is not None:
+            raise ValueError(
+                f"model.{name} is set, and FSDP spreads the weights over the processes, from which an adapter "
+                "alone cannot be saved; train it with DDP, or the whole model"
+            )
     # Their progress lines and ours would overwrite each other.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -213,7 +210,7 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
 
 def save_finished(run: Run) -> list[Path]:
     """Write the finished model and its tokenizer; returns the files of weights. All processes call it."""
-    if run.trainer.accelerator.distributed_type in SHARDED:
+    if run.trainer.accelerator.distributed_type == DistributedType.FSDP:
         # The Trainer gathers what each process has a part of.
         run.trainer.save_model(str(run.out))
         return [run.out / "model.safetensors"]
