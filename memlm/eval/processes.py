@@ -60,6 +60,12 @@ class Processes:
         """Every `count`-th of `items`, beginning at this process's number."""
         return list(items[self.rank :: self.count])
 
+    def forget_skipped(self, folder: str | os.PathLike[str] | None) -> None:
+        """Remove what the processes of a broken run could not answer: it is tried again."""
+        if self.first and folder is not None:
+            for path in Path(folder).glob("skipped-*.json"):
+                path.unlink()
+
     def join_skipped(self, folder: Path, skipped: Skipped) -> Skipped:
         """What any process could not answer; all processes call this, and all learn the same."""
         if self.count == 1:

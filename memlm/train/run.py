@@ -199,8 +199,8 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
     for name in ("lora", "quantization") if sharded else ():
         if getattr(recipe.model, name) is not None:
             raise ValueError(
-                f"model.{name} is set, and FSDP spreads the weights over the processes, from which an adapter "
-                "alone cannot be saved; train it with DDP, or the whole model"
+                f"model.{name} is set, and FSDP spreads the weights over the processes, from which an "
+                "adapter alone cannot be saved; train it with DDP, or the whole model"
             )
     # Their progress lines and ours would overwrite each other.
     trainer.remove_callback(PrinterCallback)

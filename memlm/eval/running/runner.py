@@ -204,6 +204,7 @@ def evaluate(
         if not processes.first:
             processes.wait()
         log = RunLog(out, settings, part=processes.part)
+        processes.forget_skipped(out)
         if processes.first:
             processes.wait()
         _check_log(log, source, counts)
