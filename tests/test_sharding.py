@@ -110,7 +110,6 @@ def save_or_load(folder: str, load: bool) -> None:
     optimizers = []
     for model in (plain.train(), sharded.train()):
         if model is sharded and load:
-            model(ids_of(0)[0])  # Its units are set up by a first call.
             optimizers.append(torch.optim.AdamW(model.parameters(), lr=1e-2))
             continue
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
