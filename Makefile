@@ -8,10 +8,11 @@ export TOKENIZERS_PARALLELISM ?= false
 # Test processes: one per core, but each takes about 1 GB of memory.
 JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 4))")
 
-.PHONY: help test wheel demo lint format bench bench-gpu clean
+.PHONY: help test test-min wheel demo lint format bench bench-gpu clean
 
 help:
 	@echo "make test    run the test suite"
+	@echo "make test-min  the same with the oldest versions that pyproject.toml allows"
 	@echo "make demo    train a small memory model and question it at a million tokens (about 15 minutes)"
 	@echo "make lint    style, types and layering"
 	@echo "make wheel   build the wheel, install it elsewhere and import every public name"
@@ -27,6 +28,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+# The oldest of everything; torch is given by the caller where its own index has the build that is wanted.
+TORCH_MIN ?= torch==$(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+test-min:
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install --quiet "$(TORCH_MIN)"
+	.venv-min/bin/python .ci/lowest.py --except torch > .venv-min/lowest.txt
+	.venv-min/bin/python -m pip install --quiet -r .venv-min/lowest.txt pytest pytest-xdist hypothesis
+	.venv-min/bin/python -m pip install --quiet --no-deps -e .
+	.venv-min/bin/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 wheel: $(VENV)/installed
 	$(BIN)/python .ci/check_wheel.py
@@ -70,4 +81,4 @@ bench-gpu: $(VENV)/installed
 		--out benchmarks/results/long_context-gpu.json
 
 clean:
-	rm -rf $(VENV) demo-run build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-min demo-run build dist .pytest_cache .mypy_cache .ruff_cache

@@ -25,6 +25,13 @@ INSIDE = """
 import importlib, pkgutil, sys
 from pathlib import Path
 
+
+def stay_here(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise SystemExit(f"importing memlm asks for {arguments} ({event}); nothing may, unasked")
+
+
+sys.addaudithook(stay_here)
 import memlm
 from memlm.train.recipe import Recipe, read_yaml, shipped_recipes
 

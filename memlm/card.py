@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from memlm.files import write_atomically
+from memlm.files import parse_yaml, read_json, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
@@ -94,7 +94,7 @@ def write_card(
         # A function, as the new text may hold what means a group in a replacement.
         card.text = _OURS.sub(lambda _: new.group(), before.text)
     content = str(card)
-    write_atomically(directory / CARD, lambda path: path.write_text(content, encoding="utf-8"))
+    write_text(directory / CARD, content)
     return directory / CARD
 
 
@@ -135,13 +135,24 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The configuration of the model or adapter saved in a folder. ValueError where there is none."""
     for name in (CONFIG, ADAPTER_CONFIG):
         with contextlib.suppress(OSError, ValueError):
-            saved = json.loads((directory / name).read_text(encoding="utf-8"))
+            saved = read_json(directory / name)
             if isinstance(saved, dict) and "memlm_version" in saved:
+                _check_config(saved)
                 return saved
     raise ValueError(
         f"directory={str(directory)!r} holds no model of memlm; give a folder that save_pretrained or "
         "save_adapter wrote"
     )
+
+
+def _check_config(saved: dict[str, Any]) -> None:
+    """ValueError where a configuration lacks what a card tells of, or has it in another form."""
+    memories, inner = saved.get("memory") or [], saved.get("text_config") or {}
+    named = isinstance(memories, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in memories
+    )
+    if not named or not isinstance(inner, dict) or "segment_length" not in saved:
+        raise ValueError("it is no configuration of memlm")
 
 
 def _read_card(path: Path) -> ModelCard | None:
@@ -153,7 +164,7 @@ def _read_card(path: Path) -> ModelCard | None:
 
     try:
         return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{str(path)!r} has metadata that cannot be read ({reason}); mend or remove it"
@@ -161,10 +172,8 @@ def _read_card(path: Path) -> ModelCard | None:
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
-    import yaml
-
-    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        found = parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
     return {}
@@ -176,7 +185,7 @@ def _read_results(folder: Path) -> Iterator[Result]:
     own = set()
     for path in sorted(folder.glob(f"**/{SUMMARY}")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_json(path)
             settings, cells = saved["settings"], saved["cells"]
             told = [f"{key} {settings[key]}" for key in _TOLD if settings.get(key) is not None]
             heading = f"Percent of answers right (samples), `memlm eval` with {', '.join(told)}:"
@@ -264,7 +273,7 @@ def _facts(saved: dict[str, Any], directory: Path, license: str | None) -> list[
         ("parameters", ", ".join(f"{part} {count:,}" for part, count in counts.items())),
     ]
     with contextlib.suppress(OSError, ValueError):
-        lora = json.loads((directory / LORA_CONFIG).read_text(encoding="utf-8"))
+        lora = read_json(directory / LORA_CONFIG)
         facts.append(("LoRA", f"rank {lora.get('r')}, alpha {lora.get('lora_alpha')}"))
     of_base = f"not stated; that of {_without_folder(base)} applies" if base else "not stated"
     return [*facts, ("licence", license or of_base)]
@@ -284,17 +293,20 @@ def _memory(entry: dict[str, Any]) -> str:
 
 def _count_parameters(directory: Path) -> dict[str, int]:
     """How many numbers the folder's files hold, from their headers alone."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     counts = {"memory": 0, "LoRA": 0, "base": 0}
     for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():
-                size = 1
-                for extent in file.get_slice(key).get_shape():
-                    size *= extent
-                own = key.startswith("memory.") or path.name == "memory.safetensors"
-                counts["memory" if own else "LoRA" if ".lora_" in key else "base"] += size
+        try:
+            with safe_open(path, "pt") as file:
+                sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{str(path)!r} is not a readable safetensors file ({error})"
+            ) from error
+        for key, size in sizes.items():
+            own = key.startswith("memory.") or path.name == "memory.safetensors"
+            counts["memory" if own else "LoRA" if ".lora_" in key else "base"] += size
     return {part: count for part, count in counts.items() if count}
 
 

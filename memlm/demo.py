@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from memlm.files import write_atomically
+from memlm.files import write_text
 from memlm.text import check_text_file, read_text
 
 MEMORY, NONE = "gated-delta", "none"
@@ -79,8 +79,7 @@ def demo(
     )
     print(line)
     report = out / "report.md"
-    said = f"{table}\n{stream_report}\n{line}\n"
-    write_atomically(report, lambda file: file.write_text(said, encoding="utf-8"))
+    write_text(report, f"{table}\n{stream_report}\n{line}\n")
     return [report, picture, out / MEMORY, out / NONE]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
 import sys
@@ -19,13 +18,16 @@ from memlm.attach import MemoryStack
 from memlm.backbone import Backbone
 from memlm.card import CARD, base_name, license_of, read_config, write_card
 from memlm.config import FORMAT_VERSION, MemLMConfig
-from memlm.files import write_atomically, write_json
+from memlm.files import read_json, write_atomically, write_json
 from memlm.memory import config_to_dict, resolve_memories
+from memlm.state import read_safetensors, tensors_checksum
 
 _log = logging.getLogger(__name__)
 
 MEMORY_WEIGHTS = "memory.safetensors"
 MEMORY_CONFIG = "memlm_config.json"
+# Of the tensors in the one file, in the other: the two belong together.
+WEIGHTS_CHECKSUM = "memory_sha256"
 LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # How a model is asked and recalls: of an adapter's configuration, as of a whole model's.
 _ASKING = ("question_template", "question_segment", "recall_template")
@@ -314,23 +316,28 @@ def save_memory(
     }
     directory = Path(directory)
     write_atomically(directory / MEMORY_WEIGHTS, lambda path: save_file(tensors, path))
-    write_json(directory / MEMORY_CONFIG, description)
+    write_json(
+        directory / MEMORY_CONFIG, {**description, WEIGHTS_CHECKSUM: tensors_checksum(tensors)}
+    )
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The description and tensors that `save_memory` wrote."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     for name in (MEMORY_CONFIG, MEMORY_WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(
                 f"directory={str(directory)!r} has no {name}; give a folder save_memory wrote"
             )
     try:
-        described = json.loads((directory / MEMORY_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(directory / MEMORY_WEIGHTS)
-    except (SafetensorError, ValueError, OSError) as error:
+        described = read_json(directory / MEMORY_CONFIG)
+        _check_description(described)
+        tensors, _ = read_safetensors(directory / MEMORY_WEIGHTS, "save it again")
+        known = described.get(WEIGHTS_CHECKSUM)
+        if known is not None and known != tensors_checksum(tensors):
+            raise ValueError(
+                f"{MEMORY_WEIGHTS} is not the file that {MEMORY_CONFIG} was written with"
+            )
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"directory={str(directory)!r} is damaged ({error}); save the memory again"
         ) from error
@@ -344,6 +351,31 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         entries = resolve_memories(described.get("memory"))
         described["memory"] = [config_to_dict(entry) for entry in entries]
     return described, tensors
+
+
+def _check_description(described: Any) -> None:
+    """ValueError unless these are the values that `_memory_description` gives, as far as they are there."""
+    kinds: dict[str, type] = {
+        "memlm_version": int,
+        "memory": list,
+        "segment_length": int,
+        "hidden_size": int,
+        "num_hidden_layers": int,
+        "base": str,
+        "memory_dtype": str,
+        WEIGHTS_CHECKSUM: str,
+        **dict.fromkeys(_ASKING, str),
+    }
+    if not isinstance(described, dict):
+        raise ValueError(f"{MEMORY_CONFIG} holds no JSON object")
+    for key, kind in kinds.items():
+        if key in described and not isinstance(described[key], kind):
+            raise ValueError(
+                f"{MEMORY_CONFIG} has {key}={described[key]!r}, which is no {kind.__name__}"
+            )
+    for key in ("memory", "segment_length"):
+        if key not in described:
+            raise ValueError(f"{MEMORY_CONFIG} has no {key}")
 
 
 def load_memory(

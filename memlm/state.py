@@ -5,8 +5,10 @@ A state is a value. Every method returns a new one; nothing in the package chang
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch import Tensor
 from memlm.files import write_atomically
 
 FORMAT = "memlm-state"
-VERSION = 1
+# Version 2 has a checksum.
+VERSION = 2
+CHECKSUM = "sha256"
 
 
 def flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -189,7 +193,7 @@ class MemoryState:
         return self.map(lambda value: value.detach().clone())
 
     def save(self, path: str | os.PathLike[str], extra: dict[str, str] | None = None) -> None:
-        """Write one safetensors file, atomically; `extra` goes into its metadata."""
+        """Write one safetensors file, atomically; `extra` goes into its metadata, beside a checksum."""
         from safetensors.torch import save_file
 
         metadata = {
@@ -200,6 +204,7 @@ class MemoryState:
             "signature": self.signature,
         }
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.tensors.items()}
+        metadata[CHECKSUM] = tensors_checksum(tensors, metadata)
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
@@ -212,31 +217,66 @@ class MemoryState:
         cls, path: str | os.PathLike[str], device: str = "cpu"
     ) -> tuple[MemoryState, dict[str, str]]:
         """As `load`, with the file's metadata."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"path {str(path)!r} holds no state; give a file `save` wrote")
-        try:
-            with safe_open(path, framework="pt", device=device) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, ValueError, OSError) as error:
-            raise ValueError(
-                f"path {str(path)!r} is not a readable state file ({error}); save the state again"
-            ) from error
+        tensors, metadata = read_safetensors(path, "save the state again")
         if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"path {str(path)!r} is a safetensors file, but no {FORMAT}; "
                 "give a file written by MemoryState.save"
             )
-        if int(metadata.get("version", "0")) > VERSION:
+        try:
+            version, batch_size = int(metadata.get("version", "0")), int(metadata["batch_size"])
+        except (ValueError, KeyError) as error:
+            raise _damaged(path, f"its numbers cannot be read: {error}") from error
+        if version > VERSION:
             raise ValueError(
-                f"path {str(path)!r} has state version {metadata['version']}, this memlm reads up to "
-                f"{VERSION}; upgrade memlm"
+                f"path {str(path)!r} has state version {version}, this memlm reads up to {VERSION}; "
+                "upgrade memlm"
             )
-        state = cls(tensors, int(metadata["batch_size"]), metadata.get("signature", ""))
-        return state, metadata
+        known = metadata.pop(CHECKSUM, None)
+        # Files of version 1 have none.
+        if version != 1 and known != tensors_checksum(tensors, metadata):
+            raise _damaged(path, "its checksum does not match")
+        try:
+            state = cls(tensors, batch_size, metadata.get("signature", ""))
+        except ValueError as error:
+            raise _damaged(path, error) from error
+        return state.to(device), metadata
+
+
+def tensors_checksum(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """SHA-256, in hex, of names, dtypes, shapes and values, and of the text that goes with them."""
+    names = sorted(tensors)
+    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    told = json.dumps([sorted((metadata or {}).items()), described])
+    found = hashlib.sha256(told.encode())
+    for name in names:
+        plain = tensors[name].detach().cpu().contiguous().reshape(-1)
+        if plain.numel():
+            found.update(plain.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_safetensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file. ValueError for any other, whatever it claims."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except (SafetensorError, ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"path {str(path)!r} is not a readable safetensors file ({error}); {remedy}"
+        ) from error
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    return ValueError(f"path {str(path)!r} is damaged ({why}); take an earlier copy of it")
 
 
 def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:

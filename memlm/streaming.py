@@ -24,6 +24,7 @@ from memlm.retrieval.base import Embedder
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.index import ChunkIndex
 from memlm.retrieval.retriever import Retriever, as_retriever, render_parts
+from memlm.saved_stream import SavedStream
 from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
 from memlm.tokens import (
@@ -342,33 +343,41 @@ class DocumentStream:
         state, metadata = MemoryState.load_with_extra(path)
         if "stream" not in metadata:
             raise ValueError(f"{str(path)!r} is a state without a stream; use MemoryState.load")
-        if int(metadata.get("stream_version", "0")) > VERSION:
+        try:
+            version = int(metadata.get("stream_version", "0"))
+        except ValueError as error:
+            raise _damaged(path, error) from error
+        if version > VERSION:
             raise ValueError(
-                f"{str(path)!r} has stream version {metadata['stream_version']}, this memlm reads up to "
-                f"{VERSION}; upgrade memlm"
+                f"{str(path)!r} has stream version {version}, this memlm reads up to {VERSION}; upgrade "
+                "memlm"
             )
-        saved = json.loads(metadata["stream"])
+        try:
+            saved = SavedStream.parse(metadata["stream"])
+        except ValueError as error:
+            raise _damaged(path, error) from error
         for name, ours in (
             ("segment_length", model.segment_length),
             ("vocabulary", len(tokenizer)),
         ):
-            if saved[name] != ours:
+            if getattr(saved, name) != ours:
                 raise ValueError(
-                    f"{str(path)!r} was saved with {name}={saved[name]}, but here it is {ours}; use the "
-                    "model and the tokenizer it was written with"
+                    f"{str(path)!r} was saved with {name}={getattr(saved, name)}, but here it is {ours}; "
+                    "use the model and the tokenizer it was written with"
                 )
+        admitted = model._admit(state, 1)
         retriever = None
-        if saved.get("retrieval") is not None:
+        if saved.retrieval is not None:
             index = ChunkIndex.load(Path(directory) / INDEX, embedder or HashingEmbedder())
-            retriever = Retriever.restore(index, saved["retrieval"])
-        # Up to version 1, a control token written out in a text was read as a control token.
-        split = saved.get("split_special_tokens", False)
-        stream = cls(model, tokenizer, retriever, split_special_tokens=split)
-        stream._state = model._admit(state, 1)
-        stream._committed, stream._open_ids = saved["committed"], saved["open"]
-        stream._text, stream._context = saved["text"], saved["context"]
-        stream._writes = WriteCount(saved.get("writes"))
-        stream._turns = saved.get("turns", [])
+            try:
+                retriever = Retriever.restore(index, saved.retrieval)
+            except ValueError as error:
+                raise _damaged(path, error) from error
+        stream = cls(model, tokenizer, retriever, split_special_tokens=saved.split_special_tokens)
+        stream._state = admitted
+        stream._committed, stream._open_ids = saved.committed, saved.open
+        stream._text, stream._context = saved.text, saved.context
+        stream._writes, stream._turns = WriteCount(saved.writes), saved.turns
         return stream
 
     def _make_locks(self) -> None:
@@ -449,3 +458,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 def _check_length(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    return ValueError(f"{str(path)!r} is damaged or no stream ({why}); take an earlier copy of it")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -19,6 +21,22 @@ import transformers
 pytest_plugins = ["tests.stories"]
 
 torch.set_num_threads(1)
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def _stay_here(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook, as nothing else sees every socket: none may go beyond this machine."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        place = arguments[1][0]
+    elif event == "socket.getaddrinfo":
+        place = arguments[0]
+    else:
+        return
+    if place is not None and (place.decode() if isinstance(place, bytes) else place) not in LOCAL:
+        raise RuntimeError(f"a test asks for {place!r} ({event}); tests open no socket")
+
+
+sys.addaudithook(_stay_here)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

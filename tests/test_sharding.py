@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,8 @@ def compare(memory: str, kind: str) -> None:
         sharded.base.gradient_checkpointing_enable({"use_reentrant": False})
     if kind == "recomputed":
         sharded.gradient_checkpointing_enable()
+    if kind == "lora":
+        put_lora(plain), put_lora(sharded)
     shard(sharded)
     ids, labels = ids_of(rank)
     plain.train(), sharded.train()
@@ -85,13 +88,67 @@ def compare(memory: str, kind: str) -> None:
         torch.testing.assert_close(again.logits, right.logits, **EXACT)
 
 
+def put_lora(model: MemLMForCausalLM) -> None:
+    """LoRA in the base, not at zero, the rest of the base frozen."""
+    from memlm.train.bases import add_lora
+
+    add_lora(model, {"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = 0.1 * noise
+
+
+def save_or_load(folder: str, load: bool) -> None:
+    """Train a step, sharded, and save as torch's distributed checkpoints do; or load, and compare."""
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    plain, sharded = memory_model("llama", "armt"), memory_model("llama", "armt")
+    shard(sharded)
+    optimizers = []
+    for model in (plain.train(), sharded.train()):
+        if model is sharded and load:
+            optimizers.append(torch.optim.AdamW(model.parameters(), lr=1e-2))
+            continue
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step(model, optimizer)
+        optimizers.append(optimizer)
+    weights, moments = get_state_dict(sharded, optimizers[1])
+    state = {"model": weights, "optimizer": moments}
+    if not load:
+        checkpoint.save(state, checkpoint_id=folder)
+        return
+    checkpoint.load(state, checkpoint_id=folder)
+    set_state_dict(
+        sharded, optimizers[1], model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    # The next step needs the weights and both moments.
+    step(plain, optimizers[0]), step(sharded, optimizers[1])
+    found = dict(sharded.named_parameters())
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(whole(found[name]), value, **EXACT, msg=name)
+
+
+def step(model: MemLMForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """A step on the same rows in every process."""
+    optimizer.zero_grad()
+    ids, labels = ids_of(0)
+    model(ids, labels=labels, logits_to_keep=None).loss.backward()
+    optimizer.step()
+
+
 def main(kind: str, memories: list[str]) -> None:
     """One process of several: `compare` for each memory."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     try:
         for memory in memories:
             print(memory, file=sys.stderr)
-            compare(memory, kind)
+            if kind in ("save", "load"):
+                save_or_load(memory, kind == "load")
+            else:
+                compare(memory, kind)
     finally:
         dist.destroy_process_group()
 
@@ -164,8 +221,20 @@ def test_a_memory_may_have_a_dtype_of_its_own(alone: None) -> None:
     compare("rmt", "two dtypes")
 
 
+def test_lora_in_a_sharded_base_equals_lora_in_a_whole_one(alone: None) -> None:
+    compare("armt", "lora")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "checkpointed", "recomputed"])
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2)])
+def test_what_some_processes_saved_others_load(tmp_path: Path, writers: int, readers: int) -> None:
+    """Weights and the optimizer's moments, in parts of other sizes."""
+    run(writers, "save", [str(tmp_path)])
+    run(readers, "load", [str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "recomputed", "lora"])
 def test_two_processes_share_a_model(kind: str) -> None:
     run(2, kind, list(available_memories()))
 

@@ -223,7 +223,7 @@ def test_damaged_and_foreign_streams_are_refused(tmp_path) -> None:
         DocumentStream.load(tmp_path / "nowhere", model_for(), tok)
     path = tmp_path / "stream.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="not a readable state"):
+    with pytest.raises(ValueError, match="not a readable safetensors"):
         DocumentStream.load(tmp_path, model_for(), tok)
     MemoryState({}, 1).save(path)
     with pytest.raises(ValueError, match="without a stream"):

@@ -107,6 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         progress=True,
     )
+    if not report.files:
+        return  # Of several processes, the first one tells.
     print(report.to_markdown())
     if written := report.writes_note():
         print(written)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from memlm.cli.options import Commands
 from memlm.cli.printing import place_of, print_written, shorten
+from memlm.files import parse_json
 
 
 def add_to(commands: Commands) -> None:
@@ -117,7 +117,7 @@ def run_search(arguments: argparse.Namespace) -> None:
 def values_meant(typed: str) -> list[Any]:
     """The metadata values a typed word may stand for: itself, and the number, flag or null it spells."""
     try:
-        value = json.loads(typed)
+        value = parse_json(typed)
     except ValueError:
         return [typed]
     plain = value is None or (isinstance(value, bool | int | float) and math.isfinite(value))

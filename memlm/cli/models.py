@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def load_named(name: str, arguments: argparse.Namespace) -> Any:
     ):
         raise ValueError(f"dtype={arguments.dtype!r} is unknown; use float32, bfloat16 or auto")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        # A launcher's processes have a device each.
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
     except OSError as error:

@@ -1,7 +1,8 @@
 """The samples an evaluation has finished, in memory and in a folder, and the settings they were made with.
 
 `run.json` holds the settings, and a folder of other settings is refused; `samples.jsonl` gets a line per
-sample, so that a run that was killed goes on after its last whole line.
+sample, so that a run that was killed goes on after its last whole line. Of several processes each writes a
+file of its own, `samples-RANK.jsonl`, which are joined at the end, or when the run goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+
+from memlm.files import parse_json, read_json, write_json, write_text
 
 SAMPLES = "samples.jsonl"
 RUN = "run.json"
@@ -26,6 +29,7 @@ Row = dict[str, Any]
 class RunLog:
     """The rows done so far, by their `keys`; with `out`, also in the file `name` of that folder.
 
+    part: the number of this process, of several, whose rows go into a file of its own.
     ValueError when the folder holds a run of other settings, or a damaged line that is not the last.
     """
 
@@ -35,6 +39,7 @@ class RunLog:
         settings: dict[str, Any],
         keys: Sequence[str] = ("task", "length", "index"),
         name: str = SAMPLES,
+        part: int | None = None,
     ) -> None:
         self.rows: dict[tuple[Any, ...], Row] = {}
         self.keys = tuple(keys)
@@ -44,10 +49,13 @@ class RunLog:
             return
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / name
+        self._whole = self._path = folder / name
         _check_run(folder, name, settings)
-        for row in read_rows(self._path, self.keys, mend=True):
-            self.rows[self._key(row)] = row
+        if part is None or part == 0:
+            join_parts(self._whole, self.keys)
+        if part is not None:
+            self._path = part_of(self._whole, part)
+        self.read_again(mend=part is None)
 
     def __enter__(self) -> Self:
         if self._path is not None:
@@ -63,6 +71,12 @@ class RunLog:
         if self._file is not None:
             self._file.close()
 
+    def read_again(self, mend: bool = False) -> None:
+        """Take up the rows that are in the folder by now."""
+        if self._path is not None:
+            for row in read_rows(self._whole, self.keys, mend=mend):
+                self.rows[self._key(row)] = row
+
     def has(self, *key: Any) -> bool:
         return key in self.rows
 
@@ -77,10 +91,41 @@ class RunLog:
         return tuple(row[key] for key in self.keys)
 
 
+def part_of(path: Path, part: int) -> Path:
+    """The file of one process of several, beside the file of all."""
+    return path.with_name(f"{path.stem}-{part}{path.suffix}")
+
+
+def join_parts(
+    path: Path, keys: Sequence[str], order: Sequence[tuple[Any, ...]] | None = None
+) -> None:
+    """Put what several processes wrote, if any, into the file of all. One process calls it, others wait.
+
+    order: the keys in the order that the rows shall have; those of rows not among them come first.
+    """
+    parts = [
+        p
+        for p in path.parent.glob(f"{path.stem}-*{path.suffix}")
+        if p.stem[len(path.stem) + 1 :].isdigit()
+    ]
+    if not parts:
+        return
+    rows = {tuple(row[key] for key in keys): row for row in read_rows(path, keys)}
+    for part in sorted(parts):
+        for row in read_rows(part, keys):
+            rows.setdefault(tuple(row[key] for key in keys), row)
+    if order is not None:
+        place = {key: number for number, key in enumerate(order)}
+        rows = dict(sorted(rows.items(), key=lambda item: place.get(item[0], -1)))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+    for part in parts:
+        part.unlink()
+
+
 def recorded(out: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The settings of the run in a folder; none where there is no run, or none that can be read."""
     try:
-        found = json.loads((Path(out or "") / RUN).read_text(encoding="utf-8")) if out else {}
+        found = read_json(Path(out) / RUN) if out else {}
     except (OSError, ValueError):
         return {}
     return in_present_words(found) if isinstance(found, dict) else {}
@@ -98,8 +143,6 @@ def in_present_words(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
     """Refuse a folder with samples of another run; note the settings in a fresh one."""
-    from memlm.files import write_json
-
     path = folder / RUN
     if not path.exists():
         if (folder / name).exists():
@@ -110,7 +153,7 @@ def _check_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         wanted = json.loads(json.dumps(settings))
         had, has = ({**ABSENT, **in_present_words(made)} for made in (before, wanted))
         # A setting that only one of them has counts, too: a run with passages only goes on with passages.
@@ -137,7 +180,7 @@ def read_rows(path: Path, keys: Sequence[str], mend: bool = False) -> list[Row]:
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("the line has no end")
-            row = json.loads(line)
+            row = parse_json(line)
             missing = set(keys) - row.keys()
             if missing:
                 raise ValueError(f"the line lacks {sorted(missing)[0]!r}")

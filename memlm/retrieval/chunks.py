@@ -173,8 +173,15 @@ class Chunker:
             chunker._repeated = int(state["repeated"])
             chunker._words = [(s, e, n) for s, e, n in state["words"]]
             chunker._ended = bool(state["ended"])
+            for _, _, count in (*chunker._sentences, *chunker._words):
+                if not isinstance(count, int):
+                    raise TypeError(f"{count!r} is no count")
         except KeyError as error:
             raise ValueError(f"state lacks {error}; give what Chunker.state returned") from error
+        except TypeError as error:
+            raise ValueError(
+                f"state is damaged ({error}); give what Chunker.state returned"
+            ) from error
         chunker._total = _total_count(chunker._sentences) + _total_count(chunker._words)
         return chunker
 

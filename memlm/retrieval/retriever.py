@@ -177,11 +177,27 @@ class Retriever:
 
     @classmethod
     def restore(cls, index: ChunkIndex, state: Mapping[str, Any]) -> Retriever:
-        """Go on from `state`, with the index it was saved with."""
-        retriever = cls(index, RetrievalConfig(**state["config"]))
-        retriever.document, retriever._written = state["document"], state["written"]
-        retriever._owners = list(state["owners"])
-        retriever._chunker = Chunker.restore(state["chunker"])
+        """Go on from `state`, with the index it was saved with. ValueError when it is no state."""
+        try:
+            retriever = cls(index, RetrievalConfig(**state["config"]))
+            document, written, owners = state["document"], state["written"], state["owners"]
+            retriever._chunker = Chunker.restore(state["chunker"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"state is no state of a retriever ({error!r})") from error
+        if (
+            not isinstance(document, str | None)
+            or isinstance(written, bool)
+            or not isinstance(written, int)
+            or written < 0
+            or not isinstance(owners, list)
+            or not owners
+            or not all(isinstance(owner, str) for owner in owners)
+        ):
+            raise ValueError(
+                f"state has document={document!r}, written={written!r} and owners={owners!r}; give what "
+                "Retriever.state returned"
+            )
+        retriever.document, retriever._written, retriever._owners = document, written, owners[:]
         # An index may have been saved later than the state; the stream has not read these.
         ahead = itertools.takewhile(
             index.__contains__, map(retriever._chunk_id, itertools.count(state["written"]))

@@ -204,10 +204,10 @@ class IndexSaver:
         if not added:
             return before
         kept = before[: store.num_parts_kept(before, added)]
-        blocks = []
+        blocks, schema = [], store.vector_schema(self._vectors.codes)
         for part in before[len(kept) :]:
             file = store.verify(target, part)
-            for batch in store.read_arrow(file, mmap=False):
+            for batch in store.read_arrow(file, False, schema):
                 blocks.append(store.vectors_of(file, batch, self._vectors.codes))
         live = []
         for rows, vectors in [*blocks, *self._added]:
@@ -230,12 +230,29 @@ class IndexSaver:
 
         mmap: leave texts and vectors on disk. ValueError when a file is missing or damaged.
         """
+        try:
+            return cls._opened(path, manifest, chunks, vectors, words, mmap)
+        except (KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
+            # Files that are as they were written, but not by `save`.
+            raise store.damaged(path / store.MANIFEST, error) from error
+
+    @classmethod
+    def _opened(
+        cls,
+        path: Path,
+        manifest: dict[str, Any],
+        chunks: ChunkTable,
+        vectors: Vectors,
+        words: Words | None,
+        mmap: bool,
+    ) -> Self:
         saver = cls(chunks, vectors, words)
         files = [(part, store.verify(path, part)) for part in manifest["parts"]]
         removed = np.zeros(manifest["next_row"], bool)
         for part, file in files:
             if part.kind == "removed":
                 rows = store.read_removed(file)
+                _check_rows(file, rows, len(removed))
                 removed[rows] = True
                 saver._removed = rows.tolist()
         texts: dict[int, str] = {}
@@ -261,8 +278,11 @@ def _read_chunks(file: Path, removed: Mask, chunks: ChunkTable) -> dict[int, str
     """Put the chunks of a file into the table, and return the texts of rows that were removed."""
     mapped = isinstance(chunks, MappedChunkTable)
     texts: dict[int, str] = {}
-    for batch in store.read_arrow(file, mapped):
+    for batch in store.read_arrow(file, mapped, store.chunk_schema()):
         rows = batch.column("row").to_numpy()
+        _check_rows(file, rows, len(removed))
+        if (np.diff(rows) <= 0).any():
+            raise store.damaged(file, "its rows do not ascend")
         gone = removed[rows]
         if gone.any():
             column = batch.column("text")
@@ -282,8 +302,9 @@ def _read_chunks(file: Path, removed: Mask, chunks: ChunkTable) -> dict[int, str
 
 def _read_vectors(file: Path, alive: Mask, vectors: Vectors, mmap: bool) -> None:
     """Add the vectors of a file whose rows are alive; with `mmap` they are searched on disk."""
-    for batch in store.read_arrow(file, mmap):
+    for batch in store.read_arrow(file, mmap, store.vector_schema(vectors.codes)):
         rows, kept = store.vectors_of(file, batch, vectors.codes)
+        _check_rows(file, rows, len(alive))
         there = alive[rows]
         if not there.all() and not mmap:
             rows, kept = rows[there], kept[there]
@@ -291,3 +312,9 @@ def _read_vectors(file: Path, alive: Mask, vectors: Vectors, mmap: bool) -> None
             vectors.map_tail(rows, kept, int(there.sum()))
         else:
             vectors.add(rows, kept)
+
+
+def _check_rows(file: Path, rows: Ints, count: int) -> None:
+    """ValueError unless rows are among the `count` that were ever given."""
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+        raise store.damaged(file, f"it has rows beyond the {count} that there are")

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import tokenize
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,15 @@ _SUFFIX = {
 }
 KINDS = tuple(_SUFFIX)
 _PART = re.compile("|".join(rf"{kind}-[0-9a-f]{{16}}\.{end}" for kind, end in _SUFFIX.items()))
+# What a manifest holds beside its parts, by the words of annotations.
+_SETTINGS = {
+    **dict.fromkeys(("generation", "factory", "metric", "fingerprint"), "str"),
+    **dict.fromkeys(("dim", "chunks", "next_row"), "int"),
+    "hybrid": "bool",
+}
+# What may be missing, or none.
+_OPTIONAL = {"effort": "int", "precision": "str"}
+_KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
 _LEFTOVER = re.compile(
     rf"({_PART.pattern})|\.({_PART.pattern}|{re.escape(MANIFEST)})\.[A-Za-z0-9_]+"
 )
@@ -113,12 +123,28 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         raise damaged(path, "its checksum does not match")
     try:
         manifest["parts"] = [PartFile(**part) for part in manifest["parts"]]
+        known = {key: kind for key, kind in _OPTIONAL.items() if manifest.get(key) is not None}
+        _check_kinds(manifest, _SETTINGS | known)
+        _ = manifest["effort"]
+        for part in manifest["parts"]:
+            _check_kinds(asdict(part), PartFile.__annotations__)
     except (KeyError, TypeError) as error:
         raise damaged(path, error) from error
     for part in manifest["parts"]:
-        if not _PART.fullmatch(part.file):
+        # Named as `write_part` names it, and so in this folder; its rows are among those ever given.
+        named = _PART.fullmatch(part.file) and part.file.startswith(f"{part.kind}-")
+        if not named or not 0 <= part.first <= part.stop <= manifest["next_row"]:
             raise damaged(path, f"it names a part {part.file!r}")
     return manifest
+
+
+def _check_kinds(found: dict[str, Any], kinds: dict[str, str]) -> None:
+    """TypeError unless every value is of its kind, KeyError where one is missing."""
+    for key, kind in kinds.items():
+        value = found[key]
+        sound = isinstance(value, _KINDS[kind]) and (kind == "bool") == isinstance(value, bool)
+        if not sound or (kind == "int" and not 0 <= value < 2**62):
+            raise TypeError(f"{key}={value!r} is no {kind}")
 
 
 def check_target(directory: Path) -> dict[str, Any] | None:
@@ -230,11 +256,24 @@ def num_parts_kept(parts: list[PartFile], count: int) -> int:
     return kept
 
 
-def write_chunks(path: Path, rows: Iterable[tuple[int, ChunkEntry]]) -> None:
+def chunk_schema() -> pa.Schema:
     import pyarrow as pa
 
     names = ("id", "text", "metadata")
-    schema = pa.schema([("row", pa.int64()), *((name, pa.large_string()) for name in names)])
+    return pa.schema([("row", pa.int64()), *((name, pa.large_string()) for name in names)])
+
+
+def vector_schema(codes: Codes) -> pa.Schema:
+    import pyarrow as pa
+
+    column = pa.list_(pa.from_numpy_dtype(codes.dtype), codes.width)
+    return pa.schema([("row", pa.int64()), ("vector", column)])
+
+
+def write_chunks(path: Path, rows: Iterable[tuple[int, ChunkEntry]]) -> None:
+    import pyarrow as pa
+
+    schema = chunk_schema()
     batches = _batches(rows)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for batch in batches:
@@ -261,8 +300,7 @@ def write_vectors(
 ) -> None:
     import pyarrow as pa
 
-    column = pa.list_(pa.from_numpy_dtype(codes.dtype), codes.width)
-    schema = pa.schema([("row", pa.int64()), ("vector", column)])
+    schema = vector_schema(codes)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for rows, kept in blocks:
             flat = pa.array(np.ascontiguousarray(kept, codes.dtype).reshape(-1))
@@ -270,15 +308,24 @@ def write_vectors(
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
-def read_arrow(path: Path, mmap: bool) -> list[pa.RecordBatch]:
-    """The batches of a file that `verify` found intact; with `mmap` they stay on disk."""
+def read_arrow(path: Path, mmap: bool, schema: pa.Schema) -> list[pa.RecordBatch]:
+    """The batches of a file that `verify` found intact; with `mmap` they stay on disk.
+
+    ValueError for other columns than those of `schema`, and for batches that are not sound.
+    """
     import pyarrow as pa
 
     try:
         source = pa.memory_map(str(path)) if mmap else pa.OSFile(str(path))
         reader = pa.ipc.open_file(source)
-        return [reader.get_batch(n) for n in range(reader.num_record_batches)]
-    except (pa.ArrowException, OSError) as error:
+        if reader.schema != schema:
+            raise damaged(path, f"its columns are {', '.join(reader.schema.names)}")
+        batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
+        for batch in batches:
+            # A checksum says that a file is as it was written, not that its offsets stay inside of it.
+            batch.validate(full=True)
+        return batches
+    except (pa.ArrowException, OSError, MemoryError) as error:
         raise damaged(path, error) from error
 
 
@@ -299,6 +346,14 @@ def write_removed(path: Path, rows: list[int]) -> None:
 
 def read_removed(path: Path) -> NDArray[np.int64]:
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("it is of another version than write_removed gives it")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            rows = np.frombuffer(file.read(), np.int64)
+    except (ValueError, OSError, SyntaxError, tokenize.TokenError, RecursionError) as error:
         raise damaged(path, error) from error
+    # The header is not followed, but compared with what is there: it may claim any size.
+    if shape != (len(rows),) or dtype != np.int64:
+        raise damaged(path, f"its header claims {dtype} of shape {shape}")
+    return rows

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from memlm.files import write_atomically
+from memlm.files import parse_json, write_text
 
 
 class LogFile(TrainerCallback):
@@ -35,12 +35,12 @@ class LogFile(TrainerCallback):
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                keep = json.loads(line)["step"] <= state.global_step
-            except (ValueError, KeyError):
+                keep = parse_json(line)["step"] <= state.global_step
+            except (ValueError, KeyError, TypeError):
                 continue  # The line a kill cut short.
             if keep:
                 kept.append(line + "\n")
-        write_atomically(self.path, lambda file: file.write_text("".join(kept), encoding="utf-8"))
+        write_text(self.path, "".join(kept))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

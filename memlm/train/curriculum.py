@@ -231,10 +231,19 @@ class Curriculum:
                 f"the checkpoint's curriculum has {len(starts) - 1} stages, this one "
                 f"{len(self.stages)}; resume with the same recipe"
             )
+        scores = [(right, asked) for right, asked in state["scores"]]
+        for number in (*starts, *(number for score in scores for number in score)):
+            # Scores of evaluations are shares.
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"the checkpoint's curriculum has {number!r}, which is no number")
+        if not all(isinstance(start, int) and 0 <= start <= NEVER for start in starts):
+            raise ValueError(
+                f"the checkpoint's curriculum has starts={starts!r}, which are no steps"
+            )
         for index, start in enumerate(starts):
             self._starts[index] = start
         self._scores.clear()
-        self._scores.extend((right, asked) for right, asked in state["scores"])
+        self._scores.extend(scores)
 
     def _passed(self, advance_at: float | None) -> bool:
         accuracy = self.accuracy()

@@ -214,7 +214,11 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         self.collate = Collator(pad_token_id)
         self.batch_size, self.accumulation, self.rank, self.world = 1, 1, 0, 1
         self.batches = 0
+        # Optimiser steps after which no batch comes: a run that is resumed when it is over trains no more.
+        self.last_step: int | None = None
         self._cursors: dict[int, list[list[int]]] = {}
+        # Documents below the first were read before the stream was dealt anew, which was at batch two.
+        self._read_before, self._dealt_at = 0, 0
 
     def deal(self, *, batch_size: int, accumulation: int, rank: int, world: int) -> None:
         """Set how many rows a batch has, and which process of how many this is."""
@@ -239,7 +243,27 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
             "world": self.world,
             "batches": self.batches,
             "cursors": {str(slot): cursor for slot, cursor in self._cursors.items()},
+            "read_before": self._read_before,
+            "dealt_at": self._dealt_at,
         }
+
+    def deal_anew(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on at the step of the processes with these `state_dict`s, which were more or fewer.
+
+        Documents that these have begun are left where they are; those to come are dealt to the processes
+        there are, so that none is begun twice. Call `deal` first.
+        """
+        began = 0
+        for state in states:
+            before = (state["batches"] - state["dealt_at"]) * state["batch_size"] * state["world"]
+            before += state["read_before"]
+            ordinals = [row[0] + 1 for cursor in state["cursors"].values() for row in cursor]
+            # Where every document is one batch's, its number follows from that of the batch.
+            single = self.source.single_piece(self.curriculum.stages)
+            began = max(began, state["read_before"], before if single else max(ordinals, default=0))
+        first = states[0]
+        self.batches = first["batches"] // first["accumulation"] * self.accumulation
+        self._cursors, self._read_before, self._dealt_at = {}, began, self.batches
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was taken; call `deal` first. ValueError when that differed."""
@@ -250,13 +274,39 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
                     f"{getattr(self, name)}; resume with the same batch size, accumulation and "
                     "processes"
                 )
-        self.batches = state["batches"]
-        self._cursors = {int(slot): cursor for slot, cursor in state["cursors"].items()}
+        batches = state["batches"]
+        cursors = {int(slot): cursor for slot, cursor in state["cursors"].items()}
+        for slot, cursor in cursors.items():
+            numbers = [number for row in cursor for number in row]
+            whole = all(type(number) is int and number >= 0 for number in numbers)
+            if (
+                not 0 <= slot < self.accumulation
+                or [len(row) for row in cursor] != [2] * self.batch_size
+                or not whole
+            ):
+                raise ValueError(
+                    f"the checkpoint's data stream has a cursor that is none: {cursor!r}"
+                )
+        if type(batches) is not int or batches < 0:
+            raise ValueError(
+                f"the checkpoint's data stream has batches={batches!r}, which is no count"
+            )
+        # Older versions did not deal anew.
+        anew = state.get("read_before", 0), state.get("dealt_at", 0)
+        if not all(type(number) is int and number >= 0 for number in anew):
+            raise ValueError(
+                f"the checkpoint's data stream was dealt anew at {anew!r}, which are no counts"
+            )
+        self.batches, self._cursors = batches, cursors
+        self._read_before, self._dealt_at = anew
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         self.check_workers(workers)
+        over = self.last_step is not None and self.step >= self.last_step
+        if over or self.curriculum.finished(self.step):
+            return iter(())
         single = self.source.single_piece(self.curriculum.stages)
         return self._single(worker, workers) if single else self._lanes()
 
@@ -274,9 +324,11 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
 
     def _single(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         batch = self.batches + worker
+        # Dealt anew, the documents to come begin where those that were read end.
+        ahead = -(-self._read_before // self.world) - self._dealt_at * self.batch_size
         while True:
             _, stage = self._stage(batch)
-            first = batch * self.batch_size
+            first = batch * self.batch_size + ahead
             numbers = [n * self.world + self.rank for n in range(first, first + self.batch_size)]
             pieces = [next(iter(self.source.document(number, stage))) for number in numbers]
             yield {
@@ -290,6 +342,7 @@ class TrainingStream(IterableDataset):  # type: ignore[type-arg]
         lanes = self._reopen(batch)
         drawn = max((lane.ordinal for slot in lanes for lane in slot), default=-1)
         drawn = drawn // self.world + 1 if drawn >= 0 else 0
+        drawn = max(drawn, -(-self._read_before // self.world))
         while True:
             index, stage = self._stage(batch)
             pieces, continued = [], []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from memlm.files import read_json
 from memlm.train.recipe import Recipe
+from memlm.train.trainer.checkpoint import SEAL, check_checkpoint, checkpoints
 
 RECIPE_FILE, LOG_FILE, RESULT_FILE = "recipe.yaml", "train_log.jsonl", "train_result.json"
 TOKENIZER, ADAPTER = "tokenizer", "adapter"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,12 @@ def prepare_folder(
     """The finished run in `out`, or the checkpoint to go on from. Nothing is overwritten here."""
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume={resume!r} is unknown; use True, False or 'auto'")
-    there, finished, checkpoint = out / RECIPE_FILE, out / RESULT_FILE, last_checkpoint(out)
+    there, finished = out / RECIPE_FILE, out / RESULT_FILE
+    checkpoint = None if resume is False or finished.is_file() else last_checkpoint(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"output_dir={str(out)!r} is a file; name a folder")
-    begun = checkpoint is not None or finished.is_file()
+    # With resume=False, too, the folder of another recipe is left alone.
+    begun = finished.is_file() or bool(checkpoints(out) if resume is False else checkpoint)
     if there.is_file() and begun:
         unlike = recipe.differences(Recipe.load(there))
         if unlike:
@@ -53,9 +58,18 @@ def prepare_folder(
     if resume is True and not begun:
         raise ValueError(f"output_dir={str(out)!r} holds no checkpoint; leave resume out to start")
     if resume is not False and finished.is_file():
-        values = json.loads(finished.read_text(encoding="utf-8"))
-        return TrainResult(**{**values, "files": tuple(values["files"])}), None
-    return None, None if resume is False else checkpoint
+        return _read_result(finished), None
+    return None, checkpoint
+
+
+def _read_result(path: Path) -> TrainResult:
+    try:
+        values = read_json(path)
+        return TrainResult(**{**values, "files": tuple(values["files"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}); remove it, and the run goes on from its last checkpoint"
+        ) from error
 
 
 def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None:
@@ -71,12 +85,20 @@ def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest complete checkpoint: the last file of one that was cut short cannot be read."""
-    found = []
-    for folder in out.glob("checkpoint-*"):
+    """The newest checkpoint that is whole: one that was cut short, or is damaged, is passed over.
+
+    ValueError when there are damaged ones alone: starting over would remove them.
+    """
+    damaged: list[ValueError] = []
+    for folder in checkpoints(out):
         try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(state["global_step"]), folder))
-        except (OSError, ValueError, KeyError):
+            check_checkpoint(folder)
+        except ValueError as error:
+            if (folder / SEAL).is_file():
+                damaged.append(error)
+                _log.warning("%s", error)
             continue
-    return str(max(found)[1]) if found else None
+        return str(folder)
+    if damaged:
+        raise ValueError(f"{damaged[0]}, of which there is none; resume=False starts over")
+    return None

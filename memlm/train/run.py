@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import DistributedType
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
@@ -100,7 +101,7 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     finished = not interrupt.asked
     written: list[Path] = []
-    if finished and trainer.is_world_process_zero():
+    if finished:
         with quiet():
             written = save_finished(run)
     last = last_logged(trainer.state.log_history)
@@ -195,6 +196,13 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
         processing_class=tokenizer,
         callbacks=[LogFile(out / LOG_FILE), interrupt],
     )
+    sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
+    for name in ("lora", "quantization") if sharded else ():
+        if getattr(recipe.model, name) is not None:
+            raise ValueError(
+                f"model.{name} is set, and FSDP spreads the weights over the processes, from which an "
+                "adapter alone cannot be saved; train it with DDP, or the whole model"
+            )
     # Their progress lines and ours would overwrite each other.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -202,7 +210,13 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
 
 
 def save_finished(run: Run) -> list[Path]:
-    """Write the finished model and its tokenizer; returns the files of weights."""
+    """Write the finished model and its tokenizer; returns the files of weights. All processes call it."""
+    if run.trainer.accelerator.distributed_type == DistributedType.FSDP:
+        # The Trainer gathers what each process has a part of.
+        run.trainer.save_model(str(run.out))
+        return [run.out / "model.safetensors"]
+    if not run.trainer.is_world_process_zero():
+        return []
     out, model = run.out, run.trainer.accelerator.unwrap_model(run.trainer.model)
     run.tokenizer.save_pretrained(out)
     # What the order was in training says nothing of how the model is best run.

@@ -16,6 +16,7 @@ from memlm.memory import ARMTConfig
 from memlm.train import PieceSource, Stage
 from memlm.train.data import shifted
 from tests.cases import memory_model
+from tests.test_sharding import put_lora
 from tests.train.tiny import Endless, Piece, assert_same, stream, text_piece, trainer, weights
 
 
@@ -69,6 +70,8 @@ def run(folder: Path, world: int, kind: str) -> dict[str, torch.Tensor]:
     pieces[2] = Piece(pieces[2].ids)
     source = Endless(pieces=3) if kind == "questions" else PieceSource(pieces)
     model = memory_model("llama", "rmt" if kind == "rmt" else "armt")
+    if kind == "lora":
+        put_lora(model)
     made = trainer(
         model,
         folder,
@@ -85,7 +88,7 @@ def run(folder: Path, world: int, kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text", "rmt", "recomputed", "questions", "overflow"])
+@pytest.mark.parametrize("kind", ["text", "rmt", "recomputed", "questions", "overflow", "lora"])
 def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
     code = (
         "import sys, torch\n"
@@ -118,3 +121,47 @@ def test_two_processes_train_as_one(tmp_path: Path, kind: str) -> None:
     # equal.
     if kind != "questions":
         assert_same(ranks[0], run(tmp_path / "one", 1, kind))
+
+
+RECIPE = """
+seed: 3
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1,
+    num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 256}
+  memory: {name: armt, num_memory_tokens: 2, d_mem: 4}
+  segment_length: 64
+tokenizer: {source: train, vocab_size: 1024}
+data: {source: babilong, tasks: [qa1]}
+curriculum: {stages: [{max_segments: 2}]}
+training: {max_steps: 6, per_device_train_batch_size: 2, save_steps: 2, logging_steps: 1, use_cpu: true}
+"""
+
+
+@pytest.mark.slow
+def test_the_command_trains_in_two_processes_and_goes_on_in_one(tmp_path: Path) -> None:
+    """Two processes begin; after a kill, one process ends the run."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
+
+    def command(*launcher: str) -> list[str]:
+        module = ["-m", "memlm", "train", str(tmp_path / "recipe.yaml")]
+        return [sys.executable, *launcher, *module, "--out", str(tmp_path / "out")]
+
+    port = str(21000 + os.getpid() % 20000)
+    # What `accelerate launch` starts on accelerators; on CPUs it starts one process.
+    launch = command("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+    made = subprocess.run(
+        [*launch, "training.max_steps=4"], env=environment, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    # Its end is taken back, as if it had been killed after the checkpoint of step 4.
+    out = tmp_path / "out"
+    for name in ("train_result.json", "model.safetensors"):
+        (out / name).unlink()
+    recipe = (out / "recipe.yaml").read_text()
+    (out / "recipe.yaml").write_text(recipe.replace("max_steps: 4", "max_steps: 6"))
+    assert (out / "checkpoint-4" / "stream-1.json").is_file()
+    again = subprocess.run(command(), env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "is of 2 processes, and there are 1" in again.stderr
+    assert "6 steps" in again.stdout and (out / "model.safetensors").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from memlm.train import MemLMTrainer, Stage
+from memlm.train import MemLMTrainer, Stage, TrainingStream
 from memlm.train.folder import last_checkpoint
 from memlm.train.trainer import CURRICULUM_FILE
+from memlm.train.trainer.checkpoint import SEAL, load_position, save_position
 from tests.cases import memory_model
 from tests.train.tiny import Endless, stream, trainer, weights
 
@@ -106,6 +108,89 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_stream_is_refused(tmp_path: Path) -> None:
     run = made(tmp_path, "documents", max_steps=2, save_steps=1)
     run.train()
-    (tmp_path / "checkpoint-1" / "stream-0.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no stream-0\.json"):
-        made(tmp_path, "documents").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    folder = tmp_path / "checkpoint-1"
+    (folder / "stream-0.json").unlink()
+    with pytest.raises(ValueError, match=r"stream-0\.json is not as it was written"):
+        made(tmp_path, "documents").train(resume_from_checkpoint=str(folder))
+    # As one of another trainer, which has neither.
+    (folder / SEAL).unlink()
+    (folder / CURRICULUM_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no curriculum\.json"):
+        made(tmp_path, "documents").train(resume_from_checkpoint=str(folder))
+
+
+def test_a_checkpoint_counts_once_every_process_has_written_its_part(tmp_path: Path) -> None:
+    """The files are listed last, and older checkpoints go only then."""
+    made(tmp_path, "documents", max_steps=2, save_steps=1, save_total_limit=1).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    folder = tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path) == str(folder)
+    # Process 0's last file is there, but not what is written when all are done.
+    seal = (folder / SEAL).read_bytes()
+    (folder / SEAL).unlink()
+    assert last_checkpoint(tmp_path) is None
+    (folder / SEAL).write_bytes(seal)
+    weights_file = folder / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not as it was written"):
+        last_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_earlier_one(tmp_path: Path) -> None:
+    made(tmp_path, "documents", max_steps=2, save_steps=1).train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_run_that_was_over_is_not_trained_on(tmp_path: Path) -> None:
+    """Killed after its last checkpoint and before its result, it ends where it ended."""
+    whole = made(tmp_path, "documents", max_steps=4, save_steps=2)
+    whole.train()
+    again = made(tmp_path, "documents", max_steps=4, save_steps=2)
+    again.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert again.state.global_step == 4
+    for name, value in weights(whole.model).items():
+        assert torch.equal(value, weights(again.model)[name]), name
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_more_or_fewer_processes_go_on_at_the_step_and_read_nothing_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pieces: int, before: int, after: int
+) -> None:
+    def dealt(rank: int, world: int) -> TrainingStream:
+        data = stream(Endless(pieces), Stage(max_segments=2), score_window=4)
+        data.deal(batch_size=2, accumulation=2, rank=rank, world=world)
+        return data
+
+    def read(data: TrainingStream, batches: int) -> list[int]:
+        found = []
+        for batch in islice(iter(data), batches):
+            data.consumed(batch["cursor"])
+            # Begun in this batch: at their first piece.
+            found += [number for number, piece in batch["cursor"].tolist() if piece == 0]
+        return found
+
+    begun = []
+    for rank in range(before):
+        data = dealt(rank, before)
+        begun += read(data, 8)
+        save_position(tmp_path, data, rank, curriculum=rank == 0)
+    assert len(set(begun)) == len(begun)
+    later = []
+    for rank in range(after):
+        data = dealt(rank, after)
+        load_position(tmp_path, data, rank)
+        assert data.step == 4
+        later += read(data, 4)
+        # What was dealt anew can be saved and gone on with.
+        again = dealt(rank, after)
+        again.load_state_dict(data.state_dict())
+        assert read(again, 3) == read(data, 3)
+    assert not set(later) & set(begun) and len(set(later)) == len(later)
+    # Where a document is one batch's, fewer are left out than there are processes.
+    if pieces == 1:
+        assert max(later) - len(begun) - len(later) < after
+    assert f"is of {before} processes, and there are {after}" in caplog.text

@@ -323,7 +323,7 @@ def test_a_run_goes_segment_by_segment_unless_asked_otherwise(
 ) -> None:
     """What "auto" measures differs from run to run, and a run is to be repeated from its seed."""
     folder, _ = finished
-    words = tokenizer("bpe")
+    words = tokenizer("byte-bpe")
     assert make_model(recipe(folder), words).config.schedule == "sequential"
     asked = recipe(folder, "model.schedule=wavefront")
     assert make_model(asked, words).config.schedule == "wavefront"

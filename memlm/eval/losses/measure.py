@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from memlm.eval.log import Row, RunLog
 from memlm.eval.losses.report import PerplexityReport, summarise
 from memlm.eval.losses.texts import Text, choose_texts, notes_on
+from memlm.eval.processes import in_one_process
 from memlm.eval.provenance import fingerprint, versions, without_training
 from memlm.tasks.babilong import format_length, parse_length
 from memlm.tasks.haystack import Haystack, Split, check_source
@@ -60,6 +61,7 @@ def perplexity(
     documents are appended to `documents.jsonl`, from where a later call with the same settings goes on.
     ValueError names what cannot work.
     """
+    in_one_process("perplexity")
     tokens = parse_length(length)
     for name, value, least in (
         ("length", tokens, 2), ("documents", documents, 1), ("batch_size", batch_size, 1),

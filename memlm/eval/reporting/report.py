@@ -5,7 +5,6 @@ A report is data and draws nothing: pictures of it are in `plots`, a page about 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 from memlm.eval.log import SAMPLES, Row, in_present_words, read_rows
 from memlm.eval.statistics import mean_interval, wilson
-from memlm.files import write_json
+from memlm.files import read_json, write_json
 from memlm.tasks.lengths import format_length, parse_length
 
 SUMMARY = "summary.json"
@@ -233,7 +232,7 @@ class Report:
         """Read the report that `save` left in a folder."""
         path = Path(directory) / SUMMARY
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_json(path)
             cells = [_read_cell(cell) for cell in saved["cells"]]
             parts = [saved.get(key, {}) for key in ("settings", "versions", "stories", "skipped")]
             if not all(isinstance(part, dict) for part in parts):

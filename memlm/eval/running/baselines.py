@@ -54,7 +54,7 @@ def make_reader(
     baseline: str | None = MODEL,
     window: int | None = None,
     own_segment: bool = False,
-    keep_in: str | os.PathLike[str] | None = None,
+    keep_at: str | os.PathLike[str] | None = None,
 ) -> BatchReader:
     """Say how `model` reads: into its memory where it has one, else with all its attention.
 
@@ -82,7 +82,7 @@ def make_reader(
         )
     if is_memory_model(model) and baseline in (MODEL, *WITH_MEMORY):
         reads = WITH_MEMORY.get(baseline, MemoryReader)
-        return reads(model, tokenizer, own_segment, keep_in)  # type: ignore[arg-type]
+        return reads(model, tokenizer, own_segment, keep_at)  # type: ignore[arg-type]
     if baseline == MODEL:
         return WholeReader(model, tokenizer)  # type: ignore[arg-type]
     return BASE_ALONE[baseline](base_of(model), tokenizer, window or default_window(model))
@@ -166,7 +166,7 @@ class SilencedReader(MemoryReader):
         model: MemLMForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         own_segment: bool = False,
-        keep_in: str | os.PathLike[str] | None = None,
+        keep_at: str | os.PathLike[str] | None = None,
     ) -> None:
         # Little is read, and a state without anything in it need not be kept.
         super().__init__(model, tokenizer, own_segment)

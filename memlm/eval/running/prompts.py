@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memlm.files import parse_yaml
 from memlm.tasks import babi
 from memlm.templates import BABILONG_QUESTION_TEMPLATE
 from memlm.tokens import Part, fill, joined
@@ -273,11 +274,9 @@ def _plain(words: Mapping[str, Any]) -> list[Any]:
 
 
 def _read_words(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"prompt={str(path)!r} is not YAML ({reason}); correct it") from error
     if not isinstance(found, dict) or not found.keys() <= {"template", "tasks"}:
@@ -289,7 +288,10 @@ def _read_words(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
             "{question}"
         )
     words: dict[str, dict[str, str]] = {}
-    for task, parts in (found.get("tasks") or {}).items():
+    tasks = found.get("tasks") or {}
+    if not isinstance(tasks, dict):
+        raise ValueError(f"prompt={str(path)!r}: tasks must be a mapping of tasks to their texts")
+    for task, parts in tasks.items():
         known = {"instruction", "examples", "post_prompt"}
         if (
             not isinstance(parts, dict)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.files import parse_json
 from memlm.padding import pad_rows
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class MemoryReader(BatchReader):
     """Reads all whole segments into the model's memory, then the open rest with the question.
 
     own_segment: the model was trained to be asked in a segment that holds only the question, so the rest is
-    read into its memory, too. keep_in: a folder where the state of an unfinished document is saved now and
+    read into its memory, too. keep_at: a file where the state of an unfinished document is saved now and
     then, so that a run that was killed goes on in the middle of it.
     """
 
@@ -221,13 +222,13 @@ class MemoryReader(BatchReader):
         model: MemLMForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         own_segment: bool = False,
-        keep_in: str | os.PathLike[str] | None = None,
+        keep_at: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(tokenizer)
         self.model = model
         self.segment = int(model.config.segment_length)
         self.own_segment = own_segment
-        self._file = None if keep_in is None else Path(keep_in) / "unfinished.safetensors"
+        self._file = None if keep_at is None else Path(keep_at)
 
     @property
     def device(self) -> torch.device:
@@ -242,8 +243,13 @@ class MemoryReader(BatchReader):
             state, extra = MemoryState.load_with_extra(self._file)
             if extra["batch"] != _identity_of(batch):
                 return None
-            writes = json.loads(extra.get("writes", "null"))
-            return Kept(state, int(extra["segments"]), writes)
+            writes, done = parse_json(extra.get("writes", "null")), int(extra["segments"])
+            counts = writes is None or (
+                isinstance(writes, list)
+                and len(writes) == state.batch_size
+                and all(isinstance(count, int) for count in writes)
+            )
+            return Kept(state, done, writes) if counts and done >= 0 else None
         except (ValueError, KeyError):
             # Only time is lost: the batch is read from its start.
             return None

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlm.eval.log import SAMPLES, Row, RunLog, recorded
+from memlm.eval.log import SAMPLES, Row, RunLog, join_parts, part_of, recorded
+from memlm.eval.processes import Processes
 from memlm.eval.provenance import (
     dtype_of,
     fingerprint,
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 RECALLED = 5
 # Samples of a task and length, unless told otherwise.
 SAMPLES_PER_CELL = 100
+# The memory of a document that is being read.
+UNFINISHED = "unfinished.safetensors"
 # Tokens of an answer, as in the published evaluation.
 MAX_NEW_TOKENS = 20
 
@@ -110,8 +113,15 @@ def evaluate(
     With `out`, each batch is appended to `samples.jsonl`, and a later call with the same settings goes on
     from there (more samples, tasks and lengths may be asked for). `summary.json` and `accuracy.png` are
     written at the end, about all that the folder holds. Cells that a baseline cannot take are left out,
-    with the reason in `report.skipped`. ValueError on arguments that cannot work, before any work is done.
+    with the reason in `report.skipped`. Under `accelerate launch` or torchrun, processes share the batches,
+    and process 0 joins their files and writes the report of all. ValueError on arguments that cannot work,
+    before any work is done.
     """
+    processes = Processes.current()
+    if processes.count > 1 and out is None:
+        raise ValueError(
+            f"out=None, but {processes.count} processes join what they found in a folder; give out"
+        )
     own_questions = are_own_questions(data)
     if own_questions:
         check_own_questions(tokenizer, tasks, lengths, data, out)
@@ -149,7 +159,10 @@ def evaluate(
     with ExitStack() as stack:
         # The model is lent: it goes back as it was, whatever happens.
         stack.enter_context(without_training(model))
-        reader = make_reader(model, tokenizer, baseline, window, own, out)
+        kept = None if out is None else Path(out) / UNFINISHED
+        if kept is not None and processes.part is not None:
+            kept = part_of(kept, processes.part)
+        reader = make_reader(model, tokenizer, baseline, window, own, kept)
         stack.callback(reader.close)
         if data is not None and own_questions:
             questions = OwnQuestions(data, tokenizer, samples)
@@ -188,15 +201,32 @@ def evaluate(
         if len(thresholds) == 1 and 0 < thresholds[0] < math.inf:
             about["write_threshold"] = thresholds[0]
         runner = BatchRunner(reader, source, prompts, tokenizer, max_new_tokens, recall)
-        log = stack.enter_context(RunLog(out, settings))
+        # Process 0 first: it joins what processes of a broken run left, before others read it.
+        if not processes.first:
+            processes.wait()
+        log = RunLog(out, settings, part=processes.part)
+        processes.forget_skipped(out)
+        if processes.first:
+            processes.wait()
         _check_log(log, source, counts)
-        todo = [
+        batches = [
             batch
             for (task, length), count in counts.items()
             for batch in split_into_batches(task, length, count, batch_size)
-            if not all(log.has(*key) for key in batch.keys())
         ]
-        skipped = runner.run(todo, log, stack.enter_context(_bar(todo, progress)))
+        pending = [b for b in batches if not all(log.has(*key) for key in b.keys())]
+        todo = processes.share(pending)
+        # Until every process knows what there is to do, none may write.
+        processes.wait()
+        with log:
+            shown = progress and processes.first
+            skipped = runner.run(todo, log, stack.enter_context(_bar(todo, shown)))
+        if out is not None and processes.count > 1:
+            skipped = processes.join_skipped(Path(out), skipped)
+            if processes.first:
+                join_parts(Path(out) / SAMPLES, log.keys, [k for b in batches for k in b.keys()])
+            processes.wait()
+            log.read_again()
     wanted = {
         (task, format_length(length)): count
         for (task, length), count in counts.items()
@@ -210,7 +240,7 @@ def evaluate(
         source.notes,
         skipped=skipped,
     )
-    if out is None:
+    if out is None or not processes.first:
         return report
     return replace(
         report, files=tuple(map(str, [Path(out) / SAMPLES, *save_with_picture(report, out)]))

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import threading
+import tokenize
 import unicodedata
 import zipfile
 import zlib
@@ -175,6 +176,11 @@ class HashingEmbedder:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. ValueError naming a file that is damaged or something else."""
         try:
+            # Before any of it is unpacked: a few bytes can stand for gigabytes of zeros.
+            with zipfile.ZipFile(path) as packed:
+                sizes = {entry.filename: entry.file_size for entry in packed.infolist()}
+            if sum(sizes.values()) > 4 * _SLOTS + 4096:
+                raise ValueError(f"it unpacks to {sum(sizes.values()):,} bytes")
             with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 settings = json.loads(file["settings"].tobytes())
                 idf = file["idf"] if "idf" in file else None
@@ -187,6 +193,11 @@ class HashingEmbedder:
             KeyError,
             TypeError,
             EOFError,
+            NotImplementedError,
+            RuntimeError,
+            SyntaxError,
+            MemoryError,
+            tokenize.TokenError,
             zlib.error,
             zipfile.BadZipFile,
         ) as error:

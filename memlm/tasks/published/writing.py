@@ -68,7 +68,7 @@ def write(
     complete. A later call with the same settings leaves it alone; one with other settings is refused,
     unless `overwrite` is set.
     """
-    from memlm.files import write_atomically, write_json
+    from memlm.files import write_atomically, write_json, write_text
 
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     lengths = [lengths] if isinstance(lengths, str | int) else list(lengths)
@@ -114,7 +114,7 @@ def write(
         fill = functools.partial(_write_json if format == "json" else _write_parquet, rows)
         write_atomically(path, fill)
     card = _card(out)
-    write_atomically(out / CARD, lambda temporary: temporary.write_text(card, encoding="utf-8"))
+    write_text(out / CARD, card)
     return [path for path, *_ in plan]
 
 
@@ -180,11 +180,13 @@ def _check_written(out: Path, path: Path, settings: dict[str, Any]) -> None:
 
 
 def _read_settings(out: Path) -> dict[str, Any]:
+    from memlm.files import read_json
+
     path = out / SETTINGS
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["files"])
+        return dict(read_json(path)["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}); remove it") from error
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from memlm.files import parse_yaml
 
 SHIPPED = Path(__file__).parent.parent.parent / "recipes"
 
@@ -40,28 +41,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. ValueError names the line that cannot be read."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"recipe {str(path)!r} is not readable YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
             f"recipe {str(path)!r} holds no mapping; write 'model:', 'data:' and so on"
         )
     return values
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML with 1e-3 read as a number, which YAML 1.1 takes for text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    number = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -184,10 +184,10 @@ class Recipe:
         """Write the recipe, defaults included."""
         import yaml
 
-        from memlm.files import write_atomically
+        from memlm.files import write_text
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(path, text)
 
     @staticmethod
     def describe() -> str:

@@ -6,6 +6,7 @@ Arguments, callbacks, trackers, checkpoints and `accelerate launch` are the Trai
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count as count_up
@@ -28,11 +29,14 @@ from memlm.state import MemoryState
 from memlm.train.data import Collator, TrainingStream, Windows
 from memlm.train.trainer.arguments import MemLMTrainingArguments
 from memlm.train.trainer.checkpoint import (
+    check_checkpoint,
     load_position,
     load_schedule,
     load_states,
+    remove_old,
     save_position,
     save_states,
+    seal,
 )
 from memlm.train.trainer.initial import check_fits, initial_state
 from memlm.train.trainer.muon import WithMuon, check_muon, hidden_matrices
@@ -130,6 +134,7 @@ class MemLMTrainer(TrainedAlone, Trainer):
         if self._stream is None:
             return super().get_train_dataloader()
         self._deal_stream()
+        self._stream.last_step = self.args.max_steps if self.args.max_steps > 0 else None
         workers = self.args.dataloader_num_workers
         self._stream.check_workers(workers)
         prefetch = self.args.dataloader_prefetch_factor or 2
@@ -521,10 +526,12 @@ class MemLMTrainer(TrainedAlone, Trainer):
     # Checkpoints.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the Trainer's own files: a checkpoint counts as whole once trainer_state.json,
-        # which is written last, can be read.
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = Path(self._get_output_dir(trial)) / name
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            # What an earlier attempt left must not be taken for a part of this one.
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
         save_states(folder, self._carried, self.args.process_index)
         if self._stream is not None:
             save_position(
@@ -533,11 +540,22 @@ class MemLMTrainer(TrainedAlone, Trainer):
                 self.args.process_index,
                 curriculum=self.is_world_process_zero(),
             )
-        super()._save_checkpoint(model, trial)
+        # Older checkpoints stay until this one is whole, with the files of every process.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            remove_old(run, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder, rank = Path(resume_from_checkpoint), self.args.process_index
+        if self.args.local_process_index == 0:
+            check_checkpoint(folder)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_schedule(folder, self._model.config)
         self._carried = load_states(folder, rank, str(self.args.device))
         if self._stream is not None:
