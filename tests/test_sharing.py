@@ -233,7 +233,9 @@ def test_memories_that_earlier_versions_wrote_are_adapters(name) -> None:
     base.load_state_dict(whole.base.state_dict())
     again = MemLMForCausalLM.from_adapter(folder / "memory", base).eval()
     ids = tokens(2, 20)
-    assert torch.equal(again(ids).logits, whole(ids).logits)
+    # Weights at other addresses may be multiplied in another order.
+    tolerance = 2e-2 if whole.base.dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(again(ids).logits, whole(ids).logits, rtol=tolerance, atol=tolerance)
     assert again.config.memory_dtype == whole.config.memory_dtype == "base"
 
 
