@@ -95,6 +95,7 @@ class MemoryStack(nn.Module):
         self, configs: Sequence[MemoryConfig], backbone: Backbone, segment_length: int
     ) -> None:
         super().__init__()
+        self.turns = backbone.turns
         dims = backbone.dims(segment_length)
         check_recurrence(configs, backbone)
         resolved = [resolve(config, dims) for config in configs]
@@ -187,17 +188,19 @@ class MemoryStack(nn.Module):
 
     def touch(self, loss: Tensor) -> Tensor:
         """`loss` with every trained parameter of the memories in its graph."""
-        for memory in self._memories().values():
-            loss = loss + memory(partial(memory.touched, loss.device)).to(loss.dtype)
+        with self.turns.shared():
+            for memory in self._memories().values():
+                loss = loss + memory(partial(memory.touched, loss.device)).to(loss.dtype)
         return loss
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The state before the first segment."""
         tensors: dict[str, Tensor] = {}
-        for name, memory in self._memories().items():
-            for key in memory.cells:
-                label = name if key == "model" else f"{name}.{key}"
-                memory(partial(memory.start, key, batch_size, label, tensors))
+        with self.turns.shared():
+            for name, memory in self._memories().items():
+                for key in memory.cells:
+                    label = name if key == "model" else f"{name}.{key}"
+                    memory(partial(memory.start, key, batch_size, label, tensors))
         return MemoryState(tensors, batch_size, self.signature)
 
     def admit(self, state: MemoryState, batch_size: int) -> MemoryState:

@@ -185,13 +185,14 @@ def test_training_killed_at_every_place_of_a_save_goes_on(tmp_path: Path, place:
 
 def evaluated(folder: Path) -> None:
     """A task at two lengths; a state is kept after every segment."""
-    readers.KEEP_SECONDS = -1.0
     model = memory_model("llama", "armt", 48, num_hidden_layers=1, vocab_size=400)
     prose = Haystack("made", [Document("days", SENTENCES)])
-    evaluate(
-        model, tokenizer("byte-bpe"), ["qa1"], [200, 900], 4, haystack=prose, out=folder,
-        batch_size=2, max_new_tokens=2, progress=False,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "KEEP_SECONDS", -1.0)
+        evaluate(
+            model, tokenizer("byte-bpe"), ["qa1"], [200, 900], 4, haystack=prose, out=folder,
+            batch_size=2, max_new_tokens=2, progress=False,
+        )  # fmt: skip
 
 
 # What is measured on the clock or the machine, and not on the model.

@@ -388,7 +388,9 @@ class BatchedLine:
                 in_dims=(0, 0, 0, dims, mask_dim, active_dim),
                 randomness="different",
             )
-            return mapped(weights, x, states, arguments, mask, active)
+            # Also when a diagonal is computed again in backward.
+            with self.backbone.turns.alone():
+                return mapped(weights, x, states, arguments, mask, active)
 
         x = torch.stack([one.x for one in segments])
         states = self.states[index].take(start, stop)

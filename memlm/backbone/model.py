@@ -57,6 +57,7 @@ from memlm.backbone.stages import (
     restore,
     signature_of,
 )
+from memlm.backbone.turns import Turns
 from memlm.memory.base import LOADED, Dims, Site
 from memlm.memory.parts.folding import is_mapped
 from memlm.memory.parts.tokens import tokens_back_from, tokens_in
@@ -94,6 +95,7 @@ class Backbone:
         # What `close` undoes, and only that: not what another wrapper of the same base did.
         self._staged = [self.decoder] if become(self.decoder, DecoderStage) else []
         self._opened: list[Any] = []
+        self.turns = Turns()
         for index, layer in enumerate(self.layers):
             stages: list[tuple[Site, nn.Module]] = [("layer", layer)]
             own = find_recurrence(layer)
@@ -276,7 +278,8 @@ class Backbone:
             return tokens_back_from(order, found.last_hidden_state)[:, :length]
 
         try:
-            hidden = run.chain("model", -1, decoder, self.embed(ids)).to(ids.device)
+            with self.turns.shared():
+                hidden = run.chain("model", -1, decoder, self.embed(ids)).to(ids.device)
         except Enough:
             return None, run.left.close(cells), None
         losses = torch.stack(router_losses).mean().to(ids.device) if router_losses else None

@@ -290,8 +290,11 @@ def test_the_wavefront_is_the_sequence(
     torch.testing.assert_close(a.logits, b.logits, **EXACT)
     torch.testing.assert_close(a.loss, b.loss, **EXACT)
     torch.testing.assert_close(plain.logits, again.logits, **EXACT)
-    assert same_state(a.memory_state, b.memory_state)
-    assert same_state(plain.memory_state, again.memory_state)
+    # Numbers of a state may be large, and rounding grows with them.
+    for one, other in ((a, b), (plain, again)):
+        torch.testing.assert_close(
+            one.memory_state.tensors, other.memory_state.tensors, rtol=1e-9, atol=1e-10
+        )
     assert len(gradients) == len(others)
     for one, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(one, other, **EXACT)

@@ -22,7 +22,7 @@ WRONG_SHOWN = 3
 # `memlm eval` by their own names, so that a new one is in a command that repeats a run unless it is here.
 DERIVED = (
     "model", "haystack_digest", "haystack_manifest", "stories_digest", "data_digest", "prompt_digest",
-    "silenced_by", "recall_template", "command",
+    "silenced_by", "recall_template", "command", "schedule", "schedule_measured",
 )  # fmt: skip
 # Settings that are options by other names; a file of prompts decides their style.
 RENAMED = {
