@@ -31,11 +31,9 @@ from memlm.retrieval.arguments import (
     id_of,
 )
 from memlm.retrieval.base import Embedder, check_precision, document_encoder, query_encoder
+from memlm.retrieval.chunk_store import ChunkStore, Key, StoreSettings
 from memlm.retrieval.codes import Floats, Precision
-from memlm.retrieval.faiss_vectors import make_vectors
-from memlm.retrieval.saving import IndexSaver
-from memlm.retrieval.table import ChunkTable, MappedChunkTable
-from memlm.retrieval.words import Words
+from memlm.retrieval.embedded import EmbeddedStore
 
 METRICS = ("cosine", "inner_product")
 RRF = 60  # reciprocal-rank fusion: 1 / (RRF + rank), ranks from 1
@@ -82,30 +80,27 @@ class ChunkIndex:
         effort: int | None = None,
         precision: Precision | None = None,
     ) -> None:
-        if metric not in METRICS:
-            raise ValueError(f"metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
-        _check_count("threads", threads)
-        if effort is not None:
-            _check_count("effort", effort)
-        dim = embedder.dim
-        _check_count("embedder.dim", dim)
+        settings = _settings(embedder, metric, hybrid)
+        _check_faiss(threads, effort)
+        chosen = check_precision(embedder, factory, precision)
+        self._use(embedder, settings, EmbeddedStore(settings, factory, chosen, effort, threads))
+
+    def _use(self, embedder: Embedder, settings: StoreSettings, kept: ChunkStore) -> None:
+        """Be an index over `kept`, which was opened with `settings`."""
         self.embedder = embedder
-        self.factory = factory
-        self.metric = metric
-        self.hybrid = bool(hybrid)
-        self.precision = check_precision(embedder, factory, precision)
-        self._fingerprint = embedder.fingerprint
+        self.factory = kept.factory
+        self.metric = settings.metric
+        self.hybrid = settings.hybrid
+        self.precision = kept.precision
+        self._dim = settings.dim
+        self._fingerprint = settings.fingerprint
         self._lock = threading.RLock()
-        self._chunks = ChunkTable()
-        self._vectors = make_vectors(factory, int(dim), effort, threads, self.precision)
-        self._words = Words(self._chunks) if hybrid else None
-        self._mapped = False
-        self._saver = IndexSaver(self._chunks, self._vectors, self._words)
+        self._store = kept
 
     # --- reading it
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return len(self._store)
 
     def __contains__(self, id: object) -> bool:
         try:
@@ -113,7 +108,7 @@ class ChunkIndex:
         except ValueError:
             return False
         with self._lock:
-            return name in self._chunks.row_of
+            return bool(self._store.find([name]))
 
     def __repr__(self) -> str:
         return f"ChunkIndex(factory={self.factory!r}, metric={self.metric!r}, chunks={len(self)})"
@@ -121,10 +116,11 @@ class ChunkIndex:
     def get(self, id: str | int) -> Hit:
         """The chunk of an id, with score 0. KeyError when there is none."""
         with self._lock:
-            row = self._chunks.row_of.get(check_id(id, "id"))
-            if row is None:
-                raise KeyError(f"id={id!r} is not in the index")
-            return self._hit(row, 0.0)
+            keys = self._store.find([check_id(id, "id")]).values()
+            for entry in self._store.entries(list(keys)):
+                if entry is not None:
+                    return _hit(entry, 0.0)
+            raise KeyError(f"id={id!r} is not in the index")
 
     @property
     def bytes(self) -> int:
@@ -134,29 +130,15 @@ class ChunkIndex:
     def info(self) -> dict[str, Any]:
         """Settings, counts and bytes, as plain values."""
         with self._lock:
-            sizes = {
-                "vectors": self._vectors.bytes,
-                "words": self._words.bytes if self._words else 0,
-                "texts": self._chunks.text_bytes,
-                # Per chunk an id, a tuple, a dictionary entry and the strings' headers.
-                "rows": len(self._chunks) * 400 + len(self._chunks.alive),
-            }
-            saved = self._saver.saved
             return {
                 "factory": self.factory,
                 "precision": self.precision,
                 "metric": self.metric,
                 "hybrid": self.hybrid,
-                "dim": self._vectors.dim,
+                "dim": self._dim,
                 "fingerprint": self._fingerprint,
-                "chunks": len(self._chunks),
-                "trained": self._vectors.trained,
-                "train_at": self._vectors.train_at,
-                "waiting": self._vectors.waiting,
-                "threads": self._vectors.threads,
-                "mmap": self._mapped,
-                "parts": len(saved.parts) if saved else 0,
-                "bytes": sizes,
+                "chunks": len(self._store),
+                **self._store.info(),
             }
 
     # --- changing it
@@ -173,15 +155,15 @@ class ChunkIndex:
         text with values of str, int, float, bool or None. The vectors of one call are in memory at once
         (4 * dim bytes per text): add a large corpus in calls of some ten thousand.
         """
-        self._check_writable()
+        self._store.check_writable()
         texts = check_texts(texts, "texts")
         given = None if ids is None else self._checked_ids(ids, texts)
         notes = check_metadata(metadata, len(texts))
         with self._lock:
             self._refuse_ids_there(given or [])
             vectors = self._checked_vectors(texts, document_encoder(self.embedder))
-            names = given if given is not None else self._new_ids(len(texts))
-            self._add_checked(list(zip(names, texts, notes, strict=True)), vectors)
+            names = given if given is not None else self._store.new_ids(len(texts))
+            self._store.put(list(zip(names, texts, notes, strict=True)), vectors)
         return [id_of(name) for name in names]
 
     def update(
@@ -191,41 +173,37 @@ class ChunkIndex:
         metadata: Sequence[Mapping[str, Value]] | None = None,
     ) -> None:
         """Replace the texts of existing chunks; their metadata stays when `metadata` is None."""
-        self._check_writable()
+        self._store.check_writable()
         texts = check_texts(texts, "texts")
         names = self._checked_ids(ids, texts)
         notes = check_metadata(metadata, len(texts))
         with self._lock:
-            old = self._rows_of(names)
+            old = self._keys_of(names)
             vectors = self._checked_vectors(texts, document_encoder(self.embedder))
             if metadata is None:
-                notes = [self._chunks[row][2] for row in old]
-            self._add_checked(list(zip(names, texts, notes, strict=True)), vectors)
-            self._remove_rows(old)
+                notes = [entry[2] if entry else "" for entry in self._store.entries(old)]
+            self._store.put(list(zip(names, texts, notes, strict=True)), vectors)
 
     def remove(self, ids: Sequence[str | int]) -> None:
         """Remove chunks. ValueError, and nothing removed, when an id is not in the index."""
-        self._check_writable()
+        self._store.check_writable()
         names = check_ids(ids)
         with self._lock:
-            self._remove_rows(self._rows_of(names))
+            self._store.remove(self._keys_of(names))
 
     def train(self, texts: Sequence[str]) -> None:
         """Train the factory on texts like those to come; they are not added."""
-        self._check_writable()
+        self._store.check_writable()
         texts = check_texts(texts, "texts")
         with self._lock:
-            self._vectors.check_trainable(len(texts))
-            vectors = self._checked_vectors(texts, document_encoder(self.embedder))
-            self._vectors.train(vectors)
-            self._saver.note_trained()
+            self._store.check_trainable(len(texts))
+            self._store.train(self._checked_vectors(texts, document_encoder(self.embedder)))
 
     def compact(self) -> None:
         """Free what removed chunks still hold; the next save writes the directory anew in few parts."""
-        self._check_writable()
+        self._store.check_writable()
         with self._lock:
-            self._vectors.compact(self._chunks.alive)
-            self._saver.note_compacted()
+            self._store.compact()
 
     # --- searching it
 
@@ -246,22 +224,25 @@ class ChunkIndex:
         queries = check_texts(queries, "queries")
         _check_count("k", k)
         wanted = check_where(where)
-        by_word = self._words if hybrid or (hybrid is None and self.hybrid) else None
-        if hybrid and by_word is None:
+        by_word = self.hybrid if hybrid is None else hybrid
+        if by_word and not self.hybrid:
             raise ValueError("hybrid=True, but the index was made with hybrid=False; make it anew")
         if not queries or not len(self):
             return [[] for _ in queries]
         with self._lock:
             vectors = self._checked_vectors(queries, query_encoder(self.embedder))
-            mask = self._chunks.allowed(wanted)
-            alive = self._chunks.alive[: self._chunks.next_row]
-            depth = k if by_word is None else max(2 * k, 50)
-            dense = self._vectors.search(vectors, depth, mask, alive)
-            if by_word is None:
-                return [[self._hit(row, s, s) for row, s in found] for found in dense]
+            depth = max(2 * k, 50) if by_word else k
+            dense, lexical = self._store.search(
+                vectors, queries if by_word else None, depth, wanted
+            )
+            if by_word:
+                ranked = [_fuse(*halves, k) for halves in zip(dense, lexical, strict=True)]
+            else:
+                ranked = [[(key, s, s, None) for key, s in found] for found in dense]
+            entries = iter(self._store.entries([line[0] for best in ranked for line in best]))
             return [
-                self._fuse(found, by_word.search(query, depth, mask), k)
-                for query, found in zip(queries, dense, strict=True)
+                [_hit(entry, *line[1:]) for line in best if (entry := next(entries)) is not None]
+                for best in ranked
             ]
 
     def likeness(self, query: str, texts: Sequence[str]) -> Floats:
@@ -270,34 +251,7 @@ class ChunkIndex:
             documents = document_encoder(self.embedder)(texts)
             return documents @ query_encoder(self.embedder)([query])[0]
 
-    def _fuse(
-        self, dense: list[tuple[int, float]], lexical: list[tuple[int, float]], k: int
-    ) -> list[Hit]:
-        """The k best of both lists, each (row, score) and best first, by reciprocal rank."""
-        fused: dict[int, float] = {}
-        for found in (dense, lexical):
-            for rank, (row, _) in enumerate(found, start=1):
-                fused[row] = fused.get(row, 0.0) + 1 / (RRF + rank)
-        similarity, bm25 = dict(dense), dict(lexical)
-
-        def order(item: tuple[int, float]) -> tuple[float, bool, int]:
-            # The first hits of both halves tie: the one sharing a word with the query is the safer answer.
-            return -item[1], item[0] not in bm25, item[0]
-
-        best = sorted(fused.items(), key=order)[:k]
-        return [self._hit(row, s, similarity.get(row), bm25.get(row)) for row, s in best]
-
-    def _hit(
-        self, row: int, score: float, dense: float | None = None, lexical: float | None = None
-    ) -> Hit:
-        ident, text, notes = self._chunks[row]
-        return Hit(text, id_of(ident), score, json.loads(notes) if notes else {}, dense, lexical)
-
     # --- checks and steps of a change
-
-    def _check_writable(self) -> None:
-        if self._mapped:
-            raise ValueError("the index was loaded with mmap=True, to read only; use mmap=False")
 
     def _checked_ids(self, ids: Sequence[str | int], texts: list[str]) -> list[str]:
         names = check_ids(ids)
@@ -308,35 +262,25 @@ class ChunkIndex:
         return names
 
     def _refuse_ids_there(self, names: list[str]) -> None:
-        for name in names:
-            if name in self._chunks.row_of:
-                raise ValueError(
-                    f"ids has {id_of(name)!r}, which is in the index; use update, or another"
-                )
+        for name in self._store.find(names):
+            raise ValueError(
+                f"ids has {id_of(name)!r}, which is in the index; use update, or another"
+            )
 
-    def _rows_of(self, names: list[str]) -> list[int]:
-        missing = [name for name in names if name not in self._chunks.row_of]
+    def _keys_of(self, names: list[str]) -> list[Key]:
+        keys = self._store.find(names)
+        missing = [name for name in names if name not in keys]
         if missing:
             raise ValueError(
                 f"ids has {id_of(missing[0])!r}, which is not in the index; add it first"
             )
-        return [self._chunks.row_of[name] for name in names]
-
-    def _new_ids(self, count: int) -> list[str]:
-        names: list[str] = []
-        number = self._chunks.next_row
-        while len(names) < count:
-            name = check_id(f"chunk-{number}", "id")
-            number += 1
-            if name not in self._chunks.row_of:
-                names.append(name)
-        return names
+        return [keys[name] for name in names]
 
     def _check_fingerprint(self, fingerprint: str) -> None:
         """Refuse vectors of another embedder than the one the index was built with."""
         if fingerprint == self._fingerprint:
             return
-        if self._vectors.untouched:
+        if self._store.untouched:
             self._fingerprint = fingerprint
             return
         raise ValueError(
@@ -348,12 +292,12 @@ class ChunkIndex:
         """(n, dim) C-contiguous float32, normalised for cosine. ValueError when unusable."""
         self._check_fingerprint(self.embedder.fingerprint)
         if not texts:
-            return np.zeros((0, self._vectors.dim), np.float32)
+            return np.zeros((0, self._dim), np.float32)
         vectors = np.asarray(encode(texts))
-        if vectors.shape != (len(texts), self._vectors.dim) or vectors.dtype.kind != "f":
+        if vectors.shape != (len(texts), self._dim) or vectors.dtype.kind != "f":
             raise ValueError(
                 f"embedder returned {vectors.dtype} of shape {vectors.shape} for {len(texts)} texts; "
-                f"return float32 of shape ({len(texts)}, {self._vectors.dim})"
+                f"return float32 of shape ({len(texts)}, {self._dim})"
             )
         vectors = np.array(vectors, np.float32, order="C")
         norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
@@ -369,30 +313,6 @@ class ChunkIndex:
             vectors /= np.where(norms > 0, norms, 1)[:, None]
         return vectors
 
-    def _add_checked(self, entries: list[ChunkEntry], vectors: Floats) -> None:
-        """Add checked chunks whose ids are free, or are about to become so."""
-        if not entries:
-            return
-        first = self._chunks.next_row
-        rows = np.arange(first, first + len(entries), dtype=np.int64)
-        was_trained = self._vectors.trained
-        kept = self._vectors.encode(vectors)
-        self._vectors.add(rows, kept)
-        self._chunks.put(rows, entries)
-        if self._vectors.trained != was_trained:
-            self._saver.note_trained()
-        self._saver.note_added(rows, kept)
-
-    def _remove_rows(self, rows: list[int]) -> None:
-        if not rows:
-            return
-        if self._words is not None:
-            self._words.remove(rows)
-        for row in rows:
-            self._chunks.remove(row)
-        self._vectors.remove(np.asarray(rows, np.int64), self._chunks.alive)
-        self._saver.note_removed(rows)
-
     # --- saving and loading
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -401,20 +321,16 @@ class ChunkIndex:
         An interrupted save leaves the index that was there. ValueError when the directory holds anything
         but an index, or an index that another process changed since this one read it.
         """
-        self._check_writable()
+        self._store.check_writable()
         with self._lock:
             settings = {
-                "factory": self.factory,
-                "precision": self.precision,
                 "metric": self.metric,
                 "hybrid": self.hybrid,
-                "effort": self._vectors.effort,
-                "dim": self._vectors.dim,
+                "dim": self._dim,
                 "fingerprint": self._fingerprint,
-                "chunks": len(self._chunks),
-                "next_row": self._chunks.next_row,
+                "chunks": len(self._store),
             }
-            self._saver.save(Path(directory), settings)
+            self._store.save(Path(directory), settings)
 
     @classmethod
     def load(
@@ -457,25 +373,58 @@ class ChunkIndex:
                     f"embedder.{name}={mine!r}, but {str(path)!r} was built with {manifest[name]!r}; "
                     "give that embedder, or build the index again"
                 )
-        index = cls(
-            embedder,
-            manifest["factory"],
-            manifest["metric"],
-            manifest["hybrid"],
-            threads,
-            manifest["effort"],
-            # The first version knew no other.
-            manifest.get("precision", "float32" if manifest["factory"] == "Flat" else None),
-        )
-        if mmap:
-            index._mapped = True
-            index._chunks = MappedChunkTable()
-            if index._words is not None:
-                index._words = Words(index._chunks, mapped=True)
-        index._saver = IndexSaver.opened(
-            path, manifest, index._chunks, index._vectors, index._words, mmap
-        )
+        factory = manifest["factory"]
+        # The first version knew no other.
+        precision = manifest.get("precision", "float32" if factory == "Flat" else None)
+        settings = _settings(embedder, manifest["metric"], manifest["hybrid"])
+        _check_faiss(threads, manifest["effort"])
+        chosen = check_precision(embedder, factory, precision)
+        kept = EmbeddedStore(settings, factory, chosen, manifest["effort"], threads, mmap)
+        kept.read(path, manifest)
+        index = cls.__new__(cls)
+        index._use(embedder, settings, kept)
         return index
+
+
+def _settings(embedder: Embedder, metric: str, hybrid: bool) -> StoreSettings:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
+    _check_count("embedder.dim", embedder.dim)
+    return StoreSettings(int(embedder.dim), metric, bool(hybrid), embedder.fingerprint)
+
+
+def _check_faiss(threads: int, effort: int | None) -> None:
+    _check_count("threads", threads)
+    if effort is not None:
+        _check_count("effort", effort)
+
+
+def _fuse(
+    dense: list[tuple[Key, float]], lexical: list[tuple[Key, float]], k: int
+) -> list[tuple[Key, float, float | None, float | None]]:
+    """The k best of both lists, each (key, score) and best first, by reciprocal rank.
+
+    Key, fused score, similarity and BM25 of each.
+    """
+    fused: dict[Key, float] = {}
+    for found in (dense, lexical):
+        for rank, (key, _) in enumerate(found, start=1):
+            fused[key] = fused.get(key, 0.0) + 1 / (RRF + rank)
+    similarity, bm25 = dict(dense), dict(lexical)
+
+    def order(item: tuple[Key, float]) -> tuple[float, bool, Key]:
+        # The first hits of both halves tie: the one sharing a word with the query is the safer answer.
+        return -item[1], item[0] not in bm25, item[0]
+
+    best = sorted(fused.items(), key=order)[:k]
+    return [(key, score, similarity.get(key), bm25.get(key)) for key, score in best]
+
+
+def _hit(
+    entry: ChunkEntry, score: float, dense: float | None = None, lexical: float | None = None
+) -> Hit:
+    ident, text, notes = entry
+    return Hit(text, id_of(ident), score, json.loads(notes) if notes else {}, dense, lexical)
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -156,7 +156,7 @@ def test_long_tails_and_many_removals_go_into_new_parts(tmp_path: Path) -> None:
     for n in range(1, 5):
         index.add(corpus(600, seed=n))
         index.save(tmp_path)
-    kinds = [part.kind for part in index._saver.saved.parts]  # type: ignore[union-attr]
+    kinds = [part.kind for part in index._store._saver.saved.parts]  # type: ignore[attr-defined]
     assert kinds.count("main") == 1
     same(answers(ChunkIndex.load(tmp_path, WordVectors())), answers(index))
     index.remove([f"chunk-{n}" for n in range(1000)])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from memlm.retrieval import saving, store
+from memlm.retrieval.embedded import EmbeddedStore
 from memlm.retrieval.index import ChunkIndex
 from memlm.retrieval.lexical import Lexical
 from tests.retrieval.fake import WordVectors, corpus
@@ -75,8 +76,9 @@ def test_changes_since_the_file_was_written(tmp_path: Path, mmap: bool) -> None:
     again = ChunkIndex.load(tmp_path, WordVectors(), mmap=mmap)
     # BM25 counts documents, so a removed row that were only hidden would show in every score.
     assert word_hits(again) == word_hits(index)
-    assert again._words is not None
-    assert again._words._lexical.rows() == list(again._chunks.live())
+    kept = again._store
+    assert isinstance(kept, EmbeddedStore) and kept._words is not None
+    assert kept._words._lexical.rows() == list(kept._chunks.live())
     if not mmap:
         again.remove([6, "a"])
         again.add(["added again"], ids=["b"])
