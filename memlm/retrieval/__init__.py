@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         SentenceTransformerEmbedder,
     )
     from memlm.retrieval.index import ChunkIndex, Hit
+    from memlm.retrieval.milvus import MilvusStore
     from memlm.retrieval.retriever import RetrievalConfig, Retriever
 
 _NAMES = {
@@ -25,6 +26,7 @@ _NAMES = {
     "Embedder": "memlm.retrieval.base",
     "HashingEmbedder": "memlm.retrieval.embedders",
     "Hit": "memlm.retrieval.index",
+    "MilvusStore": "memlm.retrieval.milvus",
     "ModelEmbedder": "memlm.retrieval.embedders",
     "RetrievalConfig": "memlm.retrieval.retriever",
     "Retriever": "memlm.retrieval.retriever",
@@ -38,6 +40,7 @@ __all__ = [
     "Embedder",
     "HashingEmbedder",
     "Hit",
+    "MilvusStore",
     "ModelEmbedder",
     "RetrievalConfig",
     "Retriever",

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from memlm.retrieval import store
 from memlm.retrieval.arguments import (
     ChunkEntry,
     Value,
@@ -31,9 +30,11 @@ from memlm.retrieval.arguments import (
     id_of,
 )
 from memlm.retrieval.base import Embedder, check_precision, document_encoder, query_encoder
-from memlm.retrieval.chunk_store import ChunkStore, Key, StoreSettings
+from memlm.retrieval.chunk_store import ChunkStore, Key, StoreAddress, StoreSettings
 from memlm.retrieval.codes import Floats, Precision
 from memlm.retrieval.embedded import EmbeddedStore
+from memlm.retrieval.milvus import address_of, saved_address
+from memlm.retrieval.store import MANIFEST, read_manifest
 
 METRICS = ("cosine", "inner_product")
 RRF = 60  # reciprocal-rank fusion: 1 / (RRF + rank), ranks from 1
@@ -66,6 +67,10 @@ class ChunkIndex:
     precision: how "Flat" keeps a number of a vector: "float32" (exact), or "ternary" (-a, 0 or a: five to a
     byte, for bags of words). None takes the embedder's: ternary for `HashingEmbedder`, else float32.
 
+    store: where the chunks are, if not in this index: a file "chunks.db" (Milvus Lite), the address
+    "http://host:19530" of a Milvus cluster, or a `MilvusStore`. What is there already is in the index.
+    factory, threads, effort and precision are of the store in memory.
+
     A factory that learns from data (SQ8, PQ, IVF) is trained as soon as enough was added (`info()`
     ["train_at"]); until then search is exact over what was added.
     """
@@ -79,8 +84,17 @@ class ChunkIndex:
         threads: int = 1,
         effort: int | None = None,
         precision: Precision | None = None,
+        store: str | os.PathLike[str] | StoreAddress | None = None,
     ) -> None:
         settings = _settings(embedder, metric, hybrid)
+        if store is not None:
+            _refuse_with_store(
+                factory=(factory, "Flat"), threads=(threads, 1), effort=(effort, None)
+            )
+            if precision not in (None, "float32"):
+                raise ValueError(f"precision={precision!r}: a store keeps float32; leave it out")
+            self._use(embedder, settings, address_of(store).open(settings, create=True))
+            return
         _check_faiss(threads, effort)
         chosen = check_precision(embedder, factory, precision)
         self._use(embedder, settings, EmbeddedStore(settings, factory, chosen, effort, threads))
@@ -319,7 +333,8 @@ class ChunkIndex:
         """Write the index into a directory; into the one it was saved to last, only what changed since.
 
         An interrupted save leaves the index that was there. ValueError when the directory holds anything
-        but an index, or an index that another process changed since this one read it.
+        but an index, or an index that another process changed since this one read it. With a `store`, its
+        address is written, and neither chunks nor a token.
         """
         self._store.check_writable()
         with self._lock:
@@ -339,33 +354,42 @@ class ChunkIndex:
         embedder: Embedder,
         mmap: bool = False,
         threads: int = 1,
+        store: str | os.PathLike[str] | StoreAddress | None = None,
     ) -> ChunkIndex:
         """Open what `save` wrote, after checking every file against its checksum.
 
         mmap: leave vectors, texts and words on disk, read-only. Ids are in memory, and metadata after the
         first filtered search. A word index that lacks changes is brought up to date in a temporary file.
         ValueError when a file is missing, damaged or of a newer version, or when the embedder is not the
-        one the index was built with.
+        one the index was built with. store: where to look instead of the saved address, for a cluster that
+        has moved or wants a token; without it, the address in the directory is connected to, so load only
+        what you trust. ValueError when it holds fewer chunks than when the index was saved.
         """
         path = Path(directory)
-        manifest = store.read_manifest(path)
+        manifest = read_manifest(path)
         while True:
             if manifest is None:
                 raise ValueError(
-                    f"{str(path)!r} holds no {store.MANIFEST}; give a directory ChunkIndex.save wrote"
+                    f"{str(path)!r} holds no {MANIFEST}; give a directory ChunkIndex.save wrote"
                 )
             try:
-                return cls._load_parts(path, manifest, embedder, mmap, threads)
+                return cls._load_parts(path, manifest, embedder, mmap, threads, store)
             except ValueError:
                 # A save may have replaced parts while we read them.
-                newer = store.read_manifest(path)
+                newer = read_manifest(path)
                 if newer is None or newer["generation"] == manifest["generation"]:
                     raise
                 manifest = newer
 
     @classmethod
     def _load_parts(
-        cls, path: Path, manifest: dict[str, Any], embedder: Embedder, mmap: bool, threads: int
+        cls,
+        path: Path,
+        manifest: dict[str, Any],
+        embedder: Embedder,
+        mmap: bool,
+        threads: int,
+        elsewhere: str | os.PathLike[str] | StoreAddress | None,
     ) -> ChunkIndex:
         for name, mine in (("dim", embedder.dim), ("fingerprint", embedder.fingerprint)):
             if mine != manifest[name]:
@@ -373,17 +397,54 @@ class ChunkIndex:
                     f"embedder.{name}={mine!r}, but {str(path)!r} was built with {manifest[name]!r}; "
                     "give that embedder, or build the index again"
                 )
-        factory = manifest["factory"]
-        # The first version knew no other.
-        precision = manifest.get("precision", "float32" if factory == "Flat" else None)
         settings = _settings(embedder, manifest["metric"], manifest["hybrid"])
-        _check_faiss(threads, manifest["effort"])
-        chosen = check_precision(embedder, factory, precision)
-        kept = EmbeddedStore(settings, factory, chosen, manifest["effort"], threads, mmap)
-        kept.read(path, manifest)
+        kept: ChunkStore
+        if "store" in manifest:
+            _refuse_with_store(mmap=(mmap, False), threads=(threads, 1))
+            place = saved_address(manifest["store"]) if elsewhere is None else address_of(elsewhere)
+            kept = place.open(settings, create=False)
+            if len(kept) < manifest["chunks"]:
+                raise ValueError(
+                    f"the store has {len(kept):,} chunks, and had {manifest['chunks']:,} when "
+                    f"{str(path)!r} was saved; restore it, or open it with "
+                    "ChunkIndex(embedder, store=...) and save again"
+                )
+        elif elsewhere is not None:
+            raise ValueError(
+                f"{str(path)!r} holds its chunks itself; leave store={elsewhere!r} out"
+            )
+        else:
+            kept = _read_embedded(path, manifest, embedder, settings, mmap, threads)
         index = cls.__new__(cls)
         index._use(embedder, settings, kept)
         return index
+
+
+def _read_embedded(
+    path: Path,
+    manifest: dict[str, Any],
+    embedder: Embedder,
+    settings: StoreSettings,
+    mmap: bool,
+    threads: int,
+) -> EmbeddedStore:
+    factory, effort = manifest["factory"], manifest["effort"]
+    # The first version knew no other.
+    precision = manifest.get("precision", "float32" if factory == "Flat" else None)
+    _check_faiss(threads, effort)
+    chosen = check_precision(embedder, factory, precision)
+    kept = EmbeddedStore(settings, factory, chosen, effort, threads, mmap)
+    kept.read(path, manifest)
+    return kept
+
+
+def _refuse_with_store(**given: tuple[Any, Any]) -> None:
+    """ValueError for an argument, given as (value, default), that a store elsewhere cannot obey."""
+    for name, (value, default) in given.items():
+        if value != default:
+            raise ValueError(
+                f"{name}={value!r} is for an index that holds its chunks itself; leave it out with a store"
+            )
 
 
 def _settings(embedder: Embedder, metric: str, hybrid: bool) -> StoreSettings:

@@ -10,6 +10,8 @@
 A save writes new parts under new names and replaces the manifest last. So a reader finds the old index or
 the new one, also after a save that was killed. Checksums find damage; they do not make a stranger's files
 safe: faiss trusts the files it reads, so load only what you trust. One writer at a time.
+
+The manifest of an index whose chunks are elsewhere says where, and names no parts.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 FORMAT = "memlm-chunk-index"
 # 2 has word indexes and vectors in codes.
 VERSION = 2
+# 3 says that the chunks are elsewhere, which earlier readers cannot know.
+PLACE_VERSION = 3
 MANIFEST = "manifest.json"
 BATCH = 65_536  # rows
 _SUFFIX = {
@@ -49,11 +53,12 @@ _SUFFIX = {
 KINDS = tuple(_SUFFIX)
 _PART = re.compile("|".join(rf"{kind}-[0-9a-f]{{16}}\.{end}" for kind, end in _SUFFIX.items()))
 # What a manifest holds beside its parts, by the words of annotations.
-_SETTINGS = {
-    **dict.fromkeys(("generation", "factory", "metric", "fingerprint"), "str"),
-    **dict.fromkeys(("dim", "chunks", "next_row"), "int"),
+_COMMON = {
+    **dict.fromkeys(("generation", "metric", "fingerprint"), "str"),
+    **dict.fromkeys(("dim", "chunks"), "int"),
     "hybrid": "bool",
 }
+_SETTINGS = {**_COMMON, "factory": "str", "next_row": "int"}
 # What may be missing, or none.
 _OPTIONAL = {"effort": "int", "precision": "str"}
 _KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
@@ -115,14 +120,24 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
             f"{str(path)!r} is not a manifest of a {FORMAT}; give a directory ChunkIndex.save wrote"
         )
     version = manifest.get("version")
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and version > PLACE_VERSION:
         raise ValueError(
-            f"{str(path)!r} has version {version}, this memlm reads up to {VERSION}; upgrade memlm"
+            f"{str(path)!r} has version {version}, this memlm reads up to {PLACE_VERSION}; upgrade memlm"
         )
-    if version not in (1, VERSION) or manifest.get("checksum") != _checksum(manifest):
+    if version not in (1, VERSION, PLACE_VERSION) or manifest.get("checksum") != _checksum(
+        manifest
+    ):
         raise damaged(path, "its checksum does not match")
     try:
         manifest["parts"] = [PartFile(**part) for part in manifest["parts"]]
+        if (version == PLACE_VERSION) != ("store" in manifest):
+            raise TypeError(f"store={manifest.get('store')!r} in version {version}")
+        if version == PLACE_VERSION:
+            _check_kinds(manifest, _COMMON)
+            _check_kinds(manifest["store"], dict.fromkeys(("kind", "address", "collection"), "str"))
+            if manifest["parts"]:
+                raise TypeError("parts of an index whose chunks are elsewhere")
+            return manifest
         known = {key: kind for key, kind in _OPTIONAL.items() if manifest.get(key) is not None}
         _check_kinds(manifest, _SETTINGS | known)
         _ = manifest["effort"]
@@ -194,7 +209,7 @@ def commit(
     parts = list(parts)
     manifest = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": PLACE_VERSION if "store" in settings else VERSION,
         "generation": secrets.token_hex(8),
         **settings,
         "parts": [asdict(part) for part in parts],
@@ -220,6 +235,17 @@ def commit(
         if entry not in kept and _LEFTOVER.fullmatch(entry):
             (directory / entry).unlink(missing_ok=True)
     return {**manifest, "parts": parts}
+
+
+def save_place(directory: Path, settings: dict[str, Any], place: dict[str, str]) -> None:
+    """Write the manifest of an index whose chunks are at `place`.
+
+    ValueError when something other than an index is there, or changed meanwhile.
+    """
+    there = check_target(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    before = there["generation"] if there else None
+    commit(directory, {**settings, "store": place}, [], before)
 
 
 def intact(directory: Path, parts: Iterable[PartFile]) -> bool:
