@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has left; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if arguments.debug:
             raise
         print(f"memlm: error: {error}", file=sys.stderr)

@@ -32,6 +32,15 @@ def add_to(commands: Commands) -> None:
                 choices=("float32", "ternary"),
                 help="how Flat keeps vectors (default: ternary, a twentieth of float32)",
             )
+            index.add_argument(
+                "--store",
+                metavar="URL",
+                help="keep the chunks in Milvus: a file chunks.db, or http://host:19530; "
+                "DIR then holds the address",
+            )
+            index.add_argument(
+                "--collection", help="of Milvus, made if it is not there (default: memlm)"
+            )
     search = commands.add("index search", "search an index", run_search)
     search.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
     search.add_argument("query", nargs="+", help="what to look for; each is searched by itself")
@@ -49,13 +58,22 @@ def add_to(commands: Commands) -> None:
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Make an index of the files, in a folder that is empty or not there yet."""
-    from memlm.retrieval import ChunkIndex, HashingEmbedder
+    from memlm.retrieval import ChunkIndex, HashingEmbedder, MilvusStore
 
     if arguments.index.exists() and any(arguments.index.iterdir()):
         raise ValueError(
             f"index={str(arguments.index)!r} exists; use `memlm index add`, or another folder"
         )
-    index = ChunkIndex(HashingEmbedder(), factory=arguments.factory, precision=arguments.precision)
+    if arguments.collection is not None and arguments.store is None:
+        raise ValueError(
+            f"collection={arguments.collection!r} is Milvus's; give --store URL with it"
+        )
+    store = (
+        MilvusStore(arguments.store, arguments.collection or "memlm") if arguments.store else None
+    )
+    index = ChunkIndex(
+        HashingEmbedder(), factory=arguments.factory, precision=arguments.precision, store=store
+    )
     add_files(index, arguments)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from memlm.cli import main
 from memlm.retrieval import store
 from memlm.retrieval.arguments import ABSENT
 from memlm.retrieval.index import ChunkIndex
@@ -119,21 +120,21 @@ NOTES: list[dict[str, Any]] = [
     ],
 )
 def test_a_filter_lets_through_what_it_says(
-    database: str, filtered: dict[str, ChunkIndex], where: dict[str, Any], expected: set[int]
+    filtered: ChunkIndex, where: dict[str, Any], expected: set[int]
 ) -> None:
-    for name, index in filtered.items():
-        for hybrid in (False, True):
-            assert ids(index, "w1 common", where=where, hybrid=hybrid) == expected, name
-        assert len(index.search(["w1 common"], 1, where=where)[0]) == min(1, len(expected)), name
+    for hybrid in (False, True):
+        assert ids(filtered, "w1 common", where=where, hybrid=hybrid) == expected
+    assert len(filtered.search(["w1 common"], 1, where=where)[0]) == min(1, len(expected))
 
 
-@pytest.fixture(scope="module")
-def filtered(database: str) -> dict[str, ChunkIndex]:
-    both = {"memory": ChunkIndex(WordVectors())}
-    both["milvus"] = ChunkIndex(WordVectors(), store=MilvusStore(database, "filtered"))
-    for index in both.values():
-        index.add([f"w{n} common" for n in range(9)], ids=range(9), metadata=NOTES)
-    return both
+@pytest.fixture(scope="module", params=STORES)
+def filtered(request: pytest.FixtureRequest) -> ChunkIndex:
+    index = ChunkIndex(WordVectors())
+    if request.param == "milvus":
+        place = MilvusStore(request.getfixturevalue("database"), "filtered")
+        index = ChunkIndex(WordVectors(), store=place)
+    index.add([f"w{n} common" for n in range(9)], ids=range(9), metadata=NOTES)
+    return index
 
 
 def test_changes_show_at_once_and_are_all_or_none(make: Make) -> None:
@@ -325,6 +326,36 @@ def test_a_file_outlives_a_killed_process_and_belongs_to_one_at_a_time(
         )
     finally:
         server_manager_instance.release_server(file)
+
+
+def test_the_command_builds_adds_and_searches_where_the_store_is(
+    database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder = tmp_path / "a.txt", str(tmp_path / "library")
+    text.write_text("Mary hid the golden lamp in the cellar.")
+    build = ["index", "build", folder, str(text), "--store", database, "--collection", "command"]
+    assert main(build) == 0
+    assert os.listdir(folder) == [store.MANIFEST]
+    text.write_text("John sold the silver key.")
+    assert main(["index", "add", folder, str(text)]) == 0
+    assert "1 chunks added, 2 in all" in capsys.readouterr().out
+    assert main(["index", "search", folder, "silver key", "-k", "1"]) == 0
+    assert "John sold" in capsys.readouterr().out
+    assert main(["index", "info", folder]) == 0
+    assert f"store: {database}" in capsys.readouterr().out
+
+
+def test_the_command_refuses_what_needs_a_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Mary hid the golden lamp in the cellar.")
+    build = ["index", "build", str(tmp_path / "library"), str(text)]
+    assert main([*build, "--collection", "x"]) == 2
+    assert "give --store URL with it" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    assert main([*build, "--store", str(tmp_path / "x.db")]) == 2
+    assert "pip install 'memlm[milvus]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
