@@ -373,7 +373,8 @@ def test_newer_foreign_and_inconsistent_manifests_are_refused(sound: Path, tmp_p
     main = next(part for part in parts if part["kind"] == "main")
     for number, (changes, match) in enumerate(
         [
-            ({"version": 3}, "upgrade memlm"),
+            ({"version": 4}, "upgrade memlm"),
+            ({"version": 3}, "store=None in version 3"),
             ({"format": "other"}, "not a manifest"),
             ({"chunks": 7}, "counts"),
             ({"parts": [p for p in parts if p["kind"] != "vectors"]}, "counts"),

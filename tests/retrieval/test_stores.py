@@ -76,6 +76,14 @@ def test_the_nearest_are_those_of_numpy(make: Make, metric: str) -> None:
         assert all(hit.lexical is None and hit.dense == hit.score for hit in hits)
 
 
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_equal_scores_keep_the_order_of_adding(make: Make, hybrid: bool) -> None:
+    index, order = make(), ["d", "a", "c", "b"]
+    index.add(["w1 same"] * 2, ids=order[:2])
+    index.add(["w1 same"] * 2, ids=order[2:])
+    assert [hit.id for hit in index.search(["w1 same"], 9, hybrid=hybrid)[0]] == order
+
+
 def test_a_rare_word_is_found_whatever_the_embedder(make: Make) -> None:
     index = make()
     index.add([*corpus(100), "the code is Zänzibar-77 here"], ids=range(101))
