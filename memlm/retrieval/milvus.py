@@ -63,13 +63,15 @@ class MilvusStore:
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.address)
+        parts = urlsplit("" if self.is_file else self.address)
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
                 "store's address holds more than scheme, host, port and database, and addresses are saved; "
                 f"give a password as MilvusStore(token=...), or in {TOKEN_VARIABLE}"
             )
-        if not self.is_file and (parts.scheme not in ("http", "https") or not parts.hostname):
+        # pymilvus takes whatever ends in .db for a file.
+        remote = parts.scheme in ("http", "https") and parts.hostname and parts.path[-3:] != ".db"
+        if not self.is_file and not remote:
             raise ValueError(
                 f"store={self.address!r} is neither a file that ends in .db nor an address; give "
                 "'chunks.db' or 'http://host:19530'"
@@ -100,7 +102,11 @@ class MilvusStore:
 
 def address_of(given: str | os.PathLike[str] | StoreAddress) -> StoreAddress:
     """Where a store is: of a text or path, Milvus there."""
-    return MilvusStore(os.fspath(given)) if isinstance(given, str | os.PathLike) else given
+    if isinstance(given, str | os.PathLike):
+        return MilvusStore(os.fspath(given))
+    if not callable(getattr(given, "open", None)):
+        raise TypeError(f"store is of type {type(given).__name__}; give an address or MilvusStore")
+    return given
 
 
 def saved_address(place: dict[str, Any]) -> StoreAddress:

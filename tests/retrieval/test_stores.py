@@ -372,6 +372,7 @@ def test_the_command_refuses_what_needs_a_store(
         ("chunks", "neither a file that ends in .db nor an address"),
         ("ftp://host:1", "neither a file"),
         ("http://", "neither a file"),
+        ("http://host:19530/x.db", "neither a file"),
         ("http://root:secret@host:19530", "give a password as MilvusStore"),
         ("http://host:19530?token=secret", "give a password as MilvusStore"),
     ],
@@ -400,6 +401,12 @@ def test_settings_of_the_other_store_are_refused(options: dict[str, Any], match:
     with pytest.raises(ValueError, match=match):
         ChunkIndex(WordVectors(), store="never-made.db", **options)
     assert not os.path.exists("never-made.db")
+
+
+def test_a_store_is_an_address_and_a_file_may_have_any_name() -> None:
+    with pytest.raises(TypeError, match="store is of type int; give an address"):
+        ChunkIndex(WordVectors(), store=7)  # type: ignore[arg-type]
+    assert MilvusStore("a#1/b@c?d.db").is_file and not MilvusStore("https://host/base").is_file
 
 
 def test_a_directory_with_its_own_chunks_takes_no_store(tmp_path: Path) -> None:
