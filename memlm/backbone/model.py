@@ -57,7 +57,7 @@ from memlm.backbone.stages import (
     restore,
     signature_of,
 )
-from memlm.backbone.turns import Turns
+from memlm.backbone.threads import Turns
 from memlm.memory.base import LOADED, Dims, Site
 from memlm.memory.parts.folding import is_mapped
 from memlm.memory.parts.tokens import tokens_back_from, tokens_in
