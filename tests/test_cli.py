@@ -429,3 +429,13 @@ def test_ctrl_c_says_how_to_go_on(folder, book, monkeypatch, capsys) -> None:
     monkeypatch.setattr(memlm.cli.ask, "load_model", interrupt)
     assert main(["ask", str(folder), str(book), "-q", "Where?"]) == 130
     assert "goes on" in capsys.readouterr().err
+
+
+def test_every_baseline_can_be_asked_for() -> None:
+    """Listed again for the command line, which must not import what they are made of."""
+    from memlm.cli.parsing import make_commands
+    from memlm.eval.running.baselines import BASELINES, MODEL
+
+    actions = make_commands().parsers["eval"]._actions
+    (baseline,) = (action for action in actions if action.dest == "baseline")
+    assert set(baseline.choices) == {MODEL, *BASELINES}

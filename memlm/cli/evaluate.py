@@ -38,12 +38,12 @@ def add_to(commands: Commands) -> None:
         type=_baseline,
         choices=[
             "model", "last-tokens", "full", "window", "retrieval", "chunks", "twice", "question-first",
-            "silenced",
+            "passages", "reread", "silenced",
         ],
         help="who reads: the model itself (the default: into its memory; as full where it has none), the "
         "base model, which sees the last tokens alone, everything, a sliding window, retrieved passages, "
         "or one chunk after the other (the surest answers), or the memory model, reading twice, with the "
-        "question first, or with its memory silenced",
+        "question first, retrieved passages alone or after the document, or with its memory silenced",
     )  # fmt: skip
     evaluate.add_argument(
         "--window",
