@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from record import write_result
+from timing import seconds
 from transformers import LlamaConfig
 
 import memlm
@@ -30,14 +30,8 @@ from memlm.segment import cut
 @contextmanager
 def every_layer() -> Iterator[None]:
     """Reading as it was before: nothing rests."""
-    with patch.object(Backbone, "_may_stop", lambda self: False):
+    with patch.object(Backbone, "may_stop", lambda self: False):
         yield
-
-
-def seconds(run: Callable[[], object]) -> float:
-    begun = time.process_time()
-    run()
-    return time.process_time() - begun
 
 
 def ratio(
@@ -52,8 +46,8 @@ def ratio(
     found = []
     for _ in range(rounds):
         with every_layer():
-            whole = seconds(read)
-        found.append(whole / seconds(read))
+            whole = seconds(read, "cpu")
+        found.append(whole / seconds(read, "cpu"))
     return statistics.median(found), min(found), max(found)
 
 

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.files import file_checksum, write_atomically
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -85,12 +87,6 @@ def damaged(path: Path, why: object) -> ValueError:
         f"{str(path)!r} is damaged or not of this index ({why}); "
         "restore the directory from a copy, or build the index again"
     )
-
-
-def _file_sha256(path: Path) -> str:
-    """SHA-256 in hex, read from start to end in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -182,8 +178,6 @@ def write_part(
     directory: Path, kind: str, rows: tuple[int, int], count: int, write: Callable[[Path], Any]
 ) -> PartFile:
     """Let `write` fill a file under a new name, on disk when this returns."""
-    from memlm.files import write_atomically
-
     path = directory / f"{kind}-{secrets.token_hex(8)}.{_SUFFIX[kind]}"
     found: tuple[int, str] = (0, "")
 
@@ -191,7 +185,7 @@ def write_part(
         nonlocal found
         write(temporary)
         _write_to_disk(temporary)
-        found = (temporary.stat().st_size, _file_sha256(temporary))
+        found = (temporary.stat().st_size, file_checksum(temporary))
 
     write_atomically(path, fill)
     return PartFile(kind, path.name, rows[0], rows[1], count, *found)
@@ -204,8 +198,6 @@ def commit(
 
     before: generation of the replaced manifest, None for none. ValueError when it has changed since.
     """
-    from memlm.files import write_atomically
-
     parts = list(parts)
     manifest = {
         "format": FORMAT,
@@ -264,7 +256,7 @@ def verify(directory: Path, part: PartFile) -> Path:
     size = path.stat().st_size
     if size != part.bytes:
         raise damaged(path, f"{size} bytes instead of {part.bytes}")
-    if _file_sha256(path) != part.sha256:
+    if file_checksum(path) != part.sha256:
         raise damaged(path, "its checksum does not match")
     return path
 
