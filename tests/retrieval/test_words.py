@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from memlm.files import file_checksum
 from memlm.retrieval import saving, store
 from memlm.retrieval.embedded import EmbeddedStore
 from memlm.retrieval.index import ChunkIndex
@@ -174,7 +175,7 @@ def test_files_of_other_content_are_refused(
             **{
                 **part.__dict__,
                 "bytes": path.stat().st_size,
-                "sha256": store._file_sha256(path),
+                "sha256": file_checksum(path),
             }
         )
         for part in manifest["parts"]
