@@ -9,7 +9,7 @@ does the same to a sigmoid that was trained without.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class GatedConfig(MemoryConfig):
     without. write_threshold: a gate below it counts as zero, outside training; float("inf") silences
     the memory. train_threshold: the same in training, forward and backward. gate_noise: scale of the
     logistic noise added to the gates' logits in training (the same paper's; 0 for none).
+    gate_gradient: of a hard gate where it is cut off: "cut" for none, or "inward" for that part of it which
+    would move the gate back between 0 and 1, so that no gate is stuck at 1, out of reach of every price.
     write_cost: added to the training loss, times the mean gate over segments and layers: what is not
     worth remembering is not written. open_cost: the same, times a segment's largest gate: one open gate
     among hundreds of shut ones hardly moves the mean, yet it breaks the silence of its segment.
@@ -39,6 +41,7 @@ class GatedConfig(MemoryConfig):
     write_threshold: float = live_option(0.0)
     train_threshold: float = live_option(0.0)
     gate_noise: float = live_option(0.0)
+    gate_gradient: str = live_option("cut")
     write_cost: float = live_option(0.0)
     open_cost: float = live_option(0.0)
 
@@ -60,6 +63,15 @@ class GatedConfig(MemoryConfig):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name}={value} would pay for writing; use 0 or more")
+        if self.gate_gradient not in ("cut", "inward"):
+            raise ValueError(
+                f"gate_gradient={self.gate_gradient!r} is unknown; use 'cut' or 'inward'"
+            )
+        if self.gate_gradient == "inward" and self.write_gate != "hard":
+            raise ValueError(
+                f"gate_gradient='inward' needs gates that are cut off, but write_gate={self.write_gate!r}; use "
+                "write_gate='hard', or gate_gradient='cut'"
+            )
         silent = [
             name
             for name in ("write_threshold", "train_threshold", "gate_noise", *COSTS)
@@ -119,7 +131,8 @@ class GatedMemory(Memory):
         if self.training and self.config.gate_noise:
             chance = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
             logit = logit + self.config.gate_noise * torch.logit(chance)
-        return open_gate(logit, self.config.write_gate, self.threshold)
+        inward = self.config.gate_gradient == "inward"
+        return open_gate(logit, self.config.write_gate, self.threshold, inward=inward)
 
     def largest_gate(self, state: Any) -> Tensor | None:
         return None if isinstance(state.opened, tuple) else state.opened
@@ -141,12 +154,35 @@ def gate_statistics(gate: Tensor, real: Tensor | None, steps: int = 1) -> tuple[
     return gate.mean(dim=1).sum(dim=1) / count, gate.amax(dim=(1, 2))
 
 
-def open_gate(logit: Tensor, kind: str, threshold: float = 0.0) -> Tensor:
+def open_gate(logit: Tensor, kind: str, threshold: float = 0.0, *, inward: bool = False) -> Tensor:
     """The gate at `logit`, from 0 to 1; what is below `threshold` is exactly 0.
 
-    kind: "sigmoid", or "hard", which reaches both ends.
+    kind: "sigmoid", or "hard", which reaches both ends. inward: what gradient a gate at an end has, as in
+    `GatedConfig.gate_gradient`.
     """
     gate = torch.sigmoid(logit)
     if kind == "hard":
-        gate = ((1 + 2 * STRETCH) * gate - STRETCH).clamp(0, 1)
+        gate = (1 + 2 * STRETCH) * gate - STRETCH
+        gate = cast(Tensor, _Cut.apply(gate)) if inward else gate.clamp(0, 1)
     return torch.where(gate < threshold, 0.0, gate) if threshold else gate
+
+
+class _Cut(torch.autograd.Function):
+    """What `clamp(0, 1)` gives, with the gradient of what is outside if following it leads back inside."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: Tensor) -> Tensor:
+        return gate.clamp(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Descent moves against the gradient: it lowers a gate where that is positive.
+        (gate,) = ctx.saved_tensors
+        outward = torch.where(gate > 1, gradient < 0, (gate < 0) & (gradient > 0))
+        return gradient.masked_fill(outward, 0)
