@@ -69,8 +69,8 @@ class GatedConfig(MemoryConfig):
             )
         if self.gate_gradient == "inward" and self.write_gate != "hard":
             raise ValueError(
-                f"gate_gradient='inward' needs gates that are cut off, but write_gate={self.write_gate!r}; use "
-                "write_gate='hard', or gate_gradient='cut'"
+                f"gate_gradient='inward' needs gates that are cut off, but write_gate={self.write_gate!r}; "
+                "use write_gate='hard', or gate_gradient='cut'"
             )
         silent = [
             name
