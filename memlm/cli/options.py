@@ -95,7 +95,8 @@ def add_sample_options(parser: argparse.ArgumentParser, first: str = "") -> None
     )
     parser.add_argument(
         "--haystack",
-        help="builtin, installed, a text file or folder, or hub:ID" + default("haystack"),
+        help="builtin, installed, made, a text file or folder, or hub:ID; several joined by +"
+        + default("haystack"),
     )
     parser.add_argument(
         "--stories", default="generated", help="generated, or a folder of bAbI's own files"

@@ -19,7 +19,9 @@ def add_to(commands: Commands) -> None:
         "model", help="folder, hub id or shipped name (qa1) of a model, with or without memory"
     )
     perplexity.add_argument(
-        "--haystack", default="builtin", help="builtin, installed, a text file or folder, or hub:ID"
+        "--haystack",
+        default="builtin",
+        help="builtin, installed, made, a text file or folder, or hub:ID; several joined by +",
     )
     perplexity.add_argument("--length", default="64k", help="tokens of each document")
     perplexity.add_argument("--documents", type=int, default=8, help="how many documents")

@@ -43,6 +43,7 @@ from memlm.tasks.babilong import Composition, composition_of
 from memlm.tasks.haystack import Haystack, Split
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.tasks.haystack.installed import manifest
+from memlm.tasks.haystack.sources import parts_of
 from memlm.tasks.lengths import format_length
 from memlm.templates import BABILONG_QUESTION_TEMPLATE, DOCUMENT_RECALL_TEMPLATE
 
@@ -194,7 +195,7 @@ def evaluate(
         about: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype_of(model)}
         if prompts.file is not None:
             about["prompt_file"] = prompts.file
-        if source.settings().get("haystack") == "installed":
+        if "installed" in parts_of(source.settings().get("haystack", "")):
             about["haystack_manifest"] = manifest(split)
         thresholds = write_thresholds(model)
         # A silenced run says so itself.

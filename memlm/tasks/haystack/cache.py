@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from memlm import text as sentence_rules
 from memlm.tasks.haystack import documents as document_rules
-from memlm.tasks.haystack import installed, sources, tokenised
+from memlm.tasks.haystack import installed, made, sources, tokenised
 from memlm.tasks.haystack.documents import Document, Split
 from memlm.tasks.haystack.sources import (
     MAX_CHARACTERS,
@@ -34,6 +35,7 @@ from memlm.tasks.haystack.sources import (
     check_split,
     files_of,
     parse_hub,
+    parts_of,
     read_documents,
 )
 from memlm.tasks.haystack.tokenised import MIN_TOKENS, SentenceTexts, TokenHaystack, tokenise
@@ -172,7 +174,14 @@ def _wanted(
 
 def identity(source: str) -> dict[str, Any] | None:
     """What tells this state of a source from any other; None when it is small or cannot be told."""
-    if source == "builtin":
+    parts = parts_of(source)
+    if len(parts) > 1:
+        own = {part: identity(part) for part in parts}
+        # What is small by itself comes with Python or with memlm.
+        carried = {part: sys.version for part in ("builtin", "made") if part in own}
+        told = own | carried
+        return {"joined": [told[part] for part in parts]} if all(told.values()) else None
+    if source in ("builtin", "made"):
         return None
     if source == "installed":
         return {"installed": installed.manifest()}
@@ -218,7 +227,7 @@ def _revision(name: str, config: str | None) -> str | None:
 def _rules() -> str:
     """A digest of how documents and sentences are cut: other rules give another entry."""
     try:
-        modules = (document_rules, sources, installed, tokenised, sentence_rules)
+        modules = (document_rules, sources, installed, made, tokenised, sentence_rules)
         return _digest([inspect.getsource(module) for module in modules])
     except OSError:
         import memlm

@@ -1,8 +1,8 @@
 """Where noise comes from: texts that every Python installation carries, files, and data sets of the hub.
 
-Sources are "builtin" (English documentation), "installed" (what the dependencies carry of text), a text
-file or a folder of text files, and "hub:ID[@CONFIG][:COLUMN]" (any text data set, streamed through
-`datasets`).
+Sources are "builtin" (English documentation), "installed" (what the dependencies carry of text), "made"
+(sentences made up to be taken for facts), a text file or a folder of text files, and
+"hub:ID[@CONFIG][:COLUMN]" (any text data set, streamed through `datasets`). Several are joined by "+".
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from memlm.tasks.haystack.documents import (
     of_split,
 )
 from memlm.tasks.haystack.installed import installed_texts
+from memlm.tasks.haystack.made import made_texts
 from memlm.text import split_sentences
 
 # Reading stops here (some ten million tokens), so that a document of 10M tokens still repeats little.
@@ -32,7 +33,7 @@ MAX_CHARACTERS = 50_000_000
 # Fewer files than this are cut into blocks, since a tenth of so few files would be none.
 MIN_FILES_AS_DOCUMENTS = 20
 # Sources that every installation has.
-CARRIED = ("builtin", "installed")
+CARRIED = ("builtin", "installed", "made")
 TEXT_COLUMNS = ("text", "content", "document", "article", "body")
 
 # Only modules whose import opens, prints, registers and changes nothing.
@@ -68,14 +69,24 @@ BUILTIN_MODULES = (
 
 def check_source(source: str | os.PathLike[str]) -> None:
     """Refuse a haystack source that cannot be opened, before any work is done."""
+    for part in parts_of(source):
+        _check_part(part)
+
+
+def parts_of(source: str | os.PathLike[str]) -> list[str]:
+    """The sources that are joined by "+"; a file or folder whose name has one is a single source."""
     name = os.fspath(source)
+    return [name] if Path(name).exists() else name.split("+")
+
+
+def _check_part(name: str) -> None:
     if name in CARRIED or (name.startswith("hub:") and len(name) > len("hub:")):
         return
     path = Path(name)
     if not path.exists():
         raise ValueError(
-            f"haystack {name!r} is neither 'builtin', 'installed', an existing file or folder, nor "
-            "'hub:ID'; name one of these"
+            f"haystack {name!r} is neither 'builtin', 'installed', 'made', an existing file or folder, "
+            "nor 'hub:ID'; name one of these, or several joined by '+'"
         )
     if path.is_dir() and not files_of(path):
         raise ValueError(f"haystack folder {name!r} holds no file; give a folder of text files")
@@ -90,16 +101,24 @@ def check_split(split: str) -> None:
 def read_documents(
     source: str | os.PathLike[str], split: Split = "eval", max_characters: int = MAX_CHARACTERS
 ) -> Iterator[Document]:
-    """Yield the documents of `source` that belong to `split`, reading on only as they are taken."""
+    """Yield the documents of `source` that belong to `split`, reading on only as they are taken.
+
+    Sources that are joined share `max_characters` evenly.
+    """
     check_source(source)
     check_split(split)
-    source = os.fspath(source)
+    parts = parts_of(source)
+    for part in parts:
+        yield from _documents_of(part, split, max_characters // len(parts))
+
+
+def _documents_of(source: str, split: Split, max_characters: int) -> Iterator[Document]:
     texts, divided = _texts(source, split)
     bounded = _bounded(texts, max_characters)
     cut: Iterator[Document] = (Document(name, split_sentences(text)) for name, text in bounded)
     if source in CARRIED:
-        # Of docstrings, what reads as English; code and licences are as they are.
-        raw = () if source == "builtin" else ("/code/", "/text/")
+        # Of docstrings, what reads as English; code, licences and what was made up are as they are.
+        raw = () if source == "builtin" else ("/code/", "/text/", "made/")
         filtered = (
             d if any(kind in d.name for kind in raw) else Document(d.name, _prose(d.sentences))
             for d in cut
@@ -141,6 +160,8 @@ def _texts(source: str, split: Split) -> tuple[Iterator[tuple[str, str]], bool]:
         return _builtin_texts(), False
     if source == "installed":
         return installed_texts(split), True
+    if source == "made":
+        return made_texts(), False
     if source.startswith("hub:"):
         return _hub_texts(source, split)
     return _file_texts(Path(source)), False

@@ -95,12 +95,13 @@ class DataSection(BabilongOptions):
         "babilong",
     )
     haystack: str = described(
-        "babilong: 'builtin', 'installed', a text file or folder, or hub:ID[@CONFIG][:COLUMN]",
+        "babilong: 'builtin', 'installed', 'made', a text file or folder, or hub:ID[@CONFIG][:COLUMN]; "
+        "several are joined by '+'",
         "builtin",
     )
     path: str | None = described(
-        "documents: 'builtin', 'installed', a text file, a folder of them, or hub:ID[@CONFIG][:COLUMN]; "
-        "rows: a file or folder of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, "
+        "documents: 'builtin', 'installed', 'made', a text file, a folder of them, or "
+        "hub:ID[@CONFIG][:COLUMN]; rows: a file or folder of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, "
         "ID[@CONFIG][:COLUMN]",
         None,
     )
