@@ -101,8 +101,8 @@ class DataSection(BabilongOptions):
     )
     path: str | None = described(
         "documents: 'builtin', 'installed', 'made', a text file, a folder of them, or "
-        "hub:ID[@CONFIG][:COLUMN]; rows: a file or folder of .jsonl, .json, .parquet, .csv or texts, or a data set of the hub, "
-        "ID[@CONFIG][:COLUMN]",
+        "hub:ID[@CONFIG][:COLUMN]; rows: a file or folder of .jsonl, .json, .parquet, .csv or "
+        "texts, or a data set of the hub, ID[@CONFIG][:COLUMN]",
         None,
     )
     split: str = described("rows: split of a hub data set", "train")
