@@ -91,6 +91,10 @@ class BabilongSource:
         """A fact as it stands in a document, after one space."""
         return self.haystack.encode(BABILONG_FACT_TEMPLATE.format(fact=fact))
 
+    def encode_line(self, fact: str) -> np.ndarray:
+        """A fact at the beginning of a line."""
+        return self.haystack.encode(f"\n{fact}")
+
     # Remembered in a dict, not by a cached function: this object is sent to spawned data workers.
 
     def prompt(self, question: str) -> np.ndarray:
@@ -269,7 +273,11 @@ class _Teller:
             actor = self.due.pop()
             while event.actor != actor:
                 event = self.story.draw()
-        return event, self.source.encode(self.story.tell(event))
+        # Nothing is drawn where no fact may begin a line: seeds keep their documents.
+        share = self.options.line_breaks
+        begins = share > 0 and self.rng.random() < share
+        encode = self.source.encode_line if begins else self.source.encode
+        return event, encode(self.story.tell(event))
 
     def _noise(self, count: int) -> np.ndarray:
         at = np.arange(self.at, self.at + count)

@@ -18,6 +18,7 @@ READ_BY = {
     "ask_every": ("aligned", "flowing"),
     "end_probability": ("aligned", "flowing"),
     "distinct_actors": ("aligned", "flowing"),
+    "line_breaks": ("aligned", "flowing"),
     "lessons": ("aligned", "flowing"),
 }
 RECALLING = ("retrieval_size", "retrieval_hops", "retrieval_tokens")
@@ -62,6 +63,11 @@ class BabilongOptions:
         "aligned, qa1: everybody moves once before anybody moves again, so that the newest fact is not "
         "a better guess than any other",
         False,
+    )
+    line_breaks: float = described(
+        "aligned, flowing: share of facts that begin a line, where others follow a space: to most "
+        "tokenizers their first word is then another token",
+        0.0,
     )
     max_facts: int | None = described("story: most facts a story may have; null: no limit", None)
     gap_tokens: tuple[float, float] = described(
@@ -129,6 +135,8 @@ class BabilongOptions:
         for name, least in (("retrieval", 0), ("retrieval_size", 1), ("retrieval_hops", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.line_breaks <= 1:
+            raise ValueError(f"line_breaks={self.line_breaks} is a share; use 0 to 1")
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one, such as 'qa1'")
         for task in self.tasks:

@@ -389,6 +389,21 @@ def test_questions_are_put_as_the_template_says(haystack: TokenHaystack) -> None
     assert re.search(r"\nAsked: Where is \w+\? Say: \w+<eos>$", text)
 
 
+@pytest.mark.parametrize("layout", ["aligned", "flowing"])
+def test_facts_may_begin_a_line(haystack: TokenHaystack, layout: str) -> None:
+    how = {"layout": layout, "facts_per_segment": (2,), "no_gap": 1.0}
+    stage, begun = Stage(min_segments=8, max_segments=8), {}
+    for share in (0.0, 0.5, 1.0):
+        piece = next(source_of(haystack, **how, line_breaks=share).document(0, stage))
+        text = haystack.tokenizer.decode(piece.ids)
+        facts = re.findall(r"(.)(?:Daniel|John|Mary|Sandra) \w+[^.]* the \w+\.", text, re.DOTALL)
+        assert len(facts) > 8
+        begun[share] = facts.count("\n") / len(facts)
+    assert begun[0.0] == 0 < begun[0.5] < begun[1.0] == 1
+    with pytest.raises(ValueError, match=r"line_breaks=1\.5"):
+        BabilongOptions(layout=layout, line_breaks=1.5)  # type: ignore[arg-type]
+
+
 def test_distinct_actors_take_turns(haystack: TokenHaystack) -> None:
     source = source_of(haystack, layout="aligned", facts_per_segment=(2,), distinct_actors=True)
     (piece,) = source.document(0, Stage(min_segments=4, max_segments=4))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-TEXTS, SENTENCES = 400, 60
+TEXTS, SENTENCES = 1500, 60
 
 PEOPLE = (
     "Alice Amir Anna Carlos Chen Clara David Dora Elena Erik Fatima Felix Grace Hana Henry Ivan Jonas "
