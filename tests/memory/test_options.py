@@ -9,6 +9,7 @@ import pytest
 
 from memlm.memory import (
     ARMTConfig,
+    BlockRecurrentConfig,
     GatedDeltaConfig,
     LaCTConfig,
     MemoryCachingConfig,
@@ -43,6 +44,7 @@ OPTIONS: dict[str, MemoryConfig] = {
         chunk_length=4,
         conv_size=3,
     ),
+    "block-recurrent-lstm": BlockRecurrentConfig(num_states=3, num_heads=2, gate="lstm"),
     "lact-muon": LaCTConfig(num_heads=2, expansion=2, muon=True),
     "memory-caching-continues": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3, continuing=True
