@@ -49,6 +49,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "armt": {"num_memory_tokens": 4, "d_mem": 32, "value_std": 0.1, "token_std": 0.02},
     "block-recurrent": {"num_states": 8, "initial_scale": 4.0, "output_std": 0.1},
     "compressive": {"memory_length": 16, "compressed_length": 32},
+    "fam": {"num_memory_tokens": 8},
     "gated-delta": {"rule": "delta", "chunk_length": 16, "output_std": 0.1},
     "gated-delta-heads": {"decays": False, "initial_mix": 1.0},
     "infini": {"initial_gate": 1.0},

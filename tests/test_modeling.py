@@ -23,6 +23,7 @@ def test_names_are_discovered_from_files() -> None:
         "base-recurrent",
         "block-recurrent",
         "compressive",
+        "fam",
         *gated,
         "infini",
         "knn",

@@ -1,4 +1,4 @@
-"""Block-Recurrent Transformers: state vectors that attend to each segment, and are attended to by its tokens
+"""Block-Recurrent Transformers: state vectors that attend to each segment, and that its tokens attend to
 (Hutchins et al. 2022).
 
 A layer has N state vectors. The tokens of a segment see those that earlier segments left, by queries and
@@ -215,7 +215,7 @@ def unit(x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of every query to every key: (B, n, H d).
 
-    q (B, H, n, d), k and v (B, H, m, d), scale (H,): its size counts. mask (B, m) bool: which keys are real.
+    q (B, H, n, d), k and v (B, H, m, d), scale (H,): its size counts. mask (B, m) bool: real keys.
     """
     scores = (q @ k.mT) * scale.abs()[:, None, None].to(q.dtype)
     if mask is not None:

@@ -21,6 +21,7 @@ from memlm.memory import (
     ARMTConfig,
     BlockRecurrentConfig,
     CompressiveConfig,
+    FAMConfig,
     GatedDeltaConfig,
     GatedDeltaHeadsConfig,
     InfiniConfig,
@@ -46,6 +47,7 @@ RECIPES: dict[str, MemoryConfig] = {
     "block-recurrent": BlockRecurrentConfig(num_states=8, initial_scale=4.0, output_std=0.1),
     # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
+    "fam": FAMConfig(num_memory_tokens=2),
     "gated-delta": GatedDeltaConfig(rule="delta", output_std=0.1),
     "gated-delta-heads": GatedDeltaHeadsConfig(decays=False, initial_mix=1.0),
     "infini": InfiniConfig(),

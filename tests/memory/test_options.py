@@ -10,6 +10,7 @@ import pytest
 from memlm.memory import (
     ARMTConfig,
     BlockRecurrentConfig,
+    FAMConfig,
     GatedDeltaConfig,
     LaCTConfig,
     MemoryCachingConfig,
@@ -45,6 +46,7 @@ OPTIONS: dict[str, MemoryConfig] = {
         conv_size=3,
     ),
     "block-recurrent-lstm": BlockRecurrentConfig(num_states=3, num_heads=2, gate="lstm"),
+    "fam-free": FAMConfig(num_memory_tokens=2, keeps_length=False),
     "lact-muon": LaCTConfig(num_heads=2, expansion=2, muon=True),
     "memory-caching-continues": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3, continuing=True
