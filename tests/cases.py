@@ -29,6 +29,7 @@ from memlm.memory import (
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    TTTLinearConfig,
     memory_class,
     name_of,
     resolve_memories,
@@ -56,6 +57,7 @@ CASES: dict[str, MemoryConfig] = {
     "titans-mag": TitansMAGConfig(num_heads=2, depth=1, chunk_length=1),
     "titans-mal": TitansMALConfig(depth=3, chunk_length=6, head_dim=5, conv_size=4),
     "transformer-xl": TransformerXLConfig(memory_length=20),
+    "ttt-linear": TTTLinearConfig(num_heads=2, mini_batch=4, conv_size=3),
 }
 
 SEGMENT = 6

@@ -32,6 +32,7 @@ def test_names_are_discovered_from_files() -> None:
         *rmt,
         *titans,
         "transformer-xl",
+        "ttt-linear",
     )
     assert available_memories() == names
 

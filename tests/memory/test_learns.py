@@ -34,6 +34,7 @@ from memlm.memory import (
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    TTTLinearConfig,
     available_memories,
 )
 from tests.cases import needs_recurrence
@@ -60,6 +61,7 @@ RECIPES: dict[str, MemoryConfig] = {
     "titans-mag": TitansMAGConfig(output_std=0.1),
     "titans-mal": TitansMALConfig(output_std=0.1),
     "transformer-xl": TransformerXLConfig(memory_length=32),
+    "ttt-linear": TTTLinearConfig(mini_batch=8, output_std=0.1),
 }
 
 

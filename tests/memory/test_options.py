@@ -18,6 +18,7 @@ from memlm.memory import (
     RMTRConfig,
     TitansMACConfig,
     TitansMAGConfig,
+    TTTLinearConfig,
     name_of,
 )
 from tests.cases import CASES
@@ -54,6 +55,7 @@ OPTIONS: dict[str, MemoryConfig] = {
     "rmt-r": RMTRConfig(
         num_memory_tokens=2, bank_size=2, archive_size=2, recall=1, biases=True, read_memory=False
     ),
+    "ttt-linear-plain": TTTLinearConfig(num_heads=2, mini_batch=4, conv_size=0, gated=False),
 }
 LAWS: dict[str, Callable[..., None]] = {
     "carry": laws.test_carry,
