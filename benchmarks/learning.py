@@ -47,7 +47,9 @@ from memlm.tasks import babi
 # Sizes and initial scales; what is not named is the mechanism's default.
 MEMORIES: dict[str, dict[str, Any]] = {
     "armt": {"num_memory_tokens": 4, "d_mem": 32, "value_std": 0.1, "token_std": 0.02},
+    "block-recurrent": {"num_states": 8, "initial_scale": 4.0, "output_std": 0.1},
     "compressive": {"memory_length": 16, "compressed_length": 32},
+    "fam": {"num_memory_tokens": 8},
     "gated-delta": {"rule": "delta", "chunk_length": 16, "output_std": 0.1},
     "gated-delta-heads": {"decays": False, "initial_mix": 1.0},
     "infini": {"initial_gate": 1.0},
@@ -60,6 +62,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "titans-mag": {"chunk_length": 8, "output_std": 0.1},
     "titans-mal": {"chunk_length": 8, "output_std": 0.1},
     "transformer-xl": {"memory_length": 64},
+    "ttt-linear": {"mini_batch": 8, "output_std": 0.1},
 }
 
 

@@ -13,7 +13,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from memlm.memory import (
     ARMTConfig,
     BaseRecurrentConfig,
+    BlockRecurrentConfig,
     CompressiveConfig,
+    FAMConfig,
     GatedDeltaConfig,
     GatedDeltaHeadsConfig,
     InfiniConfig,
@@ -27,6 +29,7 @@ from memlm.memory import (
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    TTTLinearConfig,
     memory_class,
     name_of,
     resolve_memories,
@@ -37,7 +40,9 @@ from memlm.modeling import MemLMForCausalLM
 CASES: dict[str, MemoryConfig] = {
     "armt": ARMTConfig(num_memory_tokens=3, d_mem=8),
     "base-recurrent": BaseRecurrentConfig(),
+    "block-recurrent": BlockRecurrentConfig(num_states=3, num_heads=2),
     "compressive": CompressiveConfig(memory_length=4, compressed_length=11, compression_rate=2),
+    "fam": FAMConfig(num_memory_tokens=2),
     "gated-delta": GatedDeltaConfig(chunk_length=4, conv_size=3, num_heads=2),
     "gated-delta-heads": GatedDeltaHeadsConfig(chunk_length=4),
     "infini": InfiniConfig(),
@@ -52,6 +57,7 @@ CASES: dict[str, MemoryConfig] = {
     "titans-mag": TitansMAGConfig(num_heads=2, depth=1, chunk_length=1),
     "titans-mal": TitansMALConfig(depth=3, chunk_length=6, head_dim=5, conv_size=4),
     "transformer-xl": TransformerXLConfig(memory_length=20),
+    "ttt-linear": TTTLinearConfig(num_heads=2, mini_batch=4, conv_size=3),
 }
 
 SEGMENT = 6

@@ -235,7 +235,10 @@ def test_a_state_that_is_not_finite_names_layer_and_segment(memory: str, monkeyp
 
 
 def _spoilt(leaf):
-    return tuple(map(_spoilt, leaf)) if isinstance(leaf, tuple) else leaf * torch.nan
+    if not isinstance(leaf, tuple):
+        return leaf * torch.nan
+    parts = map(_spoilt, leaf)
+    return type(leaf)(*parts) if hasattr(leaf, "_fields") else tuple(parts)
 
 
 def test_largest_tells_what_is_not_finite() -> None:

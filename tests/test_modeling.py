@@ -21,7 +21,9 @@ def test_names_are_discovered_from_files() -> None:
         "none",
         "armt",
         "base-recurrent",
+        "block-recurrent",
         "compressive",
+        "fam",
         *gated,
         "infini",
         "knn",
@@ -30,6 +32,7 @@ def test_names_are_discovered_from_files() -> None:
         *rmt,
         *titans,
         "transformer-xl",
+        "ttt-linear",
     )
     assert available_memories() == names
 

@@ -164,8 +164,10 @@ def with_keys_in_front(seen: Tensor, front: Front, queries: int) -> Tensor:
 
     Or one (B, T') that knows of no queries.
     """
-    if seen.ndim == 2 and front.real is None:
-        return F.pad(seen, (front.size, 0), value=1)
+    if seen.ndim == 2:
+        if front.real is None:
+            return F.pad(seen, (front.size, 0), value=1)
+        return torch.cat([front.real.to(seen), seen], dim=1)
     _check_4d(seen)
     if front.real is None:
         return F.pad(seen, (front.size, 0), value=True if seen.dtype == torch.bool else 0.0)

@@ -453,6 +453,9 @@ class Backbone:
         """A stage's arguments for `x` (B, T, D), added tokens whose sequence has `front` in front of it."""
         given = dict(arguments)
         seen = given.get("attention_mask")
+        if seen is None and front.real is not None:
+            # Left out where it says nothing, which it does once something in front is not real.
+            seen = self._seeing_all_before(x, where.keys.columns)
         if seen is not None:
             given["attention_mask"] = with_keys_in_front(seen, front, x.shape[1])
         positions = where.places_behind(front)
@@ -461,6 +464,14 @@ class Backbone:
         if given.get("position_embeddings") is not None:
             given["position_embeddings"] = self.rotary(layer, x, positions)
         return given
+
+    def _seeing_all_before(self, x: Tensor, before: int) -> Tensor:
+        """The mask that lets `x` (B, T, D) see the `before` columns in front of it, and itself causally."""
+        batch, count = x.shape[:2]
+        if not self.takes_query_masks:
+            return x.new_ones(batch, before + count, dtype=torch.bool)
+        seen = x.new_ones(count, before + count, dtype=torch.bool)
+        return seen.tril(before)[None, None]
 
     def rotary(self, layer: int, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) of `positions` (B, T) as the attention of `layer` takes them."""

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, Mamba2Config
 from memlm import MemLMForCausalLM
 from memlm.memory import (
     ARMTConfig,
+    BlockRecurrentConfig,
     CompressiveConfig,
+    FAMConfig,
     GatedDeltaConfig,
     GatedDeltaHeadsConfig,
     InfiniConfig,
@@ -32,6 +34,7 @@ from memlm.memory import (
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    TTTLinearConfig,
     available_memories,
 )
 from tests.cases import needs_recurrence
@@ -42,8 +45,10 @@ ASK = VALUES + NOISE
 RECIPES: dict[str, MemoryConfig] = {
     # The paper's zero start needs more steps than a check may take.
     "armt": ARMTConfig(num_memory_tokens=2, d_mem=16, value_std=0.1),
+    "block-recurrent": BlockRecurrentConfig(num_states=8, initial_scale=4.0, output_std=0.1),
     # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
+    "fam": FAMConfig(num_memory_tokens=2),
     "gated-delta": GatedDeltaConfig(rule="delta", output_std=0.1),
     "gated-delta-heads": GatedDeltaHeadsConfig(decays=False, initial_mix=1.0),
     "infini": InfiniConfig(),
@@ -56,6 +61,7 @@ RECIPES: dict[str, MemoryConfig] = {
     "titans-mag": TitansMAGConfig(output_std=0.1),
     "titans-mal": TitansMALConfig(output_std=0.1),
     "transformer-xl": TransformerXLConfig(memory_length=32),
+    "ttt-linear": TTTLinearConfig(mini_batch=8, output_std=0.1),
 }
 
 

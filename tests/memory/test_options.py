@@ -9,6 +9,8 @@ import pytest
 
 from memlm.memory import (
     ARMTConfig,
+    BlockRecurrentConfig,
+    FAMConfig,
     GatedDeltaConfig,
     LaCTConfig,
     MemoryCachingConfig,
@@ -16,6 +18,7 @@ from memlm.memory import (
     RMTRConfig,
     TitansMACConfig,
     TitansMAGConfig,
+    TTTLinearConfig,
     name_of,
 )
 from tests.cases import CASES
@@ -43,6 +46,8 @@ OPTIONS: dict[str, MemoryConfig] = {
         chunk_length=4,
         conv_size=3,
     ),
+    "block-recurrent-lstm": BlockRecurrentConfig(num_states=3, num_heads=2, gate="lstm"),
+    "fam-free": FAMConfig(num_memory_tokens=2, keeps_length=False),
     "lact-muon": LaCTConfig(num_heads=2, expansion=2, muon=True),
     "memory-caching-continues": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3, continuing=True
@@ -50,6 +55,7 @@ OPTIONS: dict[str, MemoryConfig] = {
     "rmt-r": RMTRConfig(
         num_memory_tokens=2, bank_size=2, archive_size=2, recall=1, biases=True, read_memory=False
     ),
+    "ttt-linear-plain": TTTLinearConfig(num_heads=2, mini_batch=4, conv_size=0, gated=False),
 }
 LAWS: dict[str, Callable[..., None]] = {
     "carry": laws.test_carry,
