@@ -53,6 +53,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "infini": {"initial_gate": 1.0},
     "knn": {"capacity": 256, "layers": [0, 1]},
     "lact": {"output_std": 0.1},
+    "lm2": {"num_slots": 20, "forget_bias": 3.0, "output_std": 0.1},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
     "rmt": {"num_memory_tokens": 8},
     "rmt-r": {"num_memory_tokens": 8},

@@ -25,6 +25,7 @@ from memlm.memory import (
     InfiniConfig,
     KNNConfig,
     LaCTConfig,
+    LM2Config,
     MemoryCachingConfig,
     MemoryConfig,
     RMTConfig,
@@ -50,6 +51,7 @@ RECIPES: dict[str, MemoryConfig] = {
     # No gradient reaches stored keys; a single layer needs more steps than a check may take.
     "knn": KNNConfig(capacity=32, layers=(0, 1)),
     "lact": LaCTConfig(output_std=0.1),
+    "lm2": LM2Config(num_slots=4, output_std=0.1),
     "memory-caching": MemoryCachingConfig(num_slots=4, output_std=0.1),
     "rmt": RMTConfig(num_memory_tokens=2),
     "titans-mac": TitansMACConfig(output_std=0.1),
