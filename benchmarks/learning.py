@@ -55,6 +55,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "lact": {"output_std": 0.1},
     "lm2": {"num_slots": 20, "forget_bias": 3.0, "output_std": 0.1},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
+    "memoryllm": {"pool_size": 64, "num_written": 4},
     "rmt": {"num_memory_tokens": 8},
     "rmt-r": {"num_memory_tokens": 8},
     "titans-mac": {"chunk_length": 8, "output_std": 0.1},

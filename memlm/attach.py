@@ -31,8 +31,10 @@ class AttachedMemory(nn.Module):
         cls = memory_class(name)
         self.site = cls.site
         layers = range(dims.num_layers) if config.layers is None else config.layers
-        keys = ["model"] if cls.site == "model" else [str(layer) for layer in layers]
-        self.cells = nn.ModuleDict({key: cls(config, dims) for key in keys})
+        at = {"model": dims} if cls.site == "model" else {}
+        if not at:
+            at = {str(layer): replace(dims, layer=layer) for layer in layers}
+        self.cells = nn.ModuleDict({key: cls(config, here) for key, here in at.items()})
         self.token_std = partial(cls.segment_token_std, config)
         count = cls.num_segment_tokens(config)
         self.tokens = (

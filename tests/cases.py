@@ -22,6 +22,7 @@ from memlm.memory import (
     LM2Config,
     MemoryCachingConfig,
     MemoryConfig,
+    MemoryLLMConfig,
     RMTConfig,
     RMTRConfig,
     TitansMACConfig,
@@ -48,6 +49,7 @@ CASES: dict[str, MemoryConfig] = {
     "memory-caching": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
     ),
+    "memoryllm": MemoryLLMConfig(pool_size=8, num_written=2),
     "rmt": RMTConfig(num_memory_tokens=3),
     "rmt-r": RMTRConfig(num_memory_tokens=2, bank_size=2, archive_size=3, recall=1),
     "titans-mac": TitansMACConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3),

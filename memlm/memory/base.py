@@ -141,6 +141,9 @@ class Dims:
     max_positions: int | None = None
     # None where no layer has a recurrence whose state can be handed on.
     recurrence: RecurrenceDims | None = None
+    # Which layer a memory stands at; None around the whole decoder. What a memory computes must not depend
+    # on it but through the state, as several layers run as one.
+    layer: int | None = None
 
     @property
     def spare_positions(self) -> int | None:
