@@ -50,6 +50,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "compressive": {"memory_length": 16, "compressed_length": 32},
     "gated-delta": {"rule": "delta", "chunk_length": 16, "output_std": 0.1},
     "gated-delta-heads": {"decays": False, "initial_mix": 1.0},
+    "hmt": {"queue_size": 20},
     "infini": {"initial_gate": 1.0},
     "knn": {"capacity": 256, "layers": [0, 1]},
     "lact": {"output_std": 0.1},

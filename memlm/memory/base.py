@@ -221,6 +221,8 @@ class Memory(nn.Module, ABC):
     reads_inner: ClassVar[bool] = True
     # True when the state sums up over segments, and so is float32 in a half-precision model.
     accumulates: ClassVar[bool] = True
+    # True when it runs its stage more than once per segment, so that no other memory may stand inside it.
+    repeats_inner: ClassVar[bool] = False
     # Leaves of the state that say something of the last segment alone; all others stay as they are, to the
     # bit, while every write gate is zero (memories whose config has a `write_threshold`).
     transient: ClassVar[frozenset[str]] = frozenset()

@@ -22,6 +22,7 @@ from memlm.memory import (
     CompressiveConfig,
     GatedDeltaConfig,
     GatedDeltaHeadsConfig,
+    HMTConfig,
     InfiniConfig,
     KNNConfig,
     LaCTConfig,
@@ -48,6 +49,7 @@ RECIPES: dict[str, MemoryConfig] = {
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
     "gated-delta": GatedDeltaConfig(rule="delta", output_std=0.1),
     "gated-delta-heads": GatedDeltaHeadsConfig(decays=False, initial_mix=1.0),
+    "hmt": HMTConfig(queue_size=4, num_sensory_tokens=2),
     "infini": InfiniConfig(),
     # No gradient reaches stored keys; a single layer needs more steps than a check may take.
     "knn": KNNConfig(capacity=32, layers=(0, 1)),
