@@ -55,6 +55,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "knn": {"capacity": 256, "layers": [0, 1]},
     "lact": {"output_std": 0.1},
     "lm2": {"num_slots": 20, "forget_bias": 3.0, "output_std": 0.1},
+    "memformer": {"num_slots": 20, "output_std": 0.1},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
     "memoryllm": {"pool_size": 64, "num_written": 4},
     "rmt": {"num_memory_tokens": 8},

@@ -21,6 +21,7 @@ from memlm.memory import (
     KNNConfig,
     LaCTConfig,
     LM2Config,
+    MemformerConfig,
     MemoryCachingConfig,
     MemoryConfig,
     MemoryLLMConfig,
@@ -48,6 +49,7 @@ CASES: dict[str, MemoryConfig] = {
     "knn": KNNConfig(capacity=20, top_k=5, layers=(0, 1)),
     "lact": LaCTConfig(num_heads=2, expansion=2),
     "lm2": LM2Config(num_slots=3, num_heads=2),
+    "memformer": MemformerConfig(num_slots=3),
     "memory-caching": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
     ),

@@ -84,7 +84,7 @@ def test_equals_the_equations(padded: bool) -> None:
         x, mask = random(ROWS, T, D, seed=segment), torch.ones(ROWS, T, dtype=torch.bool)
         if padded:
             # One row has a single token at times: fewer than are written.
-            mask = random(ROWS, T, seed=10 + segment) > (1.2 if segment % 2 else 0.0)
+            mask = random(ROWS, T, seed=10 + segment) > (0.0 if segment % 2 else 1.2)
             mask[:, segment % T] = True
         y, state = own(x, state, layer, mask=mask if padded else None)
         for row in range(ROWS):
