@@ -31,8 +31,10 @@ class AttachedMemory(nn.Module):
         cls = memory_class(name)
         self.site = cls.site
         layers = range(dims.num_layers) if config.layers is None else config.layers
-        keys = ["model"] if cls.site == "model" else [str(layer) for layer in layers]
-        self.cells = nn.ModuleDict({key: cls(config, dims) for key in keys})
+        at = {"model": dims} if cls.site == "model" else {}
+        if not at:
+            at = {str(layer): replace(dims, layer=layer) for layer in layers}
+        self.cells = nn.ModuleDict({key: cls(config, here) for key, here in at.items()})
         self.token_std = partial(cls.segment_token_std, config)
         count = cls.num_segment_tokens(config)
         self.tokens = (
@@ -459,6 +461,18 @@ def check_attention(configs: Sequence[MemoryConfig], backbone: Backbone, dims: D
 
 def check_composition(configs: Sequence[MemoryConfig], dims: Dims) -> None:
     """Refuse a memory that would mistake positions inserted by another for tokens of the document."""
+    for number, outer in enumerate(configs):
+        # Around the decoder, memories inside the layers are inside whichever place they have in the list.
+        within = [
+            config
+            for place, config in enumerate(configs)
+            if class_of(config).site != "model" or place > number
+        ]
+        if class_of(outer).site == "model" and class_of(outer).repeats_inner and within:
+            raise ValueError(
+                f"memory: {name_of(outer)!r} runs the decoder more than once for each segment, so that "
+                f"{name_of(within[0])!r} inside it would be written more than once; attach one of them"
+            )
     # A recurrence may stand beside an attention in a layer, never inside it.
     orders = ("layer", "attention", "heads"), ("layer", "recurrence")
     for order, layer in product(orders, range(dims.num_layers)):

@@ -141,6 +141,9 @@ class Dims:
     max_positions: int | None = None
     # None where no layer has a recurrence whose state can be handed on.
     recurrence: RecurrenceDims | None = None
+    # Which layer a memory stands at; None around the whole decoder. What a memory computes must not depend
+    # on it but through the state, as several layers run as one.
+    layer: int | None = None
 
     @property
     def spare_positions(self) -> int | None:
@@ -218,6 +221,8 @@ class Memory(nn.Module, ABC):
     reads_inner: ClassVar[bool] = True
     # True when the state sums up over segments, and so is float32 in a half-precision model.
     accumulates: ClassVar[bool] = True
+    # True when it runs its stage more than once per segment, so that no other memory may stand inside it.
+    repeats_inner: ClassVar[bool] = False
     # Leaves of the state that say something of the last segment alone; all others stay as they are, to the
     # bit, while every write gate is zero (memories whose config has a `write_threshold`).
     transient: ClassVar[frozenset[str]] = frozenset()
