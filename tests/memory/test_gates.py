@@ -38,25 +38,25 @@ def lasting(model: MemLMForCausalLM, memory: str) -> list[str]:
     return [name for name in model.init_state(1).tensors if not set(name.split(".")) & transient]
 
 
-def test_a_gate_at_an_end_can_be_moved_back_and_not_further() -> None:
+def test_a_gate_at_one_can_be_closed_and_one_at_zero_stays() -> None:
     logit = torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0], dtype=torch.float64, requires_grad=True)
     slope = 1.2 * torch.sigmoid(logit) * torch.sigmoid(-logit)
     for pull in (1.0, -1.0):
-        cut, inward = (
-            torch.autograd.grad(pull * open_gate(logit, "hard", inward=way).sum(), logit)[0]
+        cut, closing = (
+            torch.autograd.grad(pull * open_gate(logit, "hard", closing=way).sum(), logit)[0]
             for way in (False, True)
         )
         assert cut.tolist()[0] == cut.tolist()[-1] == 0
-        # Descent lowers a gate that its loss grows with: from 1 that leads back, from 0 nowhere.
-        led_back = torch.tensor([pull < 0, True, True, True, pull > 0])
-        torch.testing.assert_close(inward, torch.where(led_back, pull * slope, 0.0))
-    assert torch.equal(open_gate(logit, "hard", inward=True), open_gate(logit, "hard"))
+        # Descent lowers a gate that its loss grows with.
+        moved = torch.tensor([False, True, True, True, pull > 0])
+        torch.testing.assert_close(closing, torch.where(moved, pull * slope, 0.0))
+    assert torch.equal(open_gate(logit, "hard", closing=True), open_gate(logit, "hard"))
 
 
 @gated
 def test_a_price_reaches_a_gate_that_stands_at_one(memory: str) -> None:
     grown = {}
-    for way in ("cut", "inward"):
+    for way in ("cut", "closing"):
         config = config_of(
             memory, write_gate="hard", initial_gate=8.0, open_cost=1.0, gate_gradient=way
         )
@@ -67,7 +67,7 @@ def test_a_price_reaches_a_gate_that_stands_at_one(memory: str) -> None:
         grown[way] = sum(
             float(p.grad.abs().sum()) for p in model.memory.parameters() if p.grad is not None
         )
-    assert grown["cut"] == 0 and grown["inward"] > 0
+    assert grown["cut"] == 0 and grown["closing"] > 0
 
 
 def test_every_config_with_a_threshold_is_a_gated_one() -> None:
@@ -182,8 +182,8 @@ def test_options_that_cannot_change_are_refused_and_nothing_is_changed() -> None
         ({"write_cost": 0.1, "write_threshold": -1.0}, r"write_threshold=-1.0 must be"),
         ({"open_cost": -0.1}, r"open_cost=-0.1 would pay"),
         ({"gate_noise": -1.0}, r"gate_noise=-1.0"),
-        ({"gate_gradient": "both"}, r"gate_gradient='both'.*'inward'"),
-        ({"gate_gradient": "inward"}, r"gate_gradient='inward'.*write_gate='sigmoid'"),
+        ({"gate_gradient": "both"}, r"gate_gradient='both'.*'closing'"),
+        ({"gate_gradient": "closing"}, r"gate_gradient='closing'.*write_gate='sigmoid'"),
     ):
         with pytest.raises(ValueError, match=words):
             model.set_memory_options(**options)

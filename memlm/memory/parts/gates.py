@@ -30,8 +30,9 @@ class GatedConfig(MemoryConfig):
     without. write_threshold: a gate below it counts as zero, outside training; float("inf") silences
     the memory. train_threshold: the same in training, forward and backward. gate_noise: scale of the
     logistic noise added to the gates' logits in training (the same paper's; 0 for none).
-    gate_gradient: of a hard gate where it is cut off: "cut" for none, or "inward" for that part of it which
-    would move the gate back between 0 and 1, so that no gate is stuck at 1, out of reach of every price.
+    gate_gradient: of a hard gate where it is cut off: "cut" for none, or "closing" for that of a gate at 1
+    which would close it, so that no gate stays open out of reach of every price. A gate at 0 has none in
+    either case: given what would open it, it would open at random, since nothing stands against that.
     write_cost: added to the training loss, times the mean gate over segments and layers: what is not
     worth remembering is not written. open_cost: the same, times a segment's largest gate: one open gate
     among hundreds of shut ones hardly moves the mean, yet it breaks the silence of its segment.
@@ -63,13 +64,13 @@ class GatedConfig(MemoryConfig):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name}={value} would pay for writing; use 0 or more")
-        if self.gate_gradient not in ("cut", "inward"):
+        if self.gate_gradient not in ("cut", "closing"):
             raise ValueError(
-                f"gate_gradient={self.gate_gradient!r} is unknown; use 'cut' or 'inward'"
+                f"gate_gradient={self.gate_gradient!r} is unknown; use 'cut' or 'closing'"
             )
-        if self.gate_gradient == "inward" and self.write_gate != "hard":
+        if self.gate_gradient == "closing" and self.write_gate != "hard":
             raise ValueError(
-                f"gate_gradient='inward' needs gates that are cut off, but write_gate={self.write_gate!r}; "
+                f"gate_gradient='closing' needs gates that are cut, but write_gate={self.write_gate!r}; "
                 "use write_gate='hard', or gate_gradient='cut'"
             )
         silent = [
@@ -131,8 +132,8 @@ class GatedMemory(Memory):
         if self.training and self.config.gate_noise:
             chance = torch.rand_like(logit).clamp(1e-6, 1 - 1e-6)
             logit = logit + self.config.gate_noise * torch.logit(chance)
-        inward = self.config.gate_gradient == "inward"
-        return open_gate(logit, self.config.write_gate, self.threshold, inward=inward)
+        closing = self.config.gate_gradient == "closing"
+        return open_gate(logit, self.config.write_gate, self.threshold, closing=closing)
 
     def largest_gate(self, state: Any) -> Tensor | None:
         return None if isinstance(state.opened, tuple) else state.opened
@@ -154,21 +155,21 @@ def gate_statistics(gate: Tensor, real: Tensor | None, steps: int = 1) -> tuple[
     return gate.mean(dim=1).sum(dim=1) / count, gate.amax(dim=(1, 2))
 
 
-def open_gate(logit: Tensor, kind: str, threshold: float = 0.0, *, inward: bool = False) -> Tensor:
+def open_gate(logit: Tensor, kind: str, threshold: float = 0.0, *, closing: bool = False) -> Tensor:
     """The gate at `logit`, from 0 to 1; what is below `threshold` is exactly 0.
 
-    kind: "sigmoid", or "hard", which reaches both ends. inward: what gradient a gate at an end has, as in
+    kind: "sigmoid", or "hard", which reaches both ends. closing: as in
     `GatedConfig.gate_gradient`.
     """
     gate = torch.sigmoid(logit)
     if kind == "hard":
         gate = (1 + 2 * STRETCH) * gate - STRETCH
-        gate = cast(Tensor, _Cut.apply(gate)) if inward else gate.clamp(0, 1)
+        gate = cast(Tensor, _Cut.apply(gate)) if closing else gate.clamp(0, 1)
     return torch.where(gate < threshold, 0.0, gate) if threshold else gate
 
 
 class _Cut(torch.autograd.Function):
-    """What `clamp(0, 1)` gives, with the gradient of what is outside if following it leads back inside."""
+    """What `clamp(0, 1)` gives, where what is above 1 has the gradient that leads back below it."""
 
     generate_vmap_rule = True
 
@@ -184,5 +185,4 @@ class _Cut(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # Descent moves against the gradient: it lowers a gate where that is positive.
         (gate,) = ctx.saved_tensors
-        outward = torch.where(gate > 1, gradient < 0, (gate < 0) & (gradient > 0))
-        return gradient.masked_fill(outward, 0)
+        return gradient.masked_fill((gate < 0) | ((gate > 1) & (gradient < 0)), 0)
