@@ -464,7 +464,7 @@ class Backbone:
         given = dict(arguments)
         seen = given.get("attention_mask")
         if seen is None and front.real is not None:
-            # Left out where it says nothing, which it does once something in front is not real.
+            # Without padding no mask was made; what is not real in front needs one.
             seen = self._seeing_all_before(x, where.keys.columns)
         if seen is not None:
             given["attention_mask"] = with_keys_in_front(seen, front, x.shape[1])
