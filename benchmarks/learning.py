@@ -60,6 +60,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "memformer": {"num_slots": 20, "output_std": 0.1},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
     "memoryllm": {"pool_size": 64, "num_written": 4},
+    "memory-prompt": {"num_memory_tokens": 4, "mlp_gain": 1.0},
     "rmt": {"num_memory_tokens": 8},
     "rmt-r": {"num_memory_tokens": 8},
     "titans-mac": {"chunk_length": 8, "output_std": 0.1},

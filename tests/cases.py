@@ -27,6 +27,7 @@ from memlm.memory import (
     MemoryCachingConfig,
     MemoryConfig,
     MemoryLLMConfig,
+    MemoryPromptConfig,
     RMTConfig,
     RMTRConfig,
     TitansMACConfig,
@@ -59,6 +60,7 @@ CASES: dict[str, MemoryConfig] = {
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
     ),
     "memoryllm": MemoryLLMConfig(pool_size=8, num_written=2),
+    "memory-prompt": MemoryPromptConfig(num_memory_tokens=2, mlp_size=8),
     "rmt": RMTConfig(num_memory_tokens=3),
     "rmt-r": RMTRConfig(num_memory_tokens=2, bank_size=2, archive_size=3, recall=1),
     "titans-mac": TitansMACConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3),

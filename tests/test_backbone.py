@@ -12,6 +12,8 @@ from torch import nn
 
 import memlm.memory
 from memlm.backbone import find_attention
+from memlm.backbone.heads import only_real, with_keys_in_front
+from memlm.backbone.open import Front
 from memlm.memory import QKV, Memory, MemoryConfig
 from memlm.modeling import MemLMForCausalLM
 from tests.cases import FAMILIES, SEGMENT, base_model, randomise, tokens
@@ -344,3 +346,24 @@ def test_a_segment_leaves_no_cyclic_garbage(memory: str) -> None:
         gc.garbage.clear()
         gc.enable()
     assert not kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_hide_what_is_not_real(dtype: torch.dtype) -> None:
+    real = torch.tensor([[False, True, True], [True, True, False]])
+    causal = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
+    seen = causal if dtype == torch.bool else torch.zeros(1, 1, 3, 3).masked_fill(~causal, -9e9)
+    shown = only_real(seen, real)
+    longer = with_keys_in_front(seen, Front(3, real), 3)
+    if dtype != torch.bool:
+        shown, longer = shown > -1e9, longer > -1e9
+    assert torch.equal(shown, causal & real[:, None, None])
+    front = real[:, None, None].expand(-1, -1, 3, -1)
+    assert torch.equal(longer, torch.cat([front, causal.expand(2, -1, -1, -1)], -1))
+
+
+def test_masks_that_know_of_no_queries_hide_what_is_not_real() -> None:
+    real, seen = torch.tensor([[False, True]]), torch.tensor([[True, False]])
+    assert only_real(seen, real).tolist() == [[False, False]]
+    assert with_keys_in_front(seen, Front(2, real), 1).tolist() == [[False, True, True, False]]
+    assert with_keys_in_front(seen, Front(2, None), 1).tolist() == [[True, True, True, False]]

@@ -327,6 +327,14 @@ def not_later(seen: Tensor | None, times: Tensor) -> Tensor:
     return seen & past if seen.dtype == torch.bool else seen.masked_fill(~past, _least(seen))
 
 
+def only_real(seen: Tensor, real: Tensor) -> Tensor:
+    """An attention mask (., 1, T, T') narrowed to keys that are `real` (B, T'), or one (B, T') like it."""
+    if seen.ndim == 2:
+        return seen & real
+    keys = real[:, None, None].to(seen.device)
+    return seen & keys if seen.dtype == torch.bool else seen.masked_fill(~keys, _least(seen))
+
+
 def _check_4d(seen: Tensor) -> None:
     if seen.ndim != 4:
         raise ValueError(

@@ -26,6 +26,7 @@ from memlm.backbone.heads import (
     OPENED,
     folded_mask,
     not_later,
+    only_real,
     open_attention,
     places_of,
     rotates_by_position,
@@ -418,8 +419,12 @@ class Backbone:
         x: Tensor,
         mask: Tensor | None,
         times: Tensor | None = None,
+        padded: bool = True,
     ) -> dict[str, Any]:
-        """A stage's arguments for `x` (B, T', D) of another length: positions and mask made anew."""
+        """A stage's arguments for `x` (B, T', D) of another length: positions and mask made anew.
+
+        padded: whether the batch is. Otherwise `mask` is a memory's, about places of its own.
+        """
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         positions = places_of(real, times)
         config = self.config
@@ -437,9 +442,14 @@ class Backbone:
                 config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
             )
 
-        # transformers looks into a mask, to leave it out where it says nothing.
-        mapped = mask is not None and is_mapped(mask)
-        seen = folded_mask(made, x, cast(Tensor, mask)) if mapped else made(x, mask)
+        # transformers looks into a mask, to leave it out where it says nothing, and waits for the device.
+        if mask is not None and not padded:
+            seen = made(x, None)
+            seen = only_real(self._seeing_all_before(x, 0) if seen is None else seen, mask)
+        elif mask is not None and is_mapped(mask):
+            seen = folded_mask(made, x, mask)
+        else:
+            seen = made(x, mask)
         given["attention_mask"] = seen if times is None else not_later(seen, times)
         if given.get("position_ids") is not None:
             given["position_ids"] = positions
@@ -454,7 +464,7 @@ class Backbone:
         given = dict(arguments)
         seen = given.get("attention_mask")
         if seen is None and front.real is not None:
-            # Left out where it says nothing, which it does once something in front is not real.
+            # Without padding no mask was made; what is not real in front needs one.
             seen = self._seeing_all_before(x, where.keys.columns)
         if seen is not None:
             given["attention_mask"] = with_keys_in_front(seen, front, x.shape[1])

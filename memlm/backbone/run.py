@@ -54,6 +54,7 @@ class Places(Protocol):
         x: Tensor,
         mask: Tensor | None,
         times: Tensor | None = None,
+        padded: bool = True,
     ) -> dict[str, Any]: ...
 
     def behind(

@@ -122,8 +122,9 @@ class MemoryStage(Stage):
             given: Mapping[str, Any] = arguments
             kept = memory_run.open
             if x.shape[1] != hidden.shape[1]:
+                padded = memory_run.mask is not None
                 mask = memory_run.mask_for(x) if mask is None else mask
-                given = memory_run.backbone.lengthened(layer, arguments, x, mask, times)
+                given = memory_run.backbone.lengthened(layer, arguments, x, mask, times, padded)
                 inside = inside.but(mask=mask)
                 if kept is not None:
                     count = x.shape[1] - hidden.shape[1]

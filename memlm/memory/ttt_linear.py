@@ -96,12 +96,12 @@ class TTTLinearConfig(MemoryConfig):
 
 class TTTLinearState(NamedTuple):
     """model: W and b where the open mini-batch began; steps: the sums of r_i times its gradients; both
-    float32 or wider. count (B,): its tokens, 0 to C - 1. tail (B, conv_size - 1, H d): the last inputs of
+    float32 or wider. filled (B,): its tokens, 0 to C - 1. tail (B, conv_size - 1, H d): the last inputs of
     the convolutions, or ()."""
 
     model: LinearModel
     steps: LinearModel
-    count: Tensor
+    filled: Tensor
     tail: Tensor | tuple[()]
 
 
@@ -164,11 +164,11 @@ class TTTLinear(Memory):
         weight, bias = (w.to(dtype)[None] for w in (self.initial_weight, self.initial_bias))
         model = LinearModel(*(one.expand(batch_size, -1, -1, -1) for one in (weight, bias)))
         steps = LinearModel(torch.zeros_like(model.weight), torch.zeros_like(model.bias))
-        count = self.zeros(batch_size, dtype=torch.long)
+        filled = self.zeros(batch_size, dtype=torch.long)
         if self.kernel is None:
-            return TTTLinearState(model, steps, count, ())
+            return TTTLinearState(model, steps, filled, ())
         tail = batch_size, self.config.conv_size - 1, self.heads * self.size
-        return TTTLinearState(model, steps, count, self.zeros(*tail, dtype=dtype))
+        return TTTLinearState(model, steps, filled, self.zeros(*tail, dtype=dtype))
 
     def forward(
         self,
@@ -207,7 +207,7 @@ class TTTLinear(Memory):
     ) -> tuple[Tensor, Tensor, Tensor | tuple[()]]:
         """(B, T, D) -> queries and keys (B, T, H d), and the tail of their convolutions."""
         z, tail = self.qk_proj(x), state.tail
-        if self.kernel is not None and isinstance(tail, Tensor):
+        if self.kernel is not None and self.conv_bias is not None and isinstance(tail, Tensor):
             # One projection, and two kernels that see the same inputs.
             both = torch.cat([tail, tail], dim=-1)
             z, both = short_convolution(torch.cat([z, z], dim=-1), self.kernel, both, real)
@@ -225,10 +225,10 @@ class TTTLinear(Memory):
         batch, tokens = given.shape[:2]
         # As many mini-batches as the tokens reach into, wherever in one they begin.
         parts = (tokens + 2 * self.length - 2) // self.length
-        at = (state.count.unsqueeze(1) + torch.arange(tokens, device=given.device)).unsqueeze(-1)
+        at = (state.filled.unsqueeze(1) + torch.arange(tokens, device=given.device)).unsqueeze(-1)
         grid = given.new_zeros(batch, parts * self.length, given.shape[2])
         grid = grid.scatter(1, at.expand_as(given), given)
-        end = state.count + (tokens if real is None else real.sum(dim=1))
+        end = state.filled + (tokens if real is None else real.sum(dim=1))
         norm = Norm(self.norm_weight.to(given.dtype), self.norm_bias.to(given.dtype))
         c = 1 / torch.arange(1, self.length + 1, device=given.device, dtype=given.dtype)
         c = (c + self.place_rates.to(given.dtype)).clamp(min=0).unsqueeze(-1)  # (C, 1)

@@ -123,7 +123,7 @@ def test_equals_steps_down_autograd_s_gradient(
                 answer = 2 * x[index, t] + row.token(x[index, t])
                 torch.testing.assert_close(y[index, t], answer, **EXACT)
                 found, expected = found + y[index, t].sin().sum(), expected + answer.sin().sum()
-            assert state.count[index] == len(row.open[0])
+            assert state.filled[index] == len(row.open[0])
             for h in range(HEADS):
                 torch.testing.assert_close(state.model.weight[index, h], row.models[h][0], **EXACT)
                 torch.testing.assert_close(state.model.bias[index, h, 0], row.models[h][1], **EXACT)
@@ -152,7 +152,7 @@ def test_segments_may_end_anywhere_in_a_mini_batch(cuts: list[int]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
     for a, b in zip((*state.model, *state.steps), (*last.model, *last.steps), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
-    assert torch.equal(state.count, last.count) and last.count.tolist() == [10 % C] * ROWS
+    assert torch.equal(state.filled, last.filled) and last.filled.tolist() == [10 % C] * ROWS
 
 
 def test_the_slope_is_autograd_s() -> None:
@@ -173,7 +173,7 @@ def test_tokens_without_a_rate_leave_the_model_as_it_was() -> None:
     memory.rate_proj.bias.fill_(-1e4)
     _, after = memory(x, state, lambda x: x, mask=None)
     assert all(torch.equal(a, b) for a, b in zip(after.model, state.model, strict=True))
-    assert not after.steps.weight.any() and after.count.tolist() == [T % C] * ROWS
+    assert not after.steps.weight.any() and after.filled.tolist() == [T % C] * ROWS
 
 
 @torch.no_grad()
