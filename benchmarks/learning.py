@@ -53,6 +53,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "infini": {"initial_gate": 1.0},
     "knn": {"capacity": 256, "layers": [0, 1]},
     "lact": {"output_std": 0.1},
+    "landmark": {"num_blocks": 20, "block_length": 8},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
     "mom": {"rule": "delta", "chunk_length": 16, "output_std": 0.1},
     "rmt": {"num_memory_tokens": 8},

@@ -19,6 +19,7 @@ from memlm.memory import (
     InfiniConfig,
     KNNConfig,
     LaCTConfig,
+    LandmarkConfig,
     MemoryCachingConfig,
     MemoryConfig,
     MoMConfig,
@@ -44,6 +45,7 @@ CASES: dict[str, MemoryConfig] = {
     "infini": InfiniConfig(),
     "knn": KNNConfig(capacity=20, top_k=5, layers=(0, 1)),
     "lact": LaCTConfig(num_heads=2, expansion=2),
+    "landmark": LandmarkConfig(num_blocks=5, block_length=4, top_k=2),
     "memory-caching": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
     ),

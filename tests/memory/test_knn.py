@@ -14,6 +14,7 @@ from memlm import MemLMForCausalLM
 from memlm.memory import QKV, KNNConfig, knn
 from memlm.memory.base import Attended, Dims
 from memlm.memory.knn import KNN
+from memlm.segment import cut
 from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -178,6 +179,15 @@ def test_no_row_reads_another_row_s_store(combine: str) -> None:
     # What the others hold is what row 0 looks for.
     other[1:] = ids[:1]
     assert torch.equal(model(ids).logits[0], model(other).logits[0])
+
+
+@torch.no_grad()
+def test_joint_writes_where_nobody_wants_its_output() -> None:
+    model = memory_model("llama", KNNConfig(capacity=20, top_k=5, combine="joint"))
+    ids = tokens(1, 3 * SEGMENT)
+    read, run = model.read(cut(ids, None, None, SEGMENT)), model(ids).memory_state
+    for name in run.tensors:
+        torch.testing.assert_close(read[name], run[name], **EXACT)
 
 
 # Partial, interleaved and scaled turns, and softmax scales of their own.

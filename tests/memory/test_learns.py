@@ -25,6 +25,7 @@ from memlm.memory import (
     InfiniConfig,
     KNNConfig,
     LaCTConfig,
+    LandmarkConfig,
     MemoryCachingConfig,
     MemoryConfig,
     MoMConfig,
@@ -51,6 +52,7 @@ RECIPES: dict[str, MemoryConfig] = {
     # No gradient reaches stored keys; a single layer needs more steps than a check may take.
     "knn": KNNConfig(capacity=32, layers=(0, 1)),
     "lact": LaCTConfig(output_std=0.1),
+    "landmark": LandmarkConfig(num_blocks=4, block_length=8, top_k=4),
     "memory-caching": MemoryCachingConfig(num_slots=4, output_std=0.1),
     "mom": MoMConfig(rule="delta", output_std=0.1),
     "rmt": RMTConfig(num_memory_tokens=2),
