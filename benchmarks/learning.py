@@ -61,6 +61,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "titans-mac": {"chunk_length": 8, "output_std": 0.1},
     "titans-mag": {"chunk_length": 8, "output_std": 0.1},
     "titans-mal": {"chunk_length": 8, "output_std": 0.1},
+    "tova": {"memory_length": 64},
     "transformer-xl": {"memory_length": 64},
 }
 

@@ -28,6 +28,7 @@ from memlm.memory import (
     TitansMACConfig,
     TitansMAGConfig,
     TitansMALConfig,
+    TOVAConfig,
     TransformerXLConfig,
     memory_class,
     name_of,
@@ -55,6 +56,7 @@ CASES: dict[str, MemoryConfig] = {
     "titans-mac": TitansMACConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3),
     "titans-mag": TitansMAGConfig(num_heads=2, depth=1, chunk_length=1),
     "titans-mal": TitansMALConfig(depth=3, chunk_length=6, head_dim=5, conv_size=4),
+    "tova": TOVAConfig(memory_length=7),
     "transformer-xl": TransformerXLConfig(memory_length=20),
 }
 

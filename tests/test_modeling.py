@@ -31,6 +31,7 @@ def test_names_are_discovered_from_files() -> None:
         "mom",
         *rmt,
         *titans,
+        "tova",
         "transformer-xl",
     )
     assert available_memories() == names

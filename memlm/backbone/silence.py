@@ -19,7 +19,7 @@ from memlm.memory.parts.gates import GatedMemory
 def unchanged(x: Any, parts: bool = False, **given: Any) -> Any:
     """In place of a stage whose output nobody wants."""
     output = x.q if isinstance(x, QKV) else x
-    return Attended(output, output[..., 0], output) if parts else output
+    return Attended(output, output[..., 0], output, output) if parts else output
 
 
 def run_memory(

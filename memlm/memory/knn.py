@@ -153,9 +153,10 @@ class KNN(Memory):
         self, x: QKV, state: KNNState, inner: InnerHeads, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, KNNState]:
         if self.joint:
-            local, local_lse, query = inner(x, parts=True)
-            found, lse = self.read(x.q, state, query)
-            weight = share(lse, local_lse)
+            parts = inner(x, parts=True)
+            local = parts.output
+            found, lse = self.read(x.q, state, parts.query)
+            weight = share(lse, parts.lse)
         else:
             assert self.gate is not None
             local = inner(x)

@@ -107,9 +107,9 @@ class Landmark(Memory):
         mask: Tensor | None,
         write: bool = True,
     ) -> tuple[Tensor, LandmarkState]:
-        local, local_lse, query = inner(x, parts=True)
-        found, lse = self.read(query, state)
-        y = mixed(share(lse, local_lse), found, lse, local)
+        local = inner(x, parts=True)
+        found, lse = self.read(local.query, state)
+        y = mixed(share(lse, local.lse), found, lse, local.output)
         return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
 
     def write(
@@ -154,11 +154,10 @@ class Landmark(Memory):
                     tokens + first, tokens < length, part.repeat_interleave(k, dim=2), *entries
                 )
                 read, lse = (t.unflatten(2, (-1, k)) for t in (read, lse))
-                weighs = torch.where(lse > none(lse), near, lse) if self.config.grouped else lse
+                weighs = near if self.config.grouped else lse
                 found = torch.einsum("bgrk,bgrkd->bgrd", weighs.softmax(dim=-1), read)
                 parts.append((found, weighs.logsumexp(dim=-1)))
             found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-            lse = lse.masked_fill((state.length == 0)[:, None, None], none(lse))
         return (
             rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),
             rearrange(lse, "B G (h T) -> B (G h) T", h=h),

@@ -29,7 +29,7 @@ def local(x: QKV, mask: torch.Tensor | None = None, parts: bool = False) -> torc
         seen = seen & front[:, None, None]
     scores = (query @ k.mT).masked_fill(~seen, -math.inf)
     y = scores.softmax(-1) @ v
-    return Attended(y, scores.logsumexp(-1), query) if parts else y
+    return Attended(y, scores.logsumexp(-1), query, scores) if parts else y
 
 
 def segments(count: int, groups: int = G) -> list[QKV]:

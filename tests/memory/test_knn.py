@@ -49,7 +49,7 @@ def local(x: QKV, mask=None, parts: bool = False) -> torch.Tensor | Attended:
     query = 0.8 * x.q
     scores = query @ k.mT + torch.full((T, T), -math.inf, dtype=torch.float64).triu(1)
     y = scores.softmax(-1) @ v
-    return Attended(y, scores.logsumexp(-1), query) if parts else y
+    return Attended(y, scores.logsumexp(-1), query, scores) if parts else y
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -201,8 +201,12 @@ def test_the_house_opens_its_softmax(family: str, monkeypatch) -> None:
     checked = []
 
     def forward(self, x, state, inner, *, mask, write=True):
-        y, lse, query = inner(x, parts=True)
+        y, lse, query, own = inner(x, parts=True)
         torch.testing.assert_close(y, inner(x), **EXACT)
+        # The scores are what the output is made of.
+        v = x.v.repeat_interleave(own.shape[1] // x.v.shape[1], 1)
+        torch.testing.assert_close(own.softmax(-1).to(v.dtype) @ v, y, **EXACT)
+        torch.testing.assert_close(own.logsumexp(-1), lse, **EXACT)
         batch, groups, length, size = x.k.shape
         # A key of zeros in front scores 0, so that its weight is 1 / (1 + e^lse).
         zero, one = x.k.new_zeros(batch, groups, 1, size), x.k.new_ones(batch, groups, 1, size)

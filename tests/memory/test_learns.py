@@ -33,6 +33,7 @@ from memlm.memory import (
     TitansMACConfig,
     TitansMAGConfig,
     TitansMALConfig,
+    TOVAConfig,
     TransformerXLConfig,
     available_memories,
 )
@@ -59,6 +60,7 @@ RECIPES: dict[str, MemoryConfig] = {
     "titans-mac": TitansMACConfig(output_std=0.1),
     "titans-mag": TitansMAGConfig(output_std=0.1),
     "titans-mal": TitansMALConfig(output_std=0.1),
+    "tova": TOVAConfig(memory_length=32),
     "transformer-xl": TransformerXLConfig(memory_length=32),
 }
 
