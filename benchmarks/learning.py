@@ -47,6 +47,7 @@ from memlm.tasks import babi
 # Sizes and initial scales; what is not named is the mechanism's default.
 MEMORIES: dict[str, dict[str, Any]] = {
     "armt": {"num_memory_tokens": 4, "d_mem": 32, "value_std": 0.1, "token_std": 0.02},
+    "camelot": {"num_modes": 256},
     "compressive": {"memory_length": 16, "compressed_length": 32},
     "gated-delta": {"rule": "delta", "chunk_length": 16, "output_std": 0.1},
     "gated-delta-heads": {"decays": False, "initial_mix": 1.0},

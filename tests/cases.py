@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from memlm.memory import (
     ARMTConfig,
     BaseRecurrentConfig,
+    CAMELoTConfig,
     CompressiveConfig,
     GatedDeltaConfig,
     GatedDeltaHeadsConfig,
@@ -40,6 +41,7 @@ from memlm.modeling import MemLMForCausalLM
 CASES: dict[str, MemoryConfig] = {
     "armt": ARMTConfig(num_memory_tokens=3, d_mem=8),
     "base-recurrent": BaseRecurrentConfig(),
+    "camelot": CAMELoTConfig(num_modes=9, merge_similarity=0.5),
     "compressive": CompressiveConfig(memory_length=4, compressed_length=11, compression_rate=2),
     "gated-delta": GatedDeltaConfig(chunk_length=4, conv_size=3, num_heads=2),
     "gated-delta-heads": GatedDeltaHeadsConfig(chunk_length=4),

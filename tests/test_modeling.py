@@ -21,6 +21,7 @@ def test_names_are_discovered_from_files() -> None:
         "none",
         "armt",
         "base-recurrent",
+        "camelot",
         "compressive",
         *gated,
         "infini",

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, Mamba2Config
 from memlm import MemLMForCausalLM
 from memlm.memory import (
     ARMTConfig,
+    CAMELoTConfig,
     CompressiveConfig,
     GatedDeltaConfig,
     GatedDeltaHeadsConfig,
@@ -45,6 +46,8 @@ ASK = VALUES + NOISE
 RECIPES: dict[str, MemoryConfig] = {
     # The paper's zero start needs more steps than a check may take.
     "armt": ARMTConfig(num_memory_tokens=2, d_mem=16, value_std=0.1),
+    # No gradient reaches its modes.
+    "camelot": CAMELoTConfig(num_modes=32, merge_similarity=2.0),
     # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
     "gated-delta": GatedDeltaConfig(rule="delta", output_std=0.1),

@@ -67,6 +67,20 @@ def test_equals_attention_and_ranking_token_by_token(groups: int, length: int) -
     assert left == (length < 30)
 
 
+@torch.no_grad()
+def test_a_weight_of_zero_is_more_than_what_is_not_there() -> None:
+    """Where there is room, even a token that nobody attends to stays."""
+    memory, x = cell(memory_length=30), segments(1)[0]
+    x = QKV(1e4 * x.q, x.k, x.v)
+    mask = torch.tensor([[True] * T, [True, False, True, True, True]])
+    attended = local(x, parts=True)
+    assert (attended.scores.softmax(-1)[:, :, -1] == 0).any(-1).all()
+    _, state = memory(x, memory.init_state(B), stage(mask), mask=mask)
+    assert state.length.tolist() == [5, 4]
+    assert torch.equal(state.keys[0, :, -5:], x.k[0])
+    assert torch.equal(state.keys[1, :, -4:], x.k[1][:, mask[1]])
+
+
 def stage(mask: torch.Tensor):
     """`local`, in which padding is not seen."""
 
