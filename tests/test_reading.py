@@ -17,6 +17,7 @@ from memlm.memory import (
     LaCTConfig,
     MemoryCachingConfig,
     MemoryConfig,
+    MoMConfig,
     TitansMALConfig,
     memory_class,
     name_of,
@@ -100,6 +101,7 @@ SKIPPING = {
     "gated-delta-heads": GatedDeltaHeadsConfig(write_gate="hard"),
     "lact": LaCTConfig(write_gate="hard"),
     "memory-caching": MemoryCachingConfig(write_gate="hard", num_slots=4, num_heads=2),
+    "mom": MoMConfig(write_gate="hard", num_heads=2),
 }
 
 

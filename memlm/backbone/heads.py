@@ -105,7 +105,7 @@ def _attend(
         y = attention(module, q, k, v, seen, **kwargs)[0].transpose(1, 2)
         if not parts:
             return y
-        return Attended(y, *_lse_and_query(q, k, seen, _first_cos(run, layer, x, cos), kwargs))
+        return Attended(y, *_softmax_parts(q, k, seen, _first_cos(run, layer, x, cos), kwargs))
 
     return run.chain("heads", layer, stage, QKV(query, key, value)).transpose(1, 2), None
 
@@ -177,10 +177,10 @@ def with_keys_in_front(seen: Tensor, front: Front, queries: int) -> Tensor:
     return torch.cat([real, seen.expand(real.shape[0], -1, -1, -1)], dim=-1)
 
 
-def _lse_and_query(
+def _softmax_parts(
     q: Tensor, k: Tensor, seen: Tensor | None, cos: Tensor | None, arguments: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """The last two of `Attended`, from queries and keys as the softmax takes them.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last three of `Attended`, from queries and keys as the softmax takes them.
 
     ValueError for an attention whose softmax is not one over scaled products.
     """
@@ -209,7 +209,7 @@ def _lse_and_query(
         # At the first position nothing is rotated, but some families scale as they rotate.
         size = cos.shape[-1]
         q = torch.cat([q[..., :size] * cos[:, None, :1], q[..., size:]], dim=-1)
-    return scores.logsumexp(dim=-1), q
+    return scores.logsumexp(dim=-1), q, scores
 
 
 @torch.no_grad()

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlm.memory.base import QKV, Memory
+from memlm.memory.base import QKV, Attended, Memory
 from memlm.memory.parts.folding import is_mapped
 from memlm.memory.parts.gates import GatedMemory
 
 
-def unchanged(x: Any, **given: Any) -> Tensor:
+def unchanged(x: Any, parts: bool = False, **given: Any) -> Any:
     """In place of a stage whose output nobody wants."""
-    return x.q if isinstance(x, QKV) else x
+    output = x.q if isinstance(x, QKV) else x
+    return Attended(output, output[..., 0], output, output) if parts else output
 
 
 def run_memory(

@@ -36,12 +36,14 @@ class Attended(NamedTuple):
     """Attention at "heads", open to more keys: output (B, H, T, dh), and what it takes to go on.
 
     lse (B, H, T): the log-sum-exp of each query's scores. query (B, H, T, dh): its product with a key that
-    carries no position is the score that key would have at the first token's place.
+    carries no position is the score that key would have at the first token's place. scores (B, H, T, T'):
+    those of the keys that are there, float32 or wider; of what a query does not see, the least number.
     """
 
     output: Tensor
     lse: Tensor
     query: Tensor
+    scores: Tensor
 
 
 class Inner(Protocol):

@@ -38,6 +38,7 @@ from memlm.memory.base import (
     option,
 )
 from memlm.memory.parts.cache import held, push
+from memlm.memory.parts.retrieved import attend, mixed, none, share
 
 SIMILARITIES = ("cosine", "dot")
 COMBINATIONS = ("gate", "joint")
@@ -152,16 +153,16 @@ class KNN(Memory):
         self, x: QKV, state: KNNState, inner: InnerHeads, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, KNNState]:
         if self.joint:
-            local, local_lse, query = inner(x, parts=True)
-            found, lse = self.read(x.q, state, query)
-            weight = torch.sigmoid(lse - local_lse.to(lse.dtype)).unsqueeze(-1)
+            parts = inner(x, parts=True)
+            local = parts.output
+            found, lse = self.read(x.q, state, parts.query)
+            weight = share(lse, parts.lse)
         else:
             assert self.gate is not None
             local = inner(x)
             found, lse = self.read(x.q, state)
-            weight = rearrange(torch.sigmoid(self.gate), "H -> H 1 1").to(found.dtype)
-        mixed = weight * found + (1 - weight) * local.to(found.dtype)
-        y = torch.where(lse.unsqueeze(-1) > _none(lse), mixed.to(local.dtype), local)
+            weight = rearrange(torch.sigmoid(self.gate), "H -> H 1").to(found.dtype)
+        y = mixed(weight, found, lse, local)
         return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
 
     def write(self, k: Tensor, v: Tensor, state: KNNState, mask: Tensor | None) -> KNNState:
@@ -205,7 +206,7 @@ class KNN(Memory):
             parts = []
             for s, w in zip(search.split(rows, 2), weigh.split(rows, 2), strict=True):
                 index, real = self._search(s, keys, empty)
-                parts.append(_attend(index + first * keys.shape[2], real, w, *entries))
+                parts.append(attend(index + first * keys.shape[2], real, w, *entries))
             found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         return (
             rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),
@@ -231,26 +232,8 @@ class KNN(Memory):
             rearrange(keys, "B G N dh -> (B G) dh N"),
         )
         near, index = scores.topk(self.top_k, dim=-1, sorted=False)
-        least = _none(near) if self.min_similarity is None else self.min_similarity
+        least = none(near) if self.min_similarity is None else self.min_similarity
         places, real = (
             rearrange(t, "(B G) R k -> B G R k", G=keys.shape[1]) for t in (index, near >= least)
         )
         return places, real
-
-
-def _attend(
-    index: Tensor, real: Tensor, q: Tensor, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention of queries (B, G, R, dh) to entries (B, G, R, k) of keys and values (n, dh)."""
-    k, v = (
-        entries.index_select(0, index.flatten()).unflatten(0, index.shape).to(q.dtype)
-        for entries in (keys, values)
-    )
-    scores = torch.einsum("bgrkd,bgrd->bgrk", k, q).masked_fill(~real, _none(q))
-    found = torch.einsum("bgrkd,bgrk->bgrd", v, scores.softmax(dim=-1))
-    return found, scores.logsumexp(dim=-1).masked_fill(~real.any(dim=-1), _none(q))
-
-
-def _none(like: Tensor) -> float:
-    """Stands for the score of no key: finite, so that no gradient becomes NaN."""
-    return torch.finfo(like.dtype).min

@@ -38,6 +38,7 @@ from memlm.memory.base import (
     option,
 )
 from memlm.memory.parts.checks import check_least, head_sizes
+from memlm.memory.parts.delta_block import EPSILON, answered
 from memlm.memory.parts.delta_kernels import run_delta_rule
 from memlm.memory.parts.delta_rule import Tokens
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
@@ -51,7 +52,6 @@ from memlm.memory.parts.tokens import (
 
 READS = ("top-k", "gated", "residual", "soup")
 SUMMARIES = ("written", "mean")
-EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,9 +255,7 @@ class MemoryCaching(GatedMemory):
         with torch.autocast(x.device.type, enabled=False):
             weights = self._weights(wanted.to(q.dtype), means, state)
             found = self._ask(q, state.memory, weights[..., 1:]) + weights[:, None, :, :1] * own
-            found = F.rms_norm(found, (self.values,), self.o_norm.to(found.dtype), EPSILON)
-            found = rearrange(found, "b h t d -> b t (h d)").to(x.dtype)
-        return self.o_proj(found * F.silu(self.g_proj(x)))
+        return answered(found, x, self.o_norm, self.g_proj, self.o_proj)
 
     def _heads(
         self, x: Tensor, real: Tensor | None, dtype: torch.dtype

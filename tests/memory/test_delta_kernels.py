@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from memlm.memory import GatedDeltaConfig
-from memlm.memory.gated_delta import RULES
 from memlm.memory.parts import delta_kernels
+from memlm.memory.parts.delta_block import RULES
 from memlm.memory.parts.delta_kernels import by_kernel, run_delta_rule
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from tests.cases import SEGMENT, memory_model, tokens

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from memlm.memory import GatedDeltaConfig
 from memlm.memory.base import Dims
-from memlm.memory.gated_delta import RULES, GatedDelta
+from memlm.memory.gated_delta import GatedDelta
+from memlm.memory.parts.delta_block import RULES
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.feature_maps import pair_product
 from memlm.memory.parts.gates import STRETCH, open_gate

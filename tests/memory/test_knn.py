@@ -14,6 +14,7 @@ from memlm import MemLMForCausalLM
 from memlm.memory import QKV, KNNConfig, knn
 from memlm.memory.base import Attended, Dims
 from memlm.memory.knn import KNN
+from memlm.segment import cut
 from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -48,7 +49,7 @@ def local(x: QKV, mask=None, parts: bool = False) -> torch.Tensor | Attended:
     query = 0.8 * x.q
     scores = query @ k.mT + torch.full((T, T), -math.inf, dtype=torch.float64).triu(1)
     y = scores.softmax(-1) @ v
-    return Attended(y, scores.logsumexp(-1), query) if parts else y
+    return Attended(y, scores.logsumexp(-1), query, scores) if parts else y
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -180,6 +181,15 @@ def test_no_row_reads_another_row_s_store(combine: str) -> None:
     assert torch.equal(model(ids).logits[0], model(other).logits[0])
 
 
+@torch.no_grad()
+def test_joint_writes_where_nobody_wants_its_output() -> None:
+    model = memory_model("llama", KNNConfig(capacity=20, top_k=5, combine="joint"))
+    ids = tokens(1, 3 * SEGMENT)
+    read, run = model.read(cut(ids, None, None, SEGMENT)), model(ids).memory_state
+    for name in run.tensors:
+        torch.testing.assert_close(read[name], run[name], **EXACT)
+
+
 # Partial, interleaved and scaled turns, and softmax scales of their own.
 TURNS = ("phi", "cohere2", "exaone4", "glm", "granite")
 
@@ -191,8 +201,12 @@ def test_the_house_opens_its_softmax(family: str, monkeypatch) -> None:
     checked = []
 
     def forward(self, x, state, inner, *, mask, write=True):
-        y, lse, query = inner(x, parts=True)
+        y, lse, query, own = inner(x, parts=True)
         torch.testing.assert_close(y, inner(x), **EXACT)
+        # The scores are what the output is made of.
+        v = x.v.repeat_interleave(own.shape[1] // x.v.shape[1], 1)
+        torch.testing.assert_close(own.softmax(-1).to(v.dtype) @ v, y, **EXACT)
+        torch.testing.assert_close(own.logsumexp(-1), lse, **EXACT)
         batch, groups, length, size = x.k.shape
         # A key of zeros in front scores 0, so that its weight is 1 / (1 + e^lse).
         zero, one = x.k.new_zeros(batch, groups, 1, size), x.k.new_ones(batch, groups, 1, size)

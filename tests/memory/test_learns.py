@@ -20,6 +20,7 @@ from memlm import MemLMForCausalLM
 from memlm.memory import (
     ARMTConfig,
     BlockRecurrentConfig,
+    CAMELoTConfig,
     CompressiveConfig,
     FAMConfig,
     GatedDeltaConfig,
@@ -28,16 +29,19 @@ from memlm.memory import (
     InfiniConfig,
     KNNConfig,
     LaCTConfig,
+    LandmarkConfig,
     LM2Config,
     MemformerConfig,
     MemoryCachingConfig,
     MemoryConfig,
     MemoryLLMConfig,
     MemoryPromptConfig,
+    MoMConfig,
     RMTConfig,
     TitansMACConfig,
     TitansMAGConfig,
     TitansMALConfig,
+    TOVAConfig,
     TransformerXLConfig,
     TTTLinearConfig,
     available_memories,
@@ -50,7 +54,9 @@ ASK = VALUES + NOISE
 RECIPES: dict[str, MemoryConfig] = {
     # The paper's zero start needs more steps than a check may take.
     "armt": ARMTConfig(num_memory_tokens=2, d_mem=16, value_std=0.1),
+    # No gradient reaches its modes.
     "block-recurrent": BlockRecurrentConfig(num_states=8, initial_scale=4.0, output_std=0.1),
+    "camelot": CAMELoTConfig(num_modes=32, merge_similarity=2.0),
     # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
     "fam": FAMConfig(num_memory_tokens=2),
@@ -61,15 +67,18 @@ RECIPES: dict[str, MemoryConfig] = {
     # No gradient reaches stored keys; a single layer needs more steps than a check may take.
     "knn": KNNConfig(capacity=32, layers=(0, 1)),
     "lact": LaCTConfig(output_std=0.1),
+    "landmark": LandmarkConfig(num_blocks=4, block_length=8, top_k=4),
     "lm2": LM2Config(num_slots=4, output_std=0.1),
     "memformer": MemformerConfig(num_slots=4, output_std=0.1),
     "memory-caching": MemoryCachingConfig(num_slots=4, output_std=0.1),
-    "memoryllm": MemoryLLMConfig(pool_size=24, num_written=6),
     "memory-prompt": MemoryPromptConfig(num_memory_tokens=2, mlp_gain=1.0),
+    "memoryllm": MemoryLLMConfig(pool_size=24, num_written=6),
+    "mom": MoMConfig(rule="delta", output_std=0.1),
     "rmt": RMTConfig(num_memory_tokens=2),
     "titans-mac": TitansMACConfig(output_std=0.1),
     "titans-mag": TitansMAGConfig(output_std=0.1),
     "titans-mal": TitansMALConfig(output_std=0.1),
+    "tova": TOVAConfig(memory_length=32),
     "transformer-xl": TransformerXLConfig(memory_length=32),
     "ttt-linear": TTTLinearConfig(mini_batch=8, output_std=0.1),
 }
