@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import random
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -102,10 +103,11 @@ def load(minutes: float, seed: int) -> dict[str, Any]:
             stream.write(text)
             stream.write("John moved to the kitchen. ")
             stream.ask("Where is John?", max_new_tokens=3)
-            place = Path(folder) / str(documents % 5)
-            if documents % 4 == 0 and index is None:
+            if documents % 4 == 0:
+                place = Path(folder) / str(documents)
                 stream.save(place)
-                stream = DocumentStream.load(place, model, tokenizer)
+                stream = DocumentStream.load(place, model, tokenizer, HashingEmbedder(256))
+                shutil.rmtree(place)
             stream.fork().write(text[:200])
             documents, characters = documents + 1, characters + len(text)
             if passed >= at:

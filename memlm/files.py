@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -33,19 +34,19 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any])
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{_host()}_{os.getpid()}_{secrets.token_hex(4)}")
-    _remove_abandoned(path)
+    temporary = temporary_beside(path)
+    remove_abandoned(path)
     try:
         # Made here, so that `write` finds a file that only its owner may read.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         write(temporary)
         os.chmod(temporary, 0o644)
-        _to_disk(temporary)
+        put_on_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     with suppress(OSError):  # Not every file system takes it of a folder.
-        _to_disk(path.parent)
+        put_on_disk(path.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -170,24 +171,33 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files of `path` whose writers, on this machine, are no more."""
+def temporary_beside(path: Path) -> Path:
+    """A name for what shall become `path`, of this process; a later one knows by it that it was left."""
+    return path.with_name(f"{_begun(path)}{os.getpid()}_{secrets.token_hex(4)}")
+
+
+def _begun(path: Path) -> str:
+    return f".{path.name.removeprefix('.')}.{_host()}_"
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove files and folders that were to become `path`, of writers of this machine that are no more."""
     import psutil
 
-    begun = re.compile(re.escape(f".{path.name}.{_host()}_") + r"(\d+)_[0-9a-f]{8}")
+    begun = re.compile(re.escape(_begun(path)) + r"(\d+)_[0-9a-f]{8}")
     for entry in os.listdir(path.parent):
         found = begun.fullmatch(entry)
         if found is None or psutil.pid_exists(int(found[1])):
             continue
         with suppress(OSError):
-            file = path.parent / entry
+            left = path.parent / entry
             # Containers may share a host's name and number their processes apart: a file that is being
             # written has changed a moment ago.
-            if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
-                file.unlink()
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def _to_disk(path: Path) -> None:
+def put_on_disk(path: Path) -> None:
     """Let what was written survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:

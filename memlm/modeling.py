@@ -31,7 +31,7 @@ from memlm.logits import (
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.output import LogitsNotMade, MemLMOutput
 from memlm.rolling import RollingMemory
-from memlm.saving import SavingMixin
+from memlm.saving import SavingMixin, finish_save
 from memlm.scan import Anchor, first_window, scan
 from memlm.scheduling import How, Read, Scheduler
 from memlm.segment import IGNORE, Alignment, Segment, cut
@@ -166,12 +166,21 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         return model.train(was_training)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As transformers does; under a `device_map` each memory goes to the device of its layer.
 
         RuntimeError when the map leaves a memory on the disk.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        name = pretrained_model_name_or_path
+        if name is not None:
+            folder = os.path.join(name, kwargs.get("subfolder") or "")
+            finish_save(folder, kwargs.get("config") is not None)
+        loaded = super().from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model, "hf_device_map", None):
             model.memory.check_present(model.backbone.device)

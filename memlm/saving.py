@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,8 @@ from memlm.attach import MemoryStack
 from memlm.backbone import Backbone
 from memlm.card import CARD, base_name, license_of, read_config, write_card
 from memlm.config import FORMAT_VERSION, MemLMConfig
-from memlm.files import read_json, write_atomically, write_json
+from memlm.files import read_json, write_json
+from memlm.folders import CONFIG, finish_replacing, replace_together
 from memlm.memory import config_to_dict, resolve_memories
 from memlm.state import read_safetensors, tensors_checksum
 
@@ -51,6 +53,7 @@ class SavingMixin:
     ) -> None:
         """As transformers does, with a model card; the base model's configuration is saved as it is now.
 
+        Whenever the save is interrupted, the folder holds the model that was there before, or the new one.
         The card (README.md) tells of the recipe where one is in the folder. It keeps what somebody wrote
         outside of its marks. push_to_hub: upload the files as well, as `push_to_hub` does, to `repo_id`,
         the folder's name by default. With LoRA of peft in the base, what `save_adapter` writes is written
@@ -82,11 +85,16 @@ class SavingMixin:
         uploading = {key: kwargs.pop(key) for key in _UPLOADING if push_to_hub and key in kwargs}
         hub = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
         self.config.text_config = copy.deepcopy(self.base.config)
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs
-        )
+        save = super().save_pretrained  # type: ignore[misc]
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            # The first writes nothing, of the second every process writes a part into one folder.
+            save(save_directory, **kwargs)
+        else:
+            with replace_together(save_directory, weights_pattern(kwargs.get("variant"))) as folder:
+                save(folder, **kwargs)
         if is_main_process:
-            _renew_card(save_directory)
+            renew_card(save_directory)
             if push_to_hub:
                 repo_id = uploading.pop("repo_id", Path(save_directory).resolve().name)
                 self.push_to_hub(repo_id, **hub, **uploading)
@@ -143,10 +151,12 @@ class SavingMixin:
         LoRA adapters at once, or layers that peft put around the whole model.
         """
         lora = _lora_of(self)
-        self.save_memory(directory)
-        if lora is not None:
-            _save_lora(self.base, lora, Path(directory))
-        _renew_card(directory)
+        # A LoRA that an earlier save left would be put on the base again.
+        with replace_together(directory, re.escape(LORA_WEIGHTS) + "|" + LORA_CONFIG) as folder:
+            self.save_memory(folder)
+            if lora is not None:
+                _save_lora(self.base, lora, folder)
+        renew_card(directory)
 
     @classmethod
     def from_adapter(
@@ -208,7 +218,28 @@ _UPLOADING = (
 )  # fmt: skip
 
 
-def _renew_card(directory: str | os.PathLike[str]) -> None:
+def weights_pattern(variant: str | None = None) -> str:
+    """The names that transformers gives to the weights of a model, whole or in parts."""
+    named = "" if variant is None else re.escape(f".{variant}")
+    return (
+        rf"model{named}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{named}\.json"
+    )
+
+
+def finish_save(directory: str | os.PathLike[str], configured: bool) -> None:
+    """Before a model is read: put in place what an interrupted save had ready.
+
+    configured: the caller has a configuration already. ValueError if it may be that of before.
+    """
+    if CONFIG in finish_replacing(directory) and configured:
+        raise ValueError(
+            f"directory={str(directory)!r} held a save that had been interrupted; it is whole now, and the "
+            "configuration is another one: load the model again"
+        )
+
+
+def renew_card(directory: str | os.PathLike[str]) -> None:
+    """Write the card of what was just saved; a README.md that cannot be read is left, with a warning."""
     try:
         write_card(directory)
     except ValueError as error:
@@ -285,7 +316,7 @@ def _lora_of(model: SavingMixin) -> str | None:
 
 
 def _save_lora(base: PreTrainedModel, name: str, directory: Path) -> None:
-    """Write an adapter of peft as peft itself does."""
+    """Write an adapter of peft as peft itself does, into a folder that is not in its place yet."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -294,10 +325,7 @@ def _save_lora(base: PreTrainedModel, name: str, directory: Path) -> None:
         f"base_model.model.{key}": value.detach().cpu().contiguous().clone()
         for key, value in get_peft_model_state_dict(base, adapter_name=name).items()
     }
-    metadata = {"format": "pt"}
-    write_atomically(
-        directory / LORA_WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata)
-    )
+    save_file(tensors, directory / LORA_WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(base.peft_config[name])
     config.base_model_name_or_path = base.config._name_or_path
     config.inference_mode = True
@@ -314,15 +342,15 @@ def save_memory(
         name: value.detach().cpu().contiguous().clone()
         for name, value in memory.state_dict().items()
     }
-    directory = Path(directory)
-    write_atomically(directory / MEMORY_WEIGHTS, lambda path: save_file(tensors, path))
-    write_json(
-        directory / MEMORY_CONFIG, {**description, WEIGHTS_CHECKSUM: tensors_checksum(tensors)}
-    )
+    described = {**description, WEIGHTS_CHECKSUM: tensors_checksum(tensors)}
+    with replace_together(directory) as folder:
+        save_file(tensors, folder / MEMORY_WEIGHTS)
+        write_json(folder / MEMORY_CONFIG, described)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The description and tensors that `save_memory` wrote."""
+    finish_replacing(directory)
     for name in (MEMORY_CONFIG, MEMORY_WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from memlm.modeling import MemLMForCausalLM
 from memlm.retrieval.base import Embedder
+from memlm.retrieval.chunk_store import StoreAddress
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.index import ChunkIndex
 from memlm.retrieval.retriever import Retriever, as_retriever, render_parts
@@ -330,10 +331,12 @@ class DocumentStream:
         model: MemLMForCausalLM,
         tokenizer: Any,
         embedder: Embedder | None = None,
+        store: str | os.PathLike[str] | StoreAddress | None = None,
     ) -> DocumentStream:
         """Load a saved stream, to go on with it. ValueError when it is damaged, or another model's.
 
-        embedder: of the stream's index; None is a HashingEmbedder.
+        embedder: of the stream's index; None is a HashingEmbedder. store: where the index's chunks are, in
+        place of the saved address, as in `ChunkIndex.load`; the next save writes the new one.
         """
         path = Path(directory) / FILE
         if not path.is_file():
@@ -365,10 +368,17 @@ class DocumentStream:
                     f"{str(path)!r} was saved with {name}={getattr(saved, name)}, but here it is {ours}; "
                     "use the model and the tokenizer it was written with"
                 )
+        if store is not None and saved.retrieval is None:
+            raise ValueError(
+                f"{str(path)!r} was saved without retrieval; leave store={store!r} out, or index the text "
+                "again in a new stream"
+            )
         admitted = model._admit(state, 1)
         retriever = None
         if saved.retrieval is not None:
-            index = ChunkIndex.load(Path(directory) / INDEX, embedder or HashingEmbedder())
+            index = ChunkIndex.load(
+                Path(directory) / INDEX, embedder or HashingEmbedder(), store=store
+            )
             try:
                 retriever = Retriever.restore(index, saved.retrieval)
             except ValueError as error:

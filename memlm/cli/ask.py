@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from memlm.cli.models import load_model
-from memlm.cli.options import Commands, add_device_options, let_options_interrupt
+from memlm.cli.options import (
+    Commands,
+    add_device_options,
+    add_store_options,
+    let_options_interrupt,
+    store_of,
+)
 from memlm.cli.printing import place_of, print_written, shorten
 
 
@@ -40,6 +46,11 @@ def add_to(commands: Commands) -> None:
     ask.add_argument(
         "--save", type=Path, metavar="DIR", help="after reading, save the stream there"
     )
+    add_store_options(
+        ask,
+        "where passages are kept: a file chunks.db, or http://host:19530; with --load or --index in place "
+        "of the saved address",
+    )
     add_device_options(ask)
 
 
@@ -50,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from memlm.text import check_text_file, read_text
 
     files = [check_text_file(path) for path in arguments.files]
-    named = arguments.load is not None or arguments.index is not None
+    named = any(name is not None for name in (arguments.load, arguments.index, arguments.store))
     if not files and not named and not arguments.chat:
         raise ValueError(
             "no FILE to read; name text files, a saved stream with --load DIR or an index with "
@@ -63,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     from memlm import DocumentStream
 
     if arguments.load is not None:
-        stream = DocumentStream.load(arguments.load, model, tokenizer)
+        stream = DocumentStream.load(arguments.load, model, tokenizer, store=store_of(arguments))
     else:
         stream = DocumentStream(model, tokenizer, retriever)
     total = sum(path.stat().st_size for path in files)
@@ -101,16 +112,24 @@ def talk(stream: Any, questions: list[str] | None, length: int) -> None:
 
 def make_retriever(arguments: argparse.Namespace) -> Any:
     """What `ask` recalls from: the named index, or a new one of the files it reads."""
-    if arguments.index is None and arguments.recall is None:
-        return None
+    store = store_of(arguments)
     if arguments.load is not None:
-        raise ValueError(
-            "--load goes on with the stream's own index; leave out --index and --recall"
-        )
+        if arguments.index is not None or arguments.recall is not None:
+            raise ValueError(
+                "--load goes on with the stream's own index; leave out --index and --recall"
+            )
+        return None
+    if arguments.index is None and arguments.recall is None and store is None:
+        return None
     from memlm.retrieval import ChunkIndex, HashingEmbedder
     from memlm.retrieval.retriever import RetrievalConfig, Retriever
 
     config = RetrievalConfig() if arguments.recall is None else RetrievalConfig(k=arguments.recall)
     if arguments.index is None:
-        return Retriever(ChunkIndex(HashingEmbedder()), config)
-    return Retriever(ChunkIndex.load(arguments.index, HashingEmbedder()), config)
+        if store is not None and arguments.files and arguments.save is None:
+            raise ValueError(
+                f"store={arguments.store!r} would keep passages that no stream finds again; give --save "
+                "DIR too"
+            )
+        return Retriever(ChunkIndex(HashingEmbedder(), store=store), config)
+    return Retriever(ChunkIndex.load(arguments.index, HashingEmbedder(), store=store), config)

@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from memlm.cli.options import Commands
+from memlm.cli.options import Commands, add_store_options, store_of
 from memlm.cli.printing import place_of, print_written, shorten
 from memlm.files import parse_json
+
+MOVED = "where the chunks are in place of the saved address: chunks.db, or http://host:19530"
 
 
 def add_to(commands: Commands) -> None:
@@ -32,15 +34,13 @@ def add_to(commands: Commands) -> None:
                 choices=("float32", "ternary"),
                 help="how Flat keeps vectors (default: ternary, a twentieth of float32)",
             )
-            index.add_argument(
-                "--store",
-                metavar="URL",
-                help="keep the chunks in Milvus: a file chunks.db, or http://host:19530; "
-                "DIR then holds the address",
+            add_store_options(
+                index,
+                "keep the chunks in Milvus: a file chunks.db, or http://host:19530; DIR then holds the "
+                "address",
             )
-            index.add_argument(
-                "--collection", help="of Milvus, made if it is not there (default: memlm)"
-            )
+        else:
+            add_store_options(index, MOVED)
     search = commands.add("index search", "search an index", run_search)
     search.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
     search.add_argument("query", nargs="+", help="what to look for; each is searched by itself")
@@ -52,36 +52,39 @@ def add_to(commands: Commands) -> None:
         metavar="KEY=VALUE",
         help="only chunks with this metadata; a KEY given twice matches either VALUE",
     )
+    add_store_options(search, MOVED)
     info = commands.add("index info", "say what an index holds", run_info)
     info.add_argument("index", type=Path, metavar="DIR", help="folder of the index")
+    add_store_options(info, MOVED)
 
 
 def run_build(arguments: argparse.Namespace) -> None:
     """Make an index of the files, in a folder that is empty or not there yet."""
-    from memlm.retrieval import ChunkIndex, HashingEmbedder, MilvusStore
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
 
     if arguments.index.exists() and any(arguments.index.iterdir()):
         raise ValueError(
             f"index={str(arguments.index)!r} exists; use `memlm index add`, or another folder"
         )
-    if arguments.collection is not None and arguments.store is None:
-        raise ValueError(
-            f"collection={arguments.collection!r} is Milvus's; give --store URL with it"
-        )
-    store = (
-        MilvusStore(arguments.store, arguments.collection or "memlm") if arguments.store else None
-    )
     index = ChunkIndex(
-        HashingEmbedder(), factory=arguments.factory, precision=arguments.precision, store=store
+        HashingEmbedder(),
+        factory=arguments.factory,
+        precision=arguments.precision,
+        store=store_of(arguments),
     )
     add_files(index, arguments)
 
 
-def run_add(arguments: argparse.Namespace) -> None:
-    """Add the files to an index."""
+def load(arguments: argparse.Namespace) -> Any:
+    """The index of a command, with its chunks where the options say."""
     from memlm.retrieval import ChunkIndex, HashingEmbedder
 
-    add_files(ChunkIndex.load(arguments.index, HashingEmbedder()), arguments)
+    return ChunkIndex.load(arguments.index, HashingEmbedder(), store=store_of(arguments))
+
+
+def run_add(arguments: argparse.Namespace) -> None:
+    """Add the files to an index."""
+    add_files(load(arguments), arguments)
 
 
 def add_files(index: Any, arguments: argparse.Namespace) -> None:
@@ -115,15 +118,13 @@ def add_files(index: Any, arguments: argparse.Namespace) -> None:
 
 def run_search(arguments: argparse.Namespace) -> None:
     """Print the chunks nearest to each query."""
-    from memlm.retrieval import ChunkIndex, HashingEmbedder
-
     where: dict[str, list[Any]] = {}
     for pair in arguments.where:
         key, mark, value = pair.partition("=")
         if not key or not mark:
             raise ValueError(f"where={pair!r} must be KEY=VALUE")
         where.setdefault(key, []).extend(values_meant(value))
-    index = ChunkIndex.load(arguments.index, HashingEmbedder())
+    index = load(arguments)
     found = index.search(arguments.query, k=arguments.k, where=where or None)
     for query, hits in zip(arguments.query, found, strict=True):
         print(query)
@@ -144,7 +145,5 @@ def values_meant(typed: str) -> list[Any]:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Print what the index holds, a line per property."""
-    from memlm.retrieval import ChunkIndex, HashingEmbedder
-
-    for key, value in ChunkIndex.load(arguments.index, HashingEmbedder()).info().items():
+    for key, value in load(arguments).info().items():
         print(f"{key}: {value}")

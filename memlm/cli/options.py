@@ -70,6 +70,27 @@ def let_options_interrupt(
     parser.set_defaults(interrupted_list=name, interrupted_type=kind)
 
 
+def add_store_options(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add the options that say where an index's chunks are kept. help: of the first one."""
+    parser.add_argument("--store", metavar="URL", help=help)
+    parser.add_argument(
+        "--collection", help="of Milvus (default: the saved one; memlm for a new index)"
+    )
+
+
+def store_of(arguments: argparse.Namespace) -> Any:
+    """What these options name, as `store=` takes it: None, an address, or one with a collection."""
+    if arguments.collection is None:
+        return arguments.store
+    if arguments.store is None:
+        raise ValueError(
+            f"collection={arguments.collection!r} is Milvus's; give --store URL with it"
+        )
+    from memlm.retrieval import MilvusStore
+
+    return MilvusStore(arguments.store, arguments.collection)
+
+
 def add_sample_options(parser: argparse.ArgumentParser, first: str = "") -> None:
     """Add the options that say which samples are made.
 

@@ -362,8 +362,9 @@ class ChunkIndex:
         first filtered search. A word index that lacks changes is brought up to date in a temporary file.
         ValueError when a file is missing, damaged or of a newer version, or when the embedder is not the
         one the index was built with. store: where to look instead of the saved address, for a cluster that
-        has moved or wants a token; without it, the address in the directory is connected to, so load only
-        what you trust. ValueError when it holds fewer chunks than when the index was saved.
+        has moved or wants a token; a text is another address for the saved collection. Without it, the
+        address in the directory is connected to, so load only what you trust. ValueError when it holds
+        fewer chunks than when the index was saved.
         """
         path = Path(directory)
         manifest = read_manifest(path)
@@ -401,7 +402,8 @@ class ChunkIndex:
         kept: ChunkStore
         if "store" in manifest:
             _refuse_with_store(mmap=(mmap, False), threads=(threads, 1))
-            place = saved_address(manifest["store"]) if elsewhere is None else address_of(elsewhere)
+            saved = manifest["store"]
+            place = saved_address(saved) if elsewhere is None else address_of(elsewhere, saved)
             kept = place.open(settings, create=False)
             if len(kept) < manifest["chunks"]:
                 raise ValueError(

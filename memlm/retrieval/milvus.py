@@ -100,16 +100,23 @@ class MilvusStore:
         return chunks
 
 
-def address_of(given: str | os.PathLike[str] | StoreAddress) -> StoreAddress:
-    """Where a store is: of a text or path, Milvus there."""
+def address_of(
+    given: str | os.PathLike[str] | StoreAddress, saved: dict[str, Any] | None = None
+) -> StoreAddress:
+    """Where a store is: of a text or path, Milvus there.
+
+    saved: the place in a manifest; a text or path stands for its address alone, and leaves its collection.
+    """
     if isinstance(given, str | os.PathLike):
-        return MilvusStore(os.fspath(given))
+        if saved is None:
+            return MilvusStore(os.fspath(given))
+        return MilvusStore(os.fspath(given), saved_address(saved).collection)
     if not callable(getattr(given, "open", None)):
         raise TypeError(f"store is of type {type(given).__name__}; give an address or MilvusStore")
     return given
 
 
-def saved_address(place: dict[str, Any]) -> StoreAddress:
+def saved_address(place: dict[str, Any]) -> MilvusStore:
     """The address that a manifest holds. ValueError when it is none."""
     if place.get("kind") != "milvus" or not isinstance(place.get("address"), str):
         raise ValueError(f"store={place!r} is of no kind this memlm knows; upgrade memlm")

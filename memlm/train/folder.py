@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memlm.files import read_json
+from memlm.folders import replace_together
 from memlm.train.recipe import Recipe
 from memlm.train.trainer.checkpoint import SEAL, check_checkpoint, checkpoints
 
@@ -80,7 +81,8 @@ def begin_folder(recipe: Recipe, tokenizer: Any, out: Path, fresh: bool) -> None
             (out / name).unlink(missing_ok=True)
         for folder in (*out.glob("checkpoint-*"), out / TOKENIZER, out / ADAPTER):
             shutil.rmtree(folder, ignore_errors=True)
-        tokenizer.save_pretrained(out / TOKENIZER)
+        with replace_together(out / TOKENIZER) as folder:
+            tokenizer.save_pretrained(folder)
     recipe.save(out / RECIPE_FILE)
 
 

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from memlm.config import MemLMConfig
 from memlm.data.opening import open_rows
 from memlm.files import write_json
+from memlm.folders import replace_together
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.bases import add_lora
 from memlm.train.callbacks import Interrupt, LogFile, ProgressLine
@@ -218,7 +219,8 @@ def save_finished(run: Run) -> list[Path]:
     if not run.trainer.is_world_process_zero():
         return []
     out, model = run.out, run.trainer.accelerator.unwrap_model(run.trainer.model)
-    run.tokenizer.save_pretrained(out)
+    with replace_together(out) as folder:
+        run.tokenizer.save_pretrained(folder)
     # What the order was in training says nothing of how the model is best run.
     model.config.schedule = MemLMConfig().schedule
     written = []

@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from memlm import DocumentStream
 from memlm.cli import main
 from memlm.retrieval import store
 from memlm.retrieval.arguments import ABSENT
+from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.index import ChunkIndex
 from memlm.retrieval.milvus import MilvusStore, saved_address
 from memlm.retrieval.retriever import Retriever
+from tests.cases import memory_model
 from tests.retrieval.fake import WordVectors, corpus
+from tests.tokenizers import tokenizer
 
 Make = Callable[..., ChunkIndex]
 STORES = ["memory", "milvus"]
@@ -231,6 +235,8 @@ def test_what_is_saved_is_the_address_and_no_more(place: MilvusStore, tmp_path: 
     assert kept["store"]["collection"] == place.collection and kept["chunks"] == 2
     index.add(["w3"], ids=[3])  # others go on writing
     assert len(ChunkIndex.load(tmp_path, WordVectors())) == 3
+    # A text is another address, of the collection that was saved.
+    assert len(ChunkIndex.load(tmp_path, WordVectors(), store=place.address)) == 3
     index.remove([1, 2])
     with pytest.raises(ValueError, match="the store has 1 chunks, and had 2"):
         ChunkIndex.load(tmp_path, WordVectors())
@@ -351,6 +357,32 @@ def test_the_command_builds_adds_and_searches_where_the_store_is(
     assert "John sold" in capsys.readouterr().out
     assert main(["index", "info", folder]) == 0
     assert f"store: {database}" in capsys.readouterr().out
+    moved = ["--store", database, "--collection"]
+    for command in (["info", folder], ["search", folder, "key"], ["add", folder, str(text)]):
+        assert main(["index", *command, *moved, "gone"]) == 2
+        assert "holds no collection 'gone'" in capsys.readouterr().err
+        assert main(["index", *command, *moved, "command"]) == 0
+
+
+def test_a_stream_is_saved_and_goes_on_where_its_store_is(
+    place: MilvusStore, tmp_path: Path
+) -> None:
+    model, tok = (
+        memory_model("llama", "armt", num_hidden_layers=1, vocab_size=400),
+        tokenizer("byte-bpe"),
+    )
+    stream = DocumentStream(model, tok, ChunkIndex(HashingEmbedder(64), store=place))
+    stream.write("Mary hid the golden lamp in the cellar. " * 20, document="one")
+    stream.save(tmp_path)
+    question = "Who hid the golden lamp?"
+    told = [hit.text for hit in stream.retriever.recall(question)]
+    assert told and "Mary" in told[0]
+    for where in (None, place, place.address):
+        again = DocumentStream.load(tmp_path, model, tok, HashingEmbedder(64), store=where)
+        assert [hit.text for hit in again.retriever.recall(question)] == told
+    gone = MilvusStore(place.address, "nobody")
+    with pytest.raises(ValueError, match="holds no collection 'nobody'"):
+        DocumentStream.load(tmp_path, model, tok, HashingEmbedder(64), store=gone)
 
 
 def test_the_command_refuses_what_needs_a_store(
@@ -363,6 +395,13 @@ def test_the_command_refuses_what_needs_a_store(
     assert "give --store URL with it" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     assert main([*build, "--store", str(tmp_path / "x.db")]) == 2
+    assert "pip install 'memlm[milvus]'" in capsys.readouterr().err
+    ask = ["ask", "no-model", str(text), "-q", "Where?", "--store", str(tmp_path / "x.db")]
+    assert main(ask) == 2
+    assert "give --save DIR too" in capsys.readouterr().err
+    assert main([*ask[:3], "-q", "Where?", "--collection", "x"]) == 2
+    assert "give --store URL with it" in capsys.readouterr().err
+    assert main([*ask, "--save", str(tmp_path / "stream")]) == 2
     assert "pip install 'memlm[milvus]'" in capsys.readouterr().err
 
 

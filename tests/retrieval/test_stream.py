@@ -10,7 +10,10 @@ import torch
 from transformers import LlamaConfig
 
 from memlm import DocumentStream, MemLMForCausalLM
-from memlm.retrieval import ChunkIndex, HashingEmbedder
+from memlm.retrieval import ChunkIndex, HashingEmbedder, store
+from memlm.retrieval.chunk_store import ChunkStore, StoreSettings
+from memlm.retrieval.embedded import EmbeddedStore
+from memlm.retrieval.milvus import MilvusStore
 from memlm.retrieval.retriever import RetrievalConfig, Retriever
 from tests.cases import CASES, FAMILIES, randomise
 from tests.retrieval.test_retriever import SECRET, document
@@ -189,6 +192,86 @@ def test_another_embedder_is_refused_when_a_stream_is_loaded(
         DocumentStream.load(
             tmp_path, model, tokenizer("byte-bpe"), embedder=HashingEmbedder(dim=512)
         )
+
+
+class Elsewhere:
+    """An address as `store=` takes it; what is kept there outlives the index that opened it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.kept: ChunkStore | None = None
+
+    def open(self, settings: StoreSettings, create: bool) -> ChunkStore:
+        if create:
+            self.kept = KeptElsewhere(self.address, settings)
+        assert self.kept is not None
+        return self.kept
+
+
+class KeptElsewhere(EmbeddedStore):
+    """A store that saves where it is, and no chunk: as one of another machine does."""
+
+    def __init__(self, address: str, settings: StoreSettings) -> None:
+        super().__init__(settings, "Flat", "float32", None, 1)
+        self.place = {"kind": "milvus", "address": address, "collection": "tales"}
+
+    def save(self, directory: Path, settings: dict[str, Any]) -> None:
+        store.save_place(directory, settings, self.place)
+
+
+def test_a_stream_goes_on_with_chunks_that_have_moved(
+    model: MemLMForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = document()
+    old, new = Elsewhere("http://old:19530"), Elsewhere("http://new:19530")
+    stream = stream_of(model, ChunkIndex(HashingEmbedder(), store=old))
+    stream.write(text[:1000], document="tale")
+    stream.save(tmp_path)
+    new.kept = old.kept
+    assert isinstance(new.kept, KeptElsewhere)
+    new.kept.place = {**new.kept.place, "address": new.address}
+    again = DocumentStream.load(tmp_path, model, tokenizer("byte-bpe"), store=new)
+    again.write(text[1000:])
+    whole = stream_of(model)
+    whole.write(text, document="tale")
+    one, other = (s.ask(QUESTION, max_new_tokens=3) for s in (whole, again))
+    assert one == other and SECRET in " ".join(passage.text for passage in other.sources)
+    # The next save says where the chunks are now.
+    again.save(tmp_path)
+    asked: list[MilvusStore] = []
+
+    def opened(place: MilvusStore, settings: StoreSettings, create: bool) -> ChunkStore:
+        assert not create and new.kept is not None
+        asked.append(place)
+        return new.kept
+
+    monkeypatch.setattr(MilvusStore, "open", opened)
+    DocumentStream.load(tmp_path, model, tokenizer("byte-bpe"))
+    # A text is another address of the same collection.
+    for place in ("http://third:19530", MilvusStore("http://third:19530", "others")):
+        DocumentStream.load(tmp_path, model, tokenizer("byte-bpe"), store=place)
+    assert [(place.address, place.collection) for place in asked] == [
+        ("http://new:19530", "tales"),
+        ("http://third:19530", "tales"),
+        ("http://third:19530", "others"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "match"),
+    [
+        (False, r"saved without retrieval; leave store='x\.db' out"),
+        (True, r"holds its chunks itself; leave store='x\.db' out"),
+    ],
+)
+def test_a_store_that_a_stream_does_not_have_is_refused(
+    model: MemLMForCausalLM, tmp_path: Path, retrieval: bool, match: str
+) -> None:
+    stream = stream_of(model) if retrieval else DocumentStream(model, tokenizer("byte-bpe"))
+    stream.write("Mary hid the lamp.")
+    stream.save(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        DocumentStream.load(tmp_path, model, tokenizer("byte-bpe"), store="x.db")
 
 
 def test_only_an_index_is_taken_for_retrieval(model: MemLMForCausalLM) -> None:

@@ -14,8 +14,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from memlm.card import CARD
 from memlm.files import write_atomically
+from memlm.folders import replace_together
 from memlm.modeling import MemLMForCausalLM
+from memlm.saving import renew_card, weights_pattern
 
 
 class TrainedAlone(Trainer):
@@ -23,10 +26,18 @@ class TrainedAlone(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
+        folder = Path(output_dir or self.args.output_dir)
         if not saves_trained_alone(model):
-            super()._save(output_dir, state_dict)
+            if not self.args.should_save:
+                super()._save(output_dir, state_dict)
+                return
+            with replace_together(folder, weights_pattern()) as staged:
+                super()._save(str(staged), state_dict)
+                # It names the folder, and keeps what somebody wrote into the one there.
+                (staged / CARD).unlink(missing_ok=True)
+            renew_card(folder)
         elif self.args.should_save:
-            save_trained(model, Path(output_dir or self.args.output_dir), state_dict)
+            save_trained(model, folder, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         model = self.accelerator.unwrap_model(self.model)
