@@ -35,6 +35,10 @@ class Remembered:
     def select(self, rows: Sequence[int]) -> Remembered:
         return Remembered([self.rows[row] for row in rows])
 
+    @classmethod
+    def cat(cls, states: Sequence[Remembered]) -> Remembered:
+        return cls([row for state in states for row in state.rows])
+
 
 class SolvingModel(nn.Module):
     """Obeys the contract of MemLMForCausalLM and checks that its caller does.
@@ -58,20 +62,24 @@ class SolvingModel(nn.Module):
             question_segment=question_segment,
         )
         self.device = torch.device("cpu")
+        self.scheduler = SimpleNamespace(reads_ahead=lambda: 1)
         self.tokenizer = tokenizer
         self.span = span
         self.fail_at = fail_at
         self.calls = 0
         self.batches: list[tuple[int, int]] = []
 
+    def init_state(self, batch_size: int) -> Remembered:
+        return Remembered([()] * batch_size)
+
     def read(
         self,
         segments: Iterable[Segment],
-        memory_state: Remembered | None = None,
+        memory_state: Remembered,
         writes: object = None,
     ) -> Remembered:
         assert not self.training and not torch.is_grad_enabled()
-        rows = memory_state.rows if memory_state else None
+        rows = memory_state.rows
         for segment in segments:
             self.calls += 1
             if self.calls == self.fail_at:
@@ -84,12 +92,10 @@ class SolvingModel(nn.Module):
             assert self.config.question_segment == "own" or set(sizes) <= whole
             assert max(sizes) == segment.ids.shape[1]
             assert all(bool(row[:size].all()) for row, size in zip(real, sizes, strict=True))
-            rows = [()] * len(segment.ids) if rows is None else rows
             rows = [
                 (*known, *ids[:size])
                 for known, ids, size in zip(rows, segment.ids.tolist(), sizes, strict=True)
             ]
-        assert rows is not None
         return Remembered(rows)
 
     def generate(

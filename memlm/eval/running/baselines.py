@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from memlm.eval.log import FORMER_WORDS
 from memlm.eval.provenance import write_thresholds
+from memlm.eval.running.lanes import Tape
 from memlm.eval.running.readers import (
     Asked,
-    BatchPiece,
     BatchReader,
     LastReader,
     MemoryReader,
@@ -189,8 +191,17 @@ class SilencedReader(MemoryReader):
             "silenced_by": "fresh states" if fresh else "write_threshold",
         }
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
-        return super().pieces(batch, sys.maxsize if self._before is None else done)
+    def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
+        pieces, tokens = super().text(asked)
+        if self._before is not None:
+            return pieces, tokens
+        # Of what is forgotten nothing is read, and the rest stands in the question's segment.
+        rest = 0 if self.own_segment else tokens % self.segment
+        tape = Tape(pieces)
+        tape.skip(tokens - rest)
+        kept = np.empty(rest, dtype=np.int64)
+        tape.take(kept)
+        return iter([kept.astype(np.int32)]), rest
 
 
 def _recalled(base: Any, tokenizer: PreTrainedTokenizerBase, window: int) -> BatchReader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from memlm.eval.log import Row, RunLog
 from memlm.eval.running.feed import Feed
+from memlm.eval.running.lanes import TextName
 from memlm.eval.running.meters import Clock, PeakMemory
 from memlm.eval.running.prompts import Prompts
-from memlm.eval.running.readers import Asked, BatchPiece, BatchReader, Kept, TooLong
+from memlm.eval.running.readers import Asked, BatchReader, Kept, Piece, TooLong
 from memlm.eval.running.samples import Sampled, SampleSource
 from memlm.retrieval.retriever import Recalled, RetrievalConfig, read_document, render_parts
-from memlm.tasks.lengths import format_length
+from memlm.tasks.lengths import format_length, parse_length
 from memlm.tokens import Part, encode_parts, leading_tokens
 
 if TYPE_CHECKING:
@@ -31,27 +32,29 @@ AHEAD = 2**20
 MEMO = 10_000
 
 
+Key = tuple[str, str, int]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one cell that are read side by side: `indices` of `task` at `length` tokens."""
+    """Samples that a reader is given together: groups of those asked about one text, by their keys in the
+    log (task, length, index).
+    """
 
-    task: str
-    length: int
-    indices: range
+    groups: tuple[tuple[Key, ...], ...]
 
     @property
-    def cell(self) -> tuple[str, str]:
-        """The task, and the length in its written form."""
-        return self.task, format_length(self.length)
-
-    def keys(self) -> Iterator[tuple[str, str, int]]:
-        """The keys of its samples' rows in the log."""
-        return ((*self.cell, index) for index in self.indices)
+    def keys(self) -> list[Key]:
+        return [key for group in self.groups for key in group]
 
     @property
     def cost(self) -> int:
         """Tokens to be read, for the progress bar; questions and answers take time as well."""
-        return (self.length + 256) * len(self.indices)
+        return sum(map(_cost, self.keys))
+
+
+def _cost(key: Key) -> int:
+    return parse_length(key[1]) + 256
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,67 @@ class _Begin:
     """Announces the pieces of a batch. refused: why none follow."""
 
     batch: Batch
-    asked: list[Asked]
     refused: str | None
+    size = 0
 
 
-def split_into_batches(task: str, length: int, samples: int, batch_size: int) -> Iterator[Batch]:
-    for start in range(0, samples, batch_size):
-        yield Batch(task, length, range(start, min(start + batch_size, samples)))
+@dataclass(frozen=True)
+class _End:
+    """No piece of the batch follows."""
+
+    size = 0
+
+
+@dataclass
+class _Spent:
+    """What went into a text so far: seconds, those of them spent waiting for data, tokens, and the most
+    memory in use meanwhile."""
+
+    seconds: float = 0.0
+    waited: float = 0.0
+    tokens: int = 0
+    peak: int = 0
+
+
+def split_into_batches(
+    counts: Mapping[tuple[str, int], int], batch_size: int, log: RunLog
+) -> list[Batch]:
+    """Batches of the samples of one cell each, without those of which all are in the log.
+
+    The same batches whatever is in the log: so a run that was broken off repeats itself to the bit.
+    """
+    batches = []
+    for (task, length), count in counts.items():
+        keys = [(task, format_length(length), index) for index in range(count)]
+        for start in range(0, count, batch_size):
+            chosen = keys[start : start + batch_size]
+            if not all(log.has(*key) for key in chosen):
+                batches.append(Batch(tuple((key,) for key in chosen)))
+    return batches
+
+
+def group_by_text(
+    counts: Mapping[tuple[str, int], int], source: SampleSource, shares_texts: bool, log: RunLog
+) -> list[Batch]:
+    """A batch for each text, of the samples that are not in the log; the longest texts first.
+
+    Long ones, begun late, would be read alone at the end.
+    """
+    groups: dict[Hashable, list[Key]] = {}
+    # Sorting keeps the order among cells of one length.
+    for (task, length), count in sorted(counts.items(), key=lambda cell: -cell[0][1]):
+        for index in range(count):
+            key = (task, format_length(length), index)
+            if not log.has(*key):
+                shared = source.document(task, length, index) if shares_texts else index
+                groups.setdefault((task, length, shared), []).append(key)
+    return [Batch((tuple(group),)) for group in groups.values()]
+
+
+def joined(batches: Sequence[Batch]) -> list[Batch]:
+    """One batch of all the samples; none of none."""
+    groups = [group for batch in batches for group in batch.groups]
+    return [Batch(tuple(groups))] if groups else []
 
 
 class BatchRunner:
@@ -78,8 +135,11 @@ class BatchRunner:
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase,
         max_new_tokens: int,
+        rows: int,
         recall: Recall | None = None,
     ) -> None:
+        """rows: samples that are read side by side."""
+        self.rows = rows
         self.recall = recall
         self.reader = reader
         self.source = source
@@ -93,118 +153,152 @@ class BatchRunner:
     def run(self, todo: Sequence[Batch], log: RunLog, bar: tqdm) -> dict[str, dict[str, str]]:
         """Answer the batches in `todo`; return the cells that cannot be answered, with the reason."""
         skipped: dict[str, dict[str, str]] = {}
-        if not todo:
-            return skipped
-        # The first batch may have been half read when the run was broken off.
-        kept = self.reader.resume(self.ask(todo[0]))
-        made = self._make(todo, 0 if kept is None else kept.done)
-        with Feed(
-            made, AHEAD, lambda item: item.ids.size if isinstance(item, BatchPiece) else 0
-        ) as feed:
+        kept = self.reader.resume()
+        if todo and kept is not None:
+            todo, kept = self._go_on(todo, kept)
+        with Feed(self._make(todo, kept), AHEAD, lambda item: item.size) as feed:
             for batch in todo:
                 clock = Clock(feed)
                 begin = next(feed)
                 assert isinstance(begin, _Begin) and begin.batch is batch
-                task, length = batch.cell
+                task, length, _ = batch.keys[0]
                 bar.set_postfix_str(f"{task} {length}", refresh=False)
                 aim = bar.n + batch.cost
-                pieces = iter(()) if begin.refused else _pieces_of_batch(feed)
+                pieces = _pieces_of_batch(feed)
                 reason = begin.refused or skipped.get(task, {}).get(length)
                 if reason is None:
                     try:
-                        rows = self._answer(begin, pieces, clock, bar, kept)
-                        # Samples logged already came from the same batch.
-                        log.append([row for row in rows if not log.has(task, length, row["index"])])
+                        self._answer(pieces, clock, log, bar, kept)
                     except TooLong as error:
                         reason = str(error)
                 for _ in pieces:
                     pass
                 if reason is not None:
+                    # Only readers that are given one cell at a time refuse.
                     skipped.setdefault(task, {})[length] = reason
                 bar.update(aim - bar.n)
                 kept = None
+        self.reader.forget()
         return skipped
 
-    def ask(self, batch: Batch) -> list[Asked]:
-        """The samples of a batch, with the prompts around their documents."""
-        asked = []
-        for index in batch.indices:
-            sample = self.source.get(batch.task, batch.length, index)
-            before, after = self.prompts.parts(batch.task, sample.question, self.tokenizer)
-            after_ids = self._encode(after)
-            passages: tuple[Recalled, ...] = ()
-            recalled = np.zeros(0, dtype=np.int32)
-            if self.recall is not None:
-                passages, shown = self.recall(sample)
-                recalled = np.array(encode_parts(self.tokenizer, shown), dtype=np.int32)
-                after_ids = np.concatenate([recalled, after_ids])
-            start = np.concatenate([self._leading, self._encode([(before, True)])])
-            document = self.source.document(batch.task, batch.length, index)
-            asked.append(Asked(sample, start, after_ids, passages, document, len(recalled)))
-        return asked
+    def _go_on(self, todo: Sequence[Batch], kept: Kept) -> tuple[list[Batch], Kept]:
+        """What is left to do, the texts that were half read first, and what was kept of these."""
+        (batch,) = todo
+        places = {name: place for place, name in enumerate(kept.done)}
+        names = [self._name_of(group[0]) for group in batch.groups]
+        order = sorted(range(len(names)), key=lambda n: places.get(names[n], len(places)))
+        groups = tuple(batch.groups[number] for number in order)
+        return [Batch(groups)], kept.only(set(names))
 
-    def _make(self, todo: Sequence[Batch], done: int) -> Iterator[_Begin | BatchPiece]:
-        """All batches and their pieces, leaving out the first `done` pieces of the first batch."""
+    def _name_of(self, key: Key) -> TextName:
+        task, length, index = key
+        shared = self.reader.shares_texts
+        document = self.source.document(task, parse_length(length), index) if shared else index
+        return TextName(task, length, str(document))
+
+    def ask(self, key: Key) -> Asked:
+        """A sample, with the prompts around its document."""
+        task, length, index = key
+        sample = self.source.get(task, parse_length(length), index)
+        before, after = self.prompts.parts(task, sample.question, self.tokenizer)
+        after_ids = self._encode(after)
+        passages: tuple[Recalled, ...] = ()
+        recalled = np.zeros(0, dtype=np.int32)
+        if self.recall is not None:
+            passages, shown = self.recall(sample)
+            recalled = np.array(encode_parts(self.tokenizer, shown), dtype=np.int32)
+            after_ids = np.concatenate([recalled, after_ids])
+        start = np.concatenate([self._leading, self._encode([(before, True)])])
+        return Asked(
+            sample,
+            start,
+            after_ids,
+            key,
+            max(self.max_new_tokens, self.source.task(task).answer_tokens),
+            self._name_of(key),
+            passages,
+            len(recalled),
+        )
+
+    def _make(self, todo: Sequence[Batch], kept: Kept | None) -> Iterator[_Begin | Piece | _End]:
+        """All batches and their pieces."""
         for batch in todo:
-            asked = self.ask(batch)
-            longest = max(one.tokens for one in asked)
-            refused = self.reader.refuse(longest, self._answer_tokens(batch.task))
-            yield _Begin(batch, asked, refused)
+            groups: Iterable[list[Asked]] = ([self.ask(k) for k in group] for group in batch.groups)
+            refused = None
+            if not self.reader.mixes:
+                groups = list(groups)
+                asked = [one for group in groups for one in group]
+                longest = max(one.tokens for one in asked)
+                refused = self.reader.refuse(longest, max(one.answer_tokens for one in asked))
+            yield _Begin(batch, refused)
             if refused is None:
-                yield from self.reader.pieces(asked, done)
-            done = 0
+                yield from self.reader.prepare(groups, self.rows, kept)
+            yield _End()
+            kept = None
 
     def _answer(
-        self,
-        begin: _Begin,
-        pieces: Iterator[BatchPiece],
-        clock: Clock,
-        bar: tqdm,
-        kept: Kept | None,
-    ) -> list[Row]:
+        self, pieces: Iterator[Piece], clock: Clock, log: RunLog, bar: tqdm, kept: Kept | None
+    ) -> None:
+        """Run the reader over the pieces of a batch, and log what is answered as it comes."""
         import torch
 
-        batch = begin.batch
-        task, length = batch.cell
+        spent: dict[TextName, _Spent] = {}
+        begun, answered = bar.n, 0
         with PeakMemory(self.reader.device) as peak, torch.no_grad():
-            outputs, writes = self.reader.answer(
-                begin.asked, pieces, self._answer_tokens(task), bar.update, kept
-            )
-        seconds, waited = clock.read()
-        mark = self.source.task(task).mark
-        rows = []
-        counts = [{}] * len(outputs) if writes is None else [{"writes": count} for count in writes]
-        for index, asked, output, written in zip(
-            batch.indices, begin.asked, outputs, counts, strict=True
-        ):
-            sample = asked.sample
-            score = mark(output, sample.target, sample.question)
-            rows.append(
-                {
-                    "task": task,
-                    "length": length,
-                    "index": index,
-                    "question": sample.question,
-                    "target": sample.target,
-                    "output": output,
-                    "correct": score.correct,
-                    "exact": score.exact,
-                    "published": score.published,
-                    "tokens": sample.tokens,
-                    "seconds": seconds / len(outputs),
-                    "data_seconds": waited / len(outputs),
-                    "peak_memory_bytes": peak.bytes,
-                    "fact_offsets": list(sample.fact_offsets),
-                    "supporting": list(sample.story.supporting),
-                    **({} if score.f1 is None else {"f1": score.f1}),
-                    **written,
-                    **_recalled_of(asked),
-                }
-            )
-        return rows
+            for told in self.reader.answer(pieces, bar.update, kept):
+                seconds, waited = clock.lap()
+                most = peak.lap()
+                for name in told.texts:
+                    one = spent.setdefault(name, _Spent())
+                    one.seconds += seconds / len(told.texts)
+                    one.waited += waited / len(told.texts)
+                    one.tokens += told.tokens // len(told.texts)
+                    one.peak = max(one.peak, most)
+                rows = (
+                    [
+                        self._row(asked, output, written, spent[name], told.texts.count(name))
+                        for asked, output, written, name in zip(
+                            told.asked, told.outputs, told.writes, told.texts, strict=True
+                        )
+                    ]
+                    if told.asked
+                    else []
+                )
+                # Of a batch that is repeated as a whole, some samples may have been logged.
+                log.append([row for row in rows if not log.has(*(row[key] for key in log.keys))])
+                answered += sum(_cost(asked.key) for asked in told.asked)
+                for name in told.texts if told.asked else ():
+                    spent.pop(name, None)
+                under_way = sum(one.tokens for one in spent.values())
+                bar.update(max(0, begun + answered + under_way - bar.n))
 
-    def _answer_tokens(self, task: str) -> int:
-        return max(self.max_new_tokens, self.source.task(task).answer_tokens)
+    def _row(
+        self, asked: Asked, output: str, written: int | None, spent: _Spent, shared: int
+    ) -> Row:
+        """The row of a sample, one of `shared` that were answered together after their text was read."""
+        task, length, index = asked.key
+        sample = asked.sample
+        score = self.source.task(task).mark(output, sample.target, sample.question)
+        return {
+            "task": task,
+            "length": length,
+            "index": index,
+            "question": sample.question,
+            "target": sample.target,
+            "output": output,
+            "correct": score.correct,
+            "exact": score.exact,
+            "published": score.published,
+            "tokens": sample.tokens,
+            "seconds": spent.seconds / shared,
+            "data_seconds": spent.waited / shared,
+            "peak_memory_bytes": spent.peak,
+            "fact_offsets": list(sample.fact_offsets),
+            "supporting": list(sample.story.supporting),
+            **({} if score.f1 is None else {"f1": score.f1}),
+            **({} if written is None else {"writes": written}),
+            **_recalled_of(asked),
+        }
 
     def _encode(self, parts: Iterable[Part]) -> NDArray[np.int32]:
         key = tuple(parts)
@@ -215,12 +309,12 @@ class BatchRunner:
         return self._encoded[key]
 
 
-def _pieces_of_batch(feed: Feed[Any]) -> Iterator[BatchPiece]:
+def _pieces_of_batch(feed: Feed[Any]) -> Iterator[Piece]:
     """The pieces of one batch."""
     for piece in feed:
-        yield piece
-        if piece.last:
+        if isinstance(piece, _End):
             return
+        yield piece
 
 
 @dataclass(frozen=True)

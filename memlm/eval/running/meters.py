@@ -12,11 +12,14 @@ __all__ = ["Clock", "PeakMemory"]
 
 
 class Clock:
-    """The seconds since it was made, and those of them spent waiting for data."""
+    """Counts seconds, and those of them spent waiting for data."""
 
     def __init__(self, feed: Feed[Any]) -> None:
         self._feed = feed
         self._began, self._waited = time.perf_counter(), feed.waited
 
-    def read(self) -> tuple[float, float]:
-        return time.perf_counter() - self._began, self._feed.waited - self._waited
+    def lap(self) -> tuple[float, float]:
+        """The seconds since the lap before, or since it was made, and those spent waiting."""
+        before = self._began, self._waited
+        self._began, self._waited = time.perf_counter(), self._feed.waited
+        return self._began - before[0], self._waited - before[1]

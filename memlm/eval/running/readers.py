@@ -1,6 +1,6 @@
 """How a model is given a document and a question: streamed into its memory, or as a baseline reads it.
 
-A reader works in two halves. `pieces` makes arrays of token ids from samples, in a thread that runs before
+A reader works in two halves. `prepare` makes arrays of token ids from samples, in a thread that runs before
 the model; `answer` runs the model over them. So a sample is held whole only where its reader needs that.
 """
 
@@ -11,14 +11,23 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.eval.running.lanes import (
+    Questions,
+    Stretch,
+    Tape,
+    Text,
+    TextName,
+    Tokens,
+    side_by_side,
+)
 from memlm.files import parse_json
 from memlm.padding import pad_rows
 
@@ -38,8 +47,8 @@ KEEP_SECONDS = 120.0
 PREFILL = 2048
 # The share of the free memory that a cache of keys and values may take.
 FREE_SHARE = 0.7
-
-Tokens = NDArray[np.int64]
+# Segments that a memory model reads before others may join, where diagonals want no more.
+AT_ONCE = 8
 
 
 class TooLong(Exception):
@@ -50,15 +59,18 @@ class TooLong(Exception):
 class Asked:
     """One sample as a model sees it: ids before the document, the document, ids after it.
 
-    recalled: passages whose text is part of `after`, its first `shown` ids. document: equal where the same
-    text is asked about; None for a text of its own.
+    key: of its row in the log (task, length, index). answer_tokens: how long an answer may be. recalled:
+    passages whose text is part of `after`, its first `shown` ids. text: the name of what is read before it
+    is asked.
     """
 
     sample: Sampled
     before: NDArray[np.int32]
     after: NDArray[np.int32]
+    key: tuple[str, str, int]
+    answer_tokens: int
+    text: TextName
     recalled: tuple[Recalled, ...] = ()
-    document: Hashable = None
     shown: int = 0
 
     @property
@@ -73,64 +85,67 @@ class Asked:
 
 @dataclass(frozen=True)
 class BatchPiece:
-    """Tokens of a batch side by side: ids (B, T), mask (B, T) bool, None when all are real.
+    """Tokens of a batch side by side: ids (B, T), mask (B, T) bool; `asked`, the samples of the batch.
 
-    last: these are the prompts to continue, padded on the left; otherwise a segment, padded on the right.
+    last: the whole batch is asked with these prompts, padded on the left, which are to be continued.
     """
 
+    asked: Sequence[Asked]
     ids: Tokens
-    mask: NDArray[np.bool_] | None
+    mask: NDArray[np.bool_]
     last: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.ids.size
+
+
+Piece = BatchPiece | Stretch | Questions
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A batch read in part: the state after its first `done` pieces, and the writes counted so far."""
+    """Texts read in part, in the order of the rows of `state`: how many tokens of each, and the writes
+    counted so far."""
 
     state: MemoryState
-    done: int
-    writes: list[int] | None = None
+    done: dict[TextName, int]
+    writes: dict[TextName, int]
+
+    def only(self, names: Container[TextName]) -> Kept:
+        """What was kept of these texts."""
+        rows = [row for row, name in enumerate(self.done) if name in names]
+        done = {name: count for name, count in self.done.items() if name in names}
+        writes = {name: count for name, count in self.writes.items() if name in names}
+        return Kept(self.state.select(rows), done, writes)
 
 
-class Answers(NamedTuple):
-    """What was said, row by row, and in how many segments of each row a write gate opened; None without
-    gates."""
+@dataclass(frozen=True)
+class Told:
+    """What a reader did with one piece: it worked on `texts`, of which it read `tokens` in all.
 
-    texts: list[str]
-    writes: list[int] | None = None
+    asked: the samples whose answers, `outputs`, are known now. writes: in how many segments of each one's
+    text a write gate opened; None where there was no gate, or nothing was read.
+    """
 
-
-@dataclass
-class Tape:
-    """A sample's tokens, taken in order, any number at a time."""
-
-    pieces: Iterator[NDArray[np.int32]]
-    rest: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
-
-    def take(self, into: Tokens) -> None:
-        """Fill `into` with the next tokens, which must be there."""
-        filled = 0
-        while filled < len(into):
-            if not len(self.rest):
-                self.rest = next(self.pieces)
-            piece = self.rest[: len(into) - filled]
-            into[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            self.rest = self.rest[len(piece) :]
-
-    def skip(self, count: int) -> None:
-        while count > 0:
-            if not len(self.rest):
-                self.rest = next(self.pieces)
-            passed = min(count, len(self.rest))
-            self.rest = self.rest[passed:]
-            count -= passed
+    texts: Sequence[TextName]
+    tokens: int
+    asked: Sequence[Asked] = ()
+    outputs: Sequence[str] = ()
+    writes: Sequence[int | None] = ()
 
 
 class BatchReader(ABC):
-    """Reads the samples of a batch and answers their questions."""
+    """Reads samples and answers their questions.
+
+    mixes: whether it takes samples of any lengths, all of a run at once, and never refuses one; otherwise
+    it is given those of one cell, a batch at a time. shares_texts: whether a text is read once for all
+    questions about it.
+    """
 
     name: ClassVar[str]
+    mixes: ClassVar[bool] = False
+    shares_texts: ClassVar[bool] = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -151,8 +166,12 @@ class BatchReader(ABC):
         """Why a prompt of so many tokens cannot be taken; None when it can."""
         return None
 
-    def resume(self, batch: Sequence[Asked]) -> Kept | None:
-        """What was kept when the reading of this same batch was broken off."""
+    def resume(self) -> Kept | None:
+        """What was kept when reading was broken off."""
+        return None
+
+    def forget(self) -> None:
+        """Keep nothing: all is answered."""
         return None
 
     def close(self) -> None:
@@ -160,40 +179,46 @@ class BatchReader(ABC):
         return None
 
     @abstractmethod
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
-        """Make a batch's arrays, the first `done` left out. Runs in a thread: no model, no torch."""
+    def prepare(
+        self, groups: Iterable[Sequence[Asked]], rows: int, kept: Kept | None
+    ) -> Iterator[Piece]:
+        """Make arrays from samples, those of a group being about one text. Runs in a thread: no model, no
+        torch.
+
+        rows: samples that are read side by side. kept: what need not be read again.
+        """
 
     @abstractmethod
     def answer(
-        self,
-        batch: Sequence[Asked],
-        pieces: Iterator[BatchPiece],
-        max_new_tokens: int,
-        on_read: Callable[[int], object],
-        kept: Kept | None = None,
-    ) -> Answers:
-        """Run the model over the pieces of one batch. TooLong when memory runs out."""
+        self, pieces: Iterator[Piece], on_read: Callable[[int], object], kept: Kept | None
+    ) -> Iterator[Told]:
+        """Run the model over the pieces; say what was done after each. TooLong when memory runs out."""
 
     def _generate(
-        self, model: Any, piece: BatchPiece, max_new_tokens: int, **kwargs: Any
+        self,
+        model: Any,
+        ids: Tokens,
+        mask: NDArray[np.bool_],
+        asked: Sequence[Asked],
+        **kwargs: Any,
     ) -> list[str]:
-        """Continue prompts greedily; return what was said up to the first end token."""
+        """Continue prompts (B, T) greedily; return what was said up to the first end token."""
         import torch
 
-        mask = np.ones(piece.ids.shape, dtype=bool) if piece.mask is None else piece.mask
         ends = self._ends(model)
+        limits = [one.answer_tokens for one in asked]
         said = model.generate(
-            input_ids=torch.from_numpy(piece.ids).to(model.device),
+            input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(mask.astype(np.int64)).to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(limits),
             do_sample=False,
             eos_token_id=ends,
             pad_token_id=self.pad,
             **kwargs,
         )
         outputs = []
-        for row in said[:, piece.ids.shape[1] :].tolist():
-            tokens = list(itertools.takewhile(lambda token: token not in ends, row))
+        for row, limit in zip(said[:, ids.shape[1] :].tolist(), limits, strict=True):
+            tokens = list(itertools.takewhile(lambda token: token not in ends, row[:limit]))
             outputs.append(self.tokenizer.decode(tokens, skip_special_tokens=True).strip())
         return outputs
 
@@ -203,19 +228,19 @@ class BatchReader(ABC):
         named = [] if named is None else named if isinstance(named, list) else [named]
         return sorted({int(self.tokenizer.eos_token_id), *map(int, named)})
 
-    def _prompts(self, rows: Sequence[Tokens]) -> BatchPiece:
-        return BatchPiece(*pad_rows(rows, self.pad, left=True), last=True)
-
 
 class MemoryReader(BatchReader):
     """Reads all whole segments into the model's memory, then the open rest with the question.
 
-    own_segment: the model was trained to be asked in a segment that holds only the question, so the rest is
-    read into its memory, too. keep_at: a file where the state of an unfinished document is saved now and
-    then, so that a run that was killed goes on in the middle of it.
+    Texts join and leave the batch at segment borders (`memlm.eval.running.lanes`). own_segment: the model
+    was trained to be asked in a segment that holds only the question, so the rest is read into its memory,
+    too. keep_at: a file where the state of unfinished texts is saved now and then, so that a run that was
+    killed goes on in the middle of them.
     """
 
     name: ClassVar[str] = "memory"
+    mixes: ClassVar[bool] = True
+    shares_texts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -234,25 +259,27 @@ class MemoryReader(BatchReader):
     def device(self) -> torch.device:
         return self.model.device
 
-    def resume(self, batch: Sequence[Asked]) -> Kept | None:
+    def resume(self) -> Kept | None:
         from memlm.state import MemoryState
 
         if self._file is None or not self._file.is_file():
             return None
         try:
-            state, extra = MemoryState.load_with_extra(self._file)
-            if extra["batch"] != _identity_of(batch):
-                return None
-            writes, done = parse_json(extra.get("writes", "null")), int(extra["segments"])
-            counts = writes is None or (
-                isinstance(writes, list)
-                and len(writes) == state.batch_size
-                and all(isinstance(count, int) for count in writes)
-            )
-            return Kept(state, done, writes) if counts and done >= 0 else None
-        except (ValueError, KeyError):
-            # Only time is lost: the batch is read from its start.
+            state, extra = MemoryState.load_with_extra(self._file, str(self.device))
+            rows = [KeptRow(*row) for row in parse_json(extra["texts"])]
+        except (ValueError, KeyError, TypeError):
+            # Only time is lost: the texts are read from their start.
             return None
+        counts = [n for row in rows for n in (row.done, row.writes) if n is not None]
+        done = {TextName(*row[:3]): row.done for row in rows}
+        if len(done) != state.batch_size or not all(isinstance(n, int) and n >= 0 for n in counts):
+            return None
+        written = {TextName(*row[:3]): row.writes for row in rows if row.writes is not None}
+        return Kept(state, done, written)
+
+    def forget(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
         """What is read before the question, in pieces, and how many tokens it has."""
@@ -262,103 +289,153 @@ class MemoryReader(BatchReader):
         """What comes after the text."""
         return asked.after
 
-    def texts_of(self, batch: Sequence[Asked]) -> list[int]:
-        """For each sample the number of the text that is read for it: one text is read once."""
-        known: dict[Hashable, int] = {}
-        keys = [(i,) if one.document is None else one.document for i, one in enumerate(batch)]
-        return [known.setdefault(key, len(known)) for key in keys]
+    def prepare(
+        self, groups: Iterable[Sequence[Asked]], rows: int, kept: Kept | None
+    ) -> Iterator[Piece]:
+        done = {} if kept is None else kept.done
+        texts = (self._open(group, done) for group in groups)
+        at_once = max(AT_ONCE, self.model.scheduler.reads_ahead())
+        return side_by_side(texts, rows, self.segment, at_once, self.own_segment, self.pad)
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
-        numbers = self.texts_of(batch)
-        texts = [self.text(batch[numbers.index(number)]) for number in range(max(numbers) + 1)]
-        tapes = [Tape(pieces) for pieces, _ in texts]
-        read = np.array([count for _, count in texts])
-        whole = read if self.own_segment else read // self.segment * self.segment
-        for number, start in enumerate(range(0, int(whole.max()), self.segment)):
-            sizes = np.clip(whole - start, 0, self.segment)
-            if number < done:
-                for tape, size in zip(tapes, sizes.tolist(), strict=True):
-                    tape.skip(size)
-                continue
-            width = int(sizes.max())
-            ids = np.full((len(tapes), width), self.pad, dtype=np.int64)
-            for tape, row, size in zip(tapes, ids, sizes.tolist(), strict=True):
-                tape.take(row[:size])
-            real = np.arange(width)[None, :] < sizes[:, None]
-            yield BatchPiece(ids, None if bool(real.all()) else real)
-        rests = [np.empty(left, dtype=np.int64) for left in (read - whole).tolist()]
-        for tape, rest in zip(tapes, rests, strict=True):
-            tape.take(rest)
-        yield self._prompts(
-            [
-                np.concatenate([rests[number], self.question(asked)])
-                for asked, number in zip(batch, numbers, strict=True)
-            ]
+    def _open(self, group: Sequence[Asked], done: dict[TextName, int]) -> Text:
+        name = group[0].text
+        pieces, tokens = self.text(group[0])
+        text = Text(
+            name,
+            list(group),
+            [self.question(asked) for asked in group],
+            Tape(pieces),
+            min(done.get(name, 0), tokens),
+            tokens // self.segment * self.segment,
+            tokens,
         )
+        text.tape.skip(text.done)
+        return text
 
     def answer(
-        self,
-        batch: Sequence[Asked],
-        pieces: Iterator[BatchPiece],
-        max_new_tokens: int,
-        on_read: Callable[[int], object],
-        kept: Kept | None = None,
-    ) -> Answers:
+        self, pieces: Iterator[Piece], on_read: Callable[[int], object], kept: Kept | None
+    ) -> Iterator[Told]:
         from memlm.scan import scan
-        from memlm.writes import WriteCount
 
-        state, done, before = (
-            (None, 0, None) if kept is None else (kept.state, kept.done, kept.writes)
-        )
-        writes = WriteCount(before)
-        last: list[BatchPiece] = []
+        batch = Mixed(self.model, kept)
 
-        def segments() -> Iterator[Segment]:
-            for piece in pieces:
-                if piece.last:
-                    last.append(piece)
-                    return
-                yield self._segment(piece)
-                on_read(piece.ids.size if piece.mask is None else int(piece.mask.sum()))
-
-        def read(window: list[Segment], state: MemoryState) -> tuple[None, MemoryState]:
-            return None, self.model.read(window, state, writes)
+        def run(window: list[Stretch | Questions], state: MemoryState) -> tuple[Told, MemoryState]:
+            (piece,) = window
+            if isinstance(piece, Stretch):
+                segments = self._segments(piece.ids, None, on_read)
+                sizes = [piece.ids.shape[1]] * len(piece.texts)
+                return Told(piece.texts, piece.size), batch.read(
+                    piece.texts, segments, sizes, state
+                )
+            read = 0
+            if piece.short_ids is not None and piece.short_mask is not None:
+                sizes = piece.short_mask.sum(axis=1).tolist()
+                read = sum(sizes)
+                segments = self._segments(piece.short_ids, piece.short_mask, on_read)
+                state = batch.read(piece.short, segments, sizes, state)
+            state = batch.join(piece.texts, state)
+            outputs = self._generate(
+                self.model,
+                piece.ids,
+                piece.mask,
+                piece.asked,
+                memory_state=batch.select(piece.texts, state),
+            )
+            told = Told(piece.texts, read, piece.asked, outputs, batch.writes_of(piece.texts))
+            return told, batch.leave(piece.leaving, state)
 
         save_at = time.monotonic() + KEEP_SECONDS
-        # Without a state, the model makes the first one itself.
-        found = scan(read, segments(), cast("MemoryState", state), bptt_depth=1)
-        for _, state in found:
-            done += 1
+        start = self.model.init_state(1).select([]) if kept is None else kept.state
+        for told, state in scan(run, cast("Iterator[Stretch | Questions]", pieces), start, 1):
             if self._file is not None and time.monotonic() > save_at:
-                extra = {"segments": str(done), "writes": json.dumps(writes.rows())}
-                state.save(self._file, {"batch": _identity_of(batch), **extra})
+                state.save(self._file, {"texts": json.dumps(batch.table())})
                 save_at = time.monotonic() + KEEP_SECONDS
-        (prompts,) = last
-        written, numbers = writes.rows(), self.texts_of(batch)
-        if max(numbers) + 1 < len(batch):
-            if state is not None:
-                state = state.select(numbers)
-            written = None if written is None else [written[number] for number in numbers]
-        outputs = self._generate(self.model, prompts, max_new_tokens, memory_state=state)
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
-        return Answers(outputs, written)
+            yield told
 
-    def _segment(self, piece: BatchPiece) -> Segment:
+    def _segments(
+        self, ids: Tokens, mask: NDArray[np.bool_] | None, on_read: Callable[[int], object]
+    ) -> Iterator[Segment]:
         import torch
 
-        from memlm.segment import Segment
+        from memlm.segment import cut
 
         device = self.model.device
-        mask = None if piece.mask is None else torch.from_numpy(piece.mask).to(device)
-        return Segment(torch.from_numpy(piece.ids).to(device), mask)
+        real = None if mask is None or mask.all() else torch.from_numpy(mask).to(device)
+        for segment in cut(torch.from_numpy(ids).to(device), real, None, self.segment):
+            yield segment
+            on_read(segment.ids.numel() if mask is None else int(mask.sum()))
 
 
-def _identity_of(batch: Sequence[Asked]) -> str:
-    """A text that tells one batch from another: tasks, questions, lengths and places of facts."""
-    return json.dumps(
-        [[a.sample.task, a.sample.question, a.tokens, list(a.sample.fact_offsets)] for a in batch]
-    )
+class KeptRow(NamedTuple):
+    """A text of which a state was kept, as its file says it."""
+
+    task: str
+    length: str
+    document: str
+    done: int
+    writes: int | None
+
+
+class Mixed:
+    """The texts whose memories are the rows of a state, in that order, and what is known of each."""
+
+    def __init__(self, model: MemLMForCausalLM, kept: Kept | None) -> None:
+        self.model = model
+        # Tokens read of each text, in the order of the rows.
+        self._done: dict[TextName, int] = {} if kept is None else dict(kept.done)
+        self._writes = {} if kept is None else dict(kept.writes)
+
+    def join(self, texts: Sequence[TextName], state: MemoryState) -> MemoryState:
+        """Add a row for each text that has none."""
+        new = [name for name in dict.fromkeys(texts) if name not in self._done]
+        if not new:
+            return state
+        self._done |= dict.fromkeys(new, 0)
+        return state.cat([state, self.model.init_state(len(new))])
+
+    def read(
+        self,
+        texts: Sequence[TextName],
+        segments: Iterator[Segment],
+        sizes: Sequence[int],
+        state: MemoryState,
+    ) -> MemoryState:
+        """Read `segments` into the rows of `texts`, which become the first: `sizes` tokens of each."""
+        from memlm.writes import WriteCount
+
+        state = self.join(texts, state)
+        resting = [name for name in self._done if name not in texts]
+        reading, rest = self.select(texts, state), self.select(resting, state)
+        writes = WriteCount()
+        state = self.model.read(segments, reading, writes)
+        for name, size, count in zip(
+            texts, sizes, writes.rows() or [None] * len(texts), strict=True
+        ):
+            self._done[name] += size
+            if count is not None:
+                self._writes[name] = self._writes.get(name, 0) + count
+        self._done = {name: self._done[name] for name in [*texts, *resting]}
+        return state.cat([state, rest]) if resting else state
+
+    def select(self, texts: Sequence[TextName], state: MemoryState) -> MemoryState:
+        """The rows of `texts`."""
+        held = list(self._done)
+        return state if held == list(texts) else state.select([held.index(name) for name in texts])
+
+    def leave(self, texts: Sequence[TextName], state: MemoryState) -> MemoryState:
+        """Drop the rows of `texts`."""
+        staying = [name for name in self._done if name not in texts]
+        state = self.select(staying, state)
+        self._done = {name: self._done[name] for name in staying}
+        return state
+
+    def writes_of(self, texts: Sequence[TextName]) -> list[int | None]:
+        """Of each text the segments in which a write gate opened; None where none was there or read."""
+        return [self._writes.get(name) for name in texts]
+
+    def table(self) -> list[KeptRow]:
+        """What is kept beside the state."""
+        return [KeptRow(*name, done, self._writes.get(name)) for name, done in self._done.items()]
 
 
 class BaseReader(BatchReader):
@@ -371,6 +448,30 @@ class BaseReader(BatchReader):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @abstractmethod
+    def pieces(self, batch: Sequence[Asked]) -> Iterator[BatchPiece]:
+        """The arrays of one batch."""
+
+    def prepare(
+        self, groups: Iterable[Sequence[Asked]], rows: int, kept: Kept | None
+    ) -> Iterator[Piece]:
+        yield from self.pieces([asked for group in groups for asked in group])
+
+    def answer(
+        self, pieces: Iterator[Piece], on_read: Callable[[int], object], kept: Kept | None
+    ) -> Iterator[Told]:
+        for asked, outputs in self.said(cast("Iterator[BatchPiece]", pieces), on_read):
+            yield Told([one.text for one in asked], 0, asked, outputs, [None] * len(asked))
+
+    @abstractmethod
+    def said(
+        self, pieces: Iterator[BatchPiece], on_read: Callable[[int], object]
+    ) -> Iterator[tuple[Sequence[Asked], list[str]]]:
+        """Run the model over the pieces of one batch, and say what it answered."""
+
+    def _prompts(self, batch: Sequence[Asked], rows: Sequence[Tokens]) -> BatchPiece:
+        return BatchPiece(batch, *pad_rows(rows, self.pad, left=True), last=True)
 
 
 class LastReader(BaseReader):
@@ -390,7 +491,7 @@ class LastReader(BaseReader):
     def settings(self) -> dict[str, Any]:
         return {"baseline": self.name, "window": self.window}
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
+    def pieces(self, batch: Sequence[Asked]) -> Iterator[BatchPiece]:
         rows = []
         for asked in batch:
             around = len(asked.before) + len(asked.after)
@@ -402,18 +503,13 @@ class LastReader(BaseReader):
             tape.take(row[len(asked.before) : len(asked.before) + seen])
             row[len(asked.before) + seen :] = asked.after
             rows.append(row)
-        yield self._prompts(rows)
+        yield self._prompts(batch, rows)
 
-    def answer(
-        self,
-        batch: Sequence[Asked],
-        pieces: Iterator[BatchPiece],
-        max_new_tokens: int,
-        on_read: Callable[[int], object],
-        kept: Kept | None = None,
-    ) -> Answers:
-        (prompts,) = pieces
-        return Answers(self._generate(self.base, prompts, max_new_tokens))
+    def said(
+        self, pieces: Iterator[BatchPiece], on_read: Callable[[int], object]
+    ) -> Iterator[tuple[Sequence[Asked], list[str]]]:
+        (piece,) = pieces
+        yield piece.asked, self._generate(self.base, piece.ids, piece.mask, piece.asked)
 
 
 class RecalledReader(LastReader):
@@ -446,43 +542,39 @@ class WholeReader(BaseReader):
             )
         return None
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
+    def pieces(self, batch: Sequence[Asked]) -> Iterator[BatchPiece]:
         rows = []
         for asked in batch:
             row = np.empty(asked.tokens, dtype=np.int64)
             Tape(asked.ids()).take(row[: asked.tokens - len(asked.after)])
             row[asked.tokens - len(asked.after) :] = asked.after
             rows.append(row)
-        yield self._prompts(rows)
+        yield self._prompts(batch, rows)
 
-    def answer(
-        self,
-        batch: Sequence[Asked],
-        pieces: Iterator[BatchPiece],
-        max_new_tokens: int,
-        on_read: Callable[[int], object],
-        kept: Kept | None = None,
-    ) -> Answers:
+    def said(
+        self, pieces: Iterator[BatchPiece], on_read: Callable[[int], object]
+    ) -> Iterator[tuple[Sequence[Asked], list[str]]]:
         import torch
 
         (prompts,) = pieces
-        assert prompts.mask is not None
-        step = max(1, self._rows_that_fit(prompts.ids.shape[1] + max_new_tokens))
+        longest = max(one.answer_tokens for one in prompts.asked)
+        step = max(1, self._rows_that_fit(prompts.ids.shape[1] + longest))
         outputs: list[str] = []
         for start in range(0, len(prompts.ids), step):
-            ids, mask = prompts.ids[start : start + step], prompts.mask[start : start + step]
+            part = slice(start, start + step)
+            mask = prompts.mask[part]
             # Columns that are padding in all these rows.
             empty = int(mask.any(axis=0).argmax())
-            part = BatchPiece(ids[:, empty:], mask[:, empty:], last=True)
-            long = {"prefill_chunk_size": PREFILL} if part.ids.shape[1] > PREFILL else {}
+            ids, real = prompts.ids[part, empty:], mask[:, empty:]
+            long = {"prefill_chunk_size": PREFILL} if ids.shape[1] > PREFILL else {}
             try:
-                outputs += self._generate(self.base, part, max_new_tokens, **long)
+                outputs += self._generate(self.base, ids, real, prompts.asked[part], **long)
             except torch.OutOfMemoryError as error:
                 raise TooLong(
-                    f"memory ran out at {part.ids.shape[1]:,} tokens in {len(part.ids)} rows"
+                    f"memory ran out at {ids.shape[1]:,} tokens in {len(ids)} rows"
                 ) from error
             on_read(int(mask.sum()))
-        return Answers(outputs)
+        yield prompts.asked, outputs
 
     def _bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token in all layers."""

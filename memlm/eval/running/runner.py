@@ -1,7 +1,7 @@
 """Evaluate a model on BABILong and the probes: read documents, ask, score, keep every sample on disk.
 
-Samples run in the same batches whatever was done before, so a run that was killed and started again ends
-as if it had never stopped.
+A model with memory reads samples of all lengths side by side, the longest first; a baseline, batches of one
+cell. A run that was killed goes on after its last answers, in the middle of what it was reading.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from memlm.eval.provenance import (
 from memlm.eval.reporting.plots import save_with_picture
 from memlm.eval.reporting.report import Cell, Report
 from memlm.eval.running.baselines import MODEL, RECALLING, is_memory_model, make_reader
-from memlm.eval.running.batches import Batch, BatchRunner, Recall, split_into_batches
+from memlm.eval.running.batches import (
+    Batch,
+    BatchRunner,
+    Recall,
+    group_by_text,
+    joined,
+    split_into_batches,
+)
 from memlm.eval.running.checks import (
     cells_to_evaluate,
     check_composition,
@@ -108,15 +115,16 @@ def evaluate(
     composition: "exact", or "published" for lengths, facts and noise by the published code's rules
     (`babilong.Composition`). retrieval: how many passages of the document are recalled before the question,
     from an index made for each sample; 5 for "retrieval", "passages" and "reread" when this is None.
-    embedder: that of the index, a HashingEmbedder by default. max_new_tokens: tokens of an answer; None is
-    what the run in `out` has, else 20, or what the longest right answer takes.
+    embedder: that of the index, a HashingEmbedder by default. batch_size: samples that are read side by
+    side, of one task and length by baselines, of any by a memory model. max_new_tokens: tokens of an
+    answer; None is what the run in `out` has, else 20, or what the longest right answer takes.
 
-    With `out`, each batch is appended to `samples.jsonl`, and a later call with the same settings goes on
-    from there (more samples, tasks and lengths may be asked for). `summary.json` and `accuracy.png` are
-    written at the end, about all that the folder holds. Cells that a baseline cannot take are left out,
-    with the reason in `report.skipped`. Under `accelerate launch` or torchrun, processes share the batches,
-    and process 0 joins their files and writes the report of all. ValueError on arguments that cannot work,
-    before any work is done.
+    With `out`, answers are appended to `samples.jsonl` as they come, and a later call with the same
+    settings goes on from there (more samples, tasks and lengths may be asked for). `summary.json` and
+    `accuracy.png` are written at the end, about all that the folder holds. Cells that a baseline cannot
+    take are left out, with the reason in `report.skipped`. Under `accelerate launch` or torchrun, processes
+    share the samples, and process 0 joins their files and writes the report of all. ValueError on arguments
+    that cannot work, before any work is done.
     """
     processes = Processes.current()
     if processes.count > 1 and out is None:
@@ -201,7 +209,7 @@ def evaluate(
         # A silenced run says so itself.
         if len(thresholds) == 1 and 0 < thresholds[0] < math.inf:
             about["write_threshold"] = thresholds[0]
-        runner = BatchRunner(reader, source, prompts, tokenizer, max_new_tokens, recall)
+        runner = BatchRunner(reader, source, prompts, tokenizer, max_new_tokens, batch_size, recall)
         # Process 0 first: it joins what processes of a broken run left, before others read it.
         if not processes.first:
             processes.wait()
@@ -210,13 +218,11 @@ def evaluate(
         if processes.first:
             processes.wait()
         _check_log(log, source, counts)
-        batches = [
-            batch
-            for (task, length), count in counts.items()
-            for batch in split_into_batches(task, length, count, batch_size)
-        ]
-        pending = [b for b in batches if not all(log.has(*key) for key in b.keys())]
-        todo = processes.share(pending)
+        if reader.mixes:
+            pending = group_by_text(counts, source, reader.shares_texts, log)
+            todo = joined(processes.share(pending))
+        else:
+            todo = processes.share(split_into_batches(counts, batch_size, log))
         # Until every process knows what there is to do, none may write.
         processes.wait()
         with log:
@@ -225,7 +231,8 @@ def evaluate(
         if out is not None and processes.count > 1:
             skipped = processes.join_skipped(Path(out), skipped)
             if processes.first:
-                join_parts(Path(out) / SAMPLES, log.keys, [k for b in batches for k in b.keys()])
+                order = [(t, format_length(n), i) for (t, n), c in counts.items() for i in range(c)]
+                join_parts(Path(out) / SAMPLES, log.keys, order)
             processes.wait()
             log.read_again()
     wanted = {
@@ -323,6 +330,9 @@ def _cell(task: str, length: str, rows: Sequence[Row]) -> Cell:
         seconds=sums["seconds"],
         data_seconds=sums["data_seconds"],
         peak_memory_bytes=max(row["peak_memory_bytes"] for row in rows),
-        writes=sum(row["writes"] for row in rows) if all("writes" in row for row in rows) else None,
+        # A text shorter than a segment is not read, and counts none.
+        writes=sum(row.get("writes", 0) for row in rows)
+        if any("writes" in row for row in rows)
+        else None,
         f1=sum(row["f1"] for row in rows) if all("f1" in row for row in rows) else None,
     )

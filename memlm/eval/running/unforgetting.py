@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.eval.running.readers import (
-    Answers,
-    Asked,
-    BatchPiece,
-    Kept,
-    LastReader,
-    MemoryReader,
-    Tape,
-)
+from memlm.eval.running.lanes import Tape, Tokens
+from memlm.eval.running.readers import Asked, BatchPiece, LastReader, MemoryReader
 
 
 class ChunksReader(LastReader):
@@ -38,7 +32,7 @@ class ChunksReader(LastReader):
 
     name: ClassVar[str] = "chunks"
 
-    def pieces(self, batch: Sequence[Asked], done: int = 0) -> Iterator[BatchPiece]:
+    def pieces(self, batch: Sequence[Asked]) -> Iterator[BatchPiece]:
         sizes = [max(1, self.window - len(one.before) - len(one.after)) for one in batch]
         tapes = [Tape(one.sample.ids()) for one in batch]
         left = [one.sample.tokens for one in batch]
@@ -57,39 +51,39 @@ class ChunksReader(LastReader):
                 tapes[index].take(row[len(asked.before) : len(asked.before) + seen])
                 row[len(asked.before) + seen :] = asked.after
                 rows.append(row)
-            prompts = self._prompts(rows)
-            yield BatchPiece(prompts.ids, prompts.mask, last=number + 1 == max(chunks, 1))
+            prompts = self._prompts(batch, rows)
+            yield replace(prompts, last=number + 1 == max(chunks, 1))
 
-    def answer(
-        self,
-        batch: Sequence[Asked],
-        pieces: Iterator[BatchPiece],
-        max_new_tokens: int,
-        on_read: Callable[[int], object],
-        kept: Kept | None = None,
-    ) -> Answers:
-        doubt = np.full(len(batch), np.inf)
-        best = [np.zeros(0, dtype=np.int64)] * len(batch)
+    def said(
+        self, pieces: Iterator[BatchPiece], on_read: Callable[[int], object]
+    ) -> Iterator[tuple[Sequence[Asked], list[str]]]:
+        doubt: list[float] = []
+        best: list[Tokens] = []
+        asked: Sequence[Asked] = ()
         for piece in pieces:
-            assert piece.mask is not None
+            if not best:
+                asked = piece.asked
+                doubt, best = (
+                    [float("inf")] * len(asked),
+                    [np.zeros(0, dtype=np.int64)] * len(asked),
+                )
             there = np.flatnonzero(piece.mask.any(axis=1))
-            found = self._entropy(BatchPiece(piece.ids[there], piece.mask[there]))
+            found = self._entropy(piece.ids[there], piece.mask[there])
             for row, entropy in zip(there.tolist(), found, strict=True):
                 if entropy < doubt[row]:
                     doubt[row] = entropy
                     best[row] = piece.ids[row][piece.mask[row]]
             on_read(int(piece.mask.sum()))
-        return Answers(self._generate(self.base, self._prompts(best), max_new_tokens))
+        prompts = self._prompts(asked, best)
+        yield asked, self._generate(self.base, prompts.ids, prompts.mask, asked)
 
-    def _entropy(self, piece: BatchPiece) -> list[float]:
-        """Entropy (nats) of what comes first after each prompt."""
+    def _entropy(self, ids: Tokens, mask: NDArray[np.bool_]) -> list[float]:
+        """Entropy (nats) of what comes first after each prompt (B, T)."""
         import torch
 
-        assert piece.mask is not None
-        mask = torch.from_numpy(piece.mask.astype(np.int64)).to(self.base.device)
         out = self.base.generate(
-            input_ids=torch.from_numpy(piece.ids).to(self.base.device),
-            attention_mask=mask,
+            input_ids=torch.from_numpy(ids).to(self.base.device),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(self.base.device),
             max_new_tokens=1,
             do_sample=False,
             eos_token_id=self._ends(self.base),
@@ -117,9 +111,8 @@ class QuestionFirstReader(MemoryReader):
 
     name: ClassVar[str] = "question-first"
 
-    def texts_of(self, batch: Sequence[Asked]) -> list[int]:
-        # What is read begins with the question.
-        return list(range(len(batch)))
+    # What is read begins with the question.
+    shares_texts: ClassVar[bool] = False
 
     def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
         pieces = itertools.chain([asked.before, asked.after], asked.sample.ids())
@@ -135,9 +128,8 @@ class PassagesReader(MemoryReader):
 
     name: ClassVar[str] = "passages"
 
-    def texts_of(self, batch: Sequence[Asked]) -> list[int]:
-        # Every question recalls passages of its own.
-        return list(range(len(batch)))
+    # Every question recalls passages of its own.
+    shares_texts: ClassVar[bool] = False
 
     def text(self, asked: Asked) -> tuple[Iterator[NDArray[np.int32]], int]:
         return iter([asked.before, asked.after[: asked.shown]]), len(asked.before) + asked.shown

@@ -56,7 +56,7 @@ def run(
     if out is None:
         return report, []
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    return report, [row["output"] for row in rows]
+    return report, [row["output"] for row in sorted(rows, key=lambda row: row["index"])]
 
 
 @pytest.mark.parametrize("kind", ["plain", "with memory"])
@@ -449,6 +449,8 @@ def test_writes_are_counted_and_survive_a_kill(
         return read(self, *args)
 
     monkeypatch.setattr(readers, "KEEP_SECONDS", -1.0)
+    monkeypatch.setattr(readers, "AT_ONCE", 2)
+    model.config.schedule = "sequential"
     monkeypatch.setattr(MemLMForCausalLM, "read", dying)
     with pytest.raises(KeyboardInterrupt):
         run(model, tokenizer, prose, tmp_path / "killed")

@@ -137,7 +137,7 @@ def test_a_run_goes_on_where_it_was_broken_off(data, words, tmp_path) -> None:
     whole = evaluate(SolvingModel(words), words, data=data, progress=False, batch_size=1)
     with pytest.raises(KeyboardInterrupt):
         evaluate(
-            SolvingModel(words, fail_at=30), words, data=data, out=tmp_path / "out",
+            SolvingModel(words, fail_at=45), words, data=data, out=tmp_path / "out",
             progress=False, batch_size=1,
         )  # fmt: skip
     begun = load_rows(tmp_path / "out")

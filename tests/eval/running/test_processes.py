@@ -21,11 +21,11 @@ LAUNCH = (
 
 
 def work(folder: Path, dies: int | None = None) -> None:
-    """What each process does; process 1 dies when it has answered so many batches."""
+    """What each process does; process 1 dies when it has answered so many samples."""
     if dies is not None and os.environ["RANK"] == "1":
         from memlm.eval.running.batches import BatchRunner
 
-        answer, left = BatchRunner._answer, [dies]
+        answer, left = BatchRunner._row, [dies]
 
         def dying(self, *arguments):
             left[0] -= 1
@@ -33,7 +33,7 @@ def work(folder: Path, dies: int | None = None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return answer(self, *arguments)
 
-        BatchRunner._answer = dying
+        BatchRunner._row = dying
     evaluated(folder)
 
 
@@ -76,7 +76,7 @@ def test_a_process_that_died_is_made_up_for(tmp_path: Path, then: int) -> None:
     check_evaluated(tmp_path)
 
 
-def test_processes_share_batches_and_join_their_rows(
+def test_processes_share_samples_and_join_their_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes one after the other, who need not wait for each other: the second is the first."""
@@ -116,8 +116,9 @@ def test_processes_share_batches_and_join_their_rows(
     monkeypatch.setattr("memlm.eval.running.runner.join_parts", join)
     be(0)
     evaluated(tmp_path / "killed")
-    assert [len(batches) for batches in taken] == [2, 2]
-    assert not {b.indices.start for b in taken[0]} & {b.indices.start for b in taken[1]}
+    assert [len(texts) for texts in taken] == [4, 4]
+    first, second = ({key for text in texts for key in text.keys} for texts in taken)
+    assert not first & second
     assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
     check_evaluated(tmp_path)
 

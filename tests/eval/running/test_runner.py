@@ -19,6 +19,7 @@ from memlm.eval.running.samples import Composed
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig
 from memlm.tasks.haystack import Haystack
+from memlm.tasks.lengths import parse_length
 from tests.eval.fake import SolvingModel
 from tests.fresh import Fresh
 
@@ -38,7 +39,9 @@ def run(
 
 
 def samples_of(out: Path) -> list[dict[str, Any]]:
+    """The rows without their timings, in the order of task, length and index; written as answers came."""
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: (row["task"], parse_length(row["length"]), row["index"]))
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
 
 
@@ -82,7 +85,7 @@ def test_a_question_in_a_segment_of_its_own_comes_behind_all_that_was_read(
     model = SolvingModel(tokenizer, segment_length=100, question_segment="own")
     report = run(model, tokenizer, prose, lengths=["0k", 250], samples=3)
     assert report.accuracy["qa1"] == {"0k": 1.0, "250": 1.0}
-    assert model.batches[-3:] == [(3, 100), (3, 100), (3, 50)]
+    assert model.batches[:3] == [(3, 100), (3, 100), (3, 50)]
 
 
 def test_a_sample_depends_on_seed_task_length_and_index_alone(
@@ -388,7 +391,9 @@ def tiny(tokenizer: Tokenizer) -> MemLMForCausalLM:
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=256,
     )  # fmt: skip
-    model = MemLMForCausalLM.from_base(config, memory="armt", segment_length=64)
+    model = MemLMForCausalLM.from_base(
+        config, memory="armt", segment_length=64, schedule="sequential"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
@@ -433,6 +438,7 @@ class Broken(Exception):
 @pytest.fixture
 def kept_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(readers, "AT_ONCE", 1)
 
 
 def break_at(monkeypatch: pytest.MonkeyPatch, model: Any, segment: int) -> list[int]:
@@ -494,8 +500,8 @@ def test_a_document_half_read_is_gone_on_with(
     assert not (out / "unfinished.safetensors").exists()
 
 
-@pytest.mark.parametrize("harm", ["other batch", "damaged"])
-def test_a_kept_state_that_does_not_fit_costs_only_time(
+@pytest.mark.parametrize("harm", ["none", "damaged", "of other texts"])
+def test_a_kept_state_serves_fewer_rows_and_a_damaged_one_costs_only_time(
     harm: str,
     tiny: MemLMForCausalLM,
     tokenizer: Tokenizer,
@@ -512,11 +518,13 @@ def test_a_kept_state_that_does_not_fit_costs_only_time(
     kept = tmp_path / "a" / "unfinished.safetensors"
     if harm == "damaged":
         kept.write_bytes(kept.read_bytes()[:-100])
-    else:
-        kwargs["batch_size"] = 2
+    if harm == "of other texts":
+        kwargs["lengths"] = [449]
+    kwargs["batch_size"] = 2
     seen = break_at(monkeypatch, tiny, -1)
     run(tiny, tokenizer, prose, tmp_path / "a", **kwargs)
-    assert seen[0] == 2 * 7
+    # Five segments of three texts were kept: two more of the first two, then the third beside the fourth.
+    assert seen[0] == (2 + 7 if harm == "none" else 2 * 7)
     run(tiny, tokenizer, prose, tmp_path / "whole", **kwargs)
     assert samples_of(tmp_path / "a") == samples_of(tmp_path / "whole")
 
@@ -561,12 +569,13 @@ def test_little_is_made_ahead_of_the_model(
     tokenizer: Tokenizer, prose: Haystack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "AHEAD", 500)
+    monkeypatch.setattr(readers, "AT_ONCE", 1)
     made, leads = [0], []
-    pieces = readers.MemoryReader.pieces
+    prepare = readers.MemoryReader.prepare
 
     def counting(self: Any, *args: Any) -> Any:
-        for piece in pieces(self, *args):
-            made[0] += piece.ids.size
+        for piece in prepare(self, *args):
+            made[0] += piece.size
             yield piece
 
     class Slow(SolvingModel):
@@ -582,7 +591,7 @@ def test_little_is_made_ahead_of_the_model(
 
             return super().read(watched(), *given)
 
-    monkeypatch.setattr(readers.MemoryReader, "pieces", counting)
+    monkeypatch.setattr(readers.MemoryReader, "prepare", counting)
     run(Slow(tokenizer, 50), tokenizer, prose, lengths=["2k"], samples=2, batch_size=2)
     # In store, in the maker's hand, in the model's, and the prompts.
     assert 300 <= max(leads) <= 500 + 3 * 100
