@@ -60,6 +60,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "titans-mag": {"chunk_length": 8, "output_std": 0.1},
     "titans-mal": {"chunk_length": 8, "output_std": 0.1},
     "transformer-xl": {"memory_length": 64},
+    "yaad": {"chunk_length": 8, "output_std": 0.1},
 }
 
 

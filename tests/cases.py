@@ -27,6 +27,7 @@ from memlm.memory import (
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    YaadConfig,
     memory_class,
     name_of,
     resolve_memories,
@@ -52,6 +53,7 @@ CASES: dict[str, MemoryConfig] = {
     "titans-mag": TitansMAGConfig(num_heads=2, depth=1, chunk_length=1),
     "titans-mal": TitansMALConfig(depth=3, chunk_length=6, head_dim=5, conv_size=4),
     "transformer-xl": TransformerXLConfig(memory_length=20),
+    "yaad": YaadConfig(num_heads=2, chunk_length=4, conv_size=3, initial_bound=0.3),
 }
 
 SEGMENT = 6

@@ -30,6 +30,7 @@ def test_names_are_discovered_from_files() -> None:
         *rmt,
         *titans,
         "transformer-xl",
+        "yaad",
     )
     assert available_memories() == names
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.memory.parts.deep_memory import read, read_write
+from memlm.memory.parts.memory_rules import TITANS, Rule
 
 B, H, D, OUT, T = 2, 2, 5, 4, 19
 LIMIT = 4.0
@@ -92,8 +93,18 @@ def mlp(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return x @ weights[-1]
 
 
+def square(error: Tensor, t: int) -> Tensor:
+    """What errors (B, H, 1, m) at token t cost together."""
+    return error.square().sum()
+
+
 def oracle(
-    case: Case, *, chunk: int, limit: float | None, mask: Tensor | None = None
+    case: Case,
+    *,
+    chunk: int,
+    limit: float | None,
+    mask: Tensor | None = None,
+    cost: Callable[[Tensor, int], Tensor] = square,
 ) -> tuple[list[Tensor], Tensor]:
     """The rule, one token at a time; also the norms of the gradients, (T, B, H)."""
     graph = any(x.requires_grad for x in case.leaves())
@@ -105,7 +116,7 @@ def oracle(
         if t % chunk == 0:
             start = [w if graph else w.detach().requires_grad_() for w in memory]
         error = mlp(case.k[:, :, t : t + 1], start) - case.v[:, :, t : t + 1]
-        grads = torch.autograd.grad(error.square().sum(), start, create_graph=graph)
+        grads = torch.autograd.grad(cost(error, t), start, create_graph=graph)
         norm = torch.stack([g.square().sum(dim=(2, 3)) for g in grads]).sum(dim=0).sqrt()
         factor = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1)
         real = torch.ones(case.rate.shape[0]) if mask is None else mask[:, t]
@@ -124,9 +135,17 @@ def oracle(
 
 
 def fast(
-    case: Case, *, chunk: int, limit: float | None, mask: Tensor | None = None
+    case: Case,
+    *,
+    chunk: int,
+    limit: float | None,
+    mask: Tensor | None = None,
+    rule: Rule = TITANS,
+    bound: Tensor | None = None,
 ) -> list[Tensor]:
-    y, weights, momentum = read_write(*case, chunk=chunk, limit=limit, mask=mask)
+    y, weights, momentum = read_write(
+        *case, chunk=chunk, limit=limit, mask=mask, rule=rule, bound=bound
+    )
     return [y, *weights, *momentum]
 
 
@@ -296,6 +315,19 @@ def test_without_decay_or_momentum_it_is_the_delta_rule() -> None:
         expected.append(torch.einsum("bhn,bhnm->bhm", case.q[:, :, t], w))
     y, memory, _ = fast(case, chunk=1, limit=None)
     same([y, memory], [torch.stack(expected, dim=2), w], 1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_no_momentum_is_momentum_that_is_forgotten_at_once(chunk: int) -> None:
+    case, mask = case_of().needing_grad(), holes()
+    none = [torch.zeros_like(s) for s in case.momentum]
+    shut = case._replace(log_momentum=torch.full_like(case.rate, -torch.inf), momentum=tuple(none))
+    expected = real_only(oracle(shut, chunk=chunk, limit=LIMIT, mask=mask)[0], mask)[:3]
+    without = case._replace(log_momentum=None, momentum=())
+    ours = real_only(fast(without, chunk=chunk, limit=LIMIT, mask=mask), mask)
+    same(ours, expected, 1e-12)
+    leaves = [*case[:4], case.rate, *case.weights]
+    same(*(torch.autograd.grad(weighted(x), leaves) for x in (ours, expected)), 1e-10, 1e-10)
 
 
 def test_what_was_written_changes_the_next_loss() -> None:

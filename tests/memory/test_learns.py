@@ -32,6 +32,7 @@ from memlm.memory import (
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    YaadConfig,
     available_memories,
 )
 from tests.cases import needs_recurrence
@@ -56,6 +57,7 @@ RECIPES: dict[str, MemoryConfig] = {
     "titans-mag": TitansMAGConfig(output_std=0.1),
     "titans-mal": TitansMALConfig(output_std=0.1),
     "transformer-xl": TransformerXLConfig(memory_length=32),
+    "yaad": YaadConfig(output_std=0.1),
 }
 
 

@@ -73,6 +73,14 @@ class Block:
         heads = [answer(self.weights[h], q[h]) for h in range(self.own.heads)]
         return torch.cat([norm(y) for y in heads]) * self.own.out_norm
 
+    def cost(self, error: torch.Tensor, gate: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What one head's error comes to."""
+        if self.config.objective == "square":
+            return error.square().sum()
+        bound = self.own.size**0.5 * (1 + gate["bound"].exp()).log()
+        size = error.norm()
+        return size**2 if size <= bound else 2 * bound * size - bound**2
+
     def segment(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, D) -> (n, D): every token written, then read."""
         config, out = self.config, []
@@ -82,14 +90,18 @@ class Block:
             q = F.normalize(self.project(x, self.own.query, 0), dim=-1)
             k = F.normalize(self.project(x, self.own.key, 1), dim=-1)
             v = self.project(x, self.own.value, 2)
-            gates = self.own.gates(norm(x) * self.own.norm).reshape(3, self.own.heads)
+            gates = self.own.gates(norm(x) * self.own.norm).reshape(-1, self.own.heads)
+            names = ["rate", *["momentum"] * config.momentum, "forgetting"]
+            names += ["bound"] * (config.objective == "huber")
+            gates = dict(zip(names, gates, strict=True))
             heads = []
             for h in range(self.own.heads):
-                eta, alpha = torch.sigmoid(gates[1, h]), torch.sigmoid(gates[2, h])
-                theta = config.max_rate / 2 * torch.sigmoid(gates[0, h])
+                eta = torch.sigmoid(gates["momentum"][h]) if config.momentum else 0.0
+                alpha = torch.sigmoid(gates["forgetting"][h])
+                theta = config.max_rate / 2 * torch.sigmoid(gates["rate"][h])
                 theta = theta * (1 - eta) if config.coupled_rate else theta
                 at = [w.requires_grad_() for w in start[h]]
-                loss = (answer(at, k[h]) - v[h]).square().sum()
+                loss = self.cost(answer(at, k[h]) - v[h], {n: g[h] for n, g in gates.items()})
                 surprise = torch.autograd.grad(loss, at)
                 size = torch.stack([g.square().sum() for g in surprise]).sum().sqrt()
                 if config.max_surprise is not None:
@@ -156,6 +168,9 @@ def reference(kind: str, memory: Titans, block: Block, x: torch.Tensor) -> torch
         {"chunk_length": 4, "num_heads": 1, "head_dim": 5, "num_persistent_tokens": 1},
         {"chunk_length": 1, "coupled_rate": False, "max_rate": 0.2, "max_surprise": None},
         {"chunk_length": 3, "coupled_rate": False, "combine": "multiply", "conv_size": 4},
+        {"chunk_length": 3, "momentum": False},
+        {"chunk_length": 3, "momentum": False, "objective": "huber", "initial_bound": 0.3},
+        {"chunk_length": 1, "objective": "huber", "max_surprise": None, "conv_size": 3},
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])

@@ -1,14 +1,16 @@
-"""The neural memory that the three Titans share (Behrouz et al. 2024, section 3), as a block.
+"""The neural memory that Titans and their successors share (Behrouz et al. 2024, section 3), as a block.
 
 Tokens become queries, keys and values per head; the memory, an MLP per head and row, is trained on
 keys and values while it is read (`deep_memory`), and what it answers goes back to the model's width through
-a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands.
+a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands; what
+differs between them and `yaad` is how the memory learns, and every such rule may stand at all three places.
 
 Legend: H heads of the memory, d their size, C tokens per chunk.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,10 +21,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memlm.memory.base import Continues, Dims, accumulator_dtype, option, was_loaded
+from memlm.memory.base import (
+    Continues,
+    Dims,
+    Inner,
+    Site,
+    accumulator_dtype,
+    option,
+    was_loaded,
+)
 from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.deep_memory import read, read_write
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.memory_rules import Huber, Objective, Rule
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
     real_first_order,
@@ -33,10 +44,17 @@ from memlm.memory.parts.tokens import (
 
 EPSILON = 1e-6
 
+OBJECTIVES: dict[str, Objective | None] = {"square": None, "huber": Huber()}
+# Options that are read only where another one has a certain value.
+SERVING: dict[str, tuple[str, Any]] = {
+    "initial_momentum": ("momentum", True),
+    "initial_bound": ("objective", "huber"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TitansConfig(GatedConfig):
-    """Options of every Titans memory.
+    """Options of every memory whose weights are its state.
 
     num_heads: heads of the memory, None for the base's attention heads; head_dim: their size, None for
     hidden size / heads. depth: layers of the MLP that is the memory; expansion: width of its hidden layers
@@ -50,6 +68,10 @@ class TitansConfig(GatedConfig):
     max_surprise: largest gradient norm of one token, in units of sqrt(head_dim), so that no rate can make
     the memory diverge; None for no limit. output_std: scale of the output projection at the start; 0
     leaves the stage as it was.
+    momentum: whether a step carries on those before it; the learning rate is then coupled to nothing.
+    objective: what an error costs, "square", or "huber", whose pull grows no further beyond a bound that
+    each token sets for itself (`yaad`). initial_bound: where the bound starts, in units of sqrt(head_dim);
+    float("inf") for the square.
     write_gate: "none", the paper's, or "sigmoid" or "hard": how far each head moves, over a whole segment,
     from what it was to what the segment would make of it, momentum and forgetting included. The segment's
     gate is that of its most telling token; within the segment, tokens read what was written before them in
@@ -74,6 +96,13 @@ class TitansConfig(GatedConfig):
     max_surprise: float | None = 4.0
     output_std: float = option(0.0)
 
+    momentum: bool = True
+    objective: str = "square"
+    initial_bound: float = option(1.0)
+
+    # What makes a mechanism that is named after its rule that mechanism.
+    own: ClassVar[Mapping[str, Any]] = {}
+
     @classmethod
     def paper(cls) -> Self:
         """Convolutions of 4, three gates of their own, no limit to a token's gradient.
@@ -87,6 +116,7 @@ class TitansConfig(GatedConfig):
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
         self.check_gates(("none", "sigmoid", "hard"))
+        self._check_rule()
         heads, size = head_sizes(self.num_heads, self.head_dim, dims)
         chunk = self.chunk_length
         if chunk is None:
@@ -111,13 +141,45 @@ class TitansConfig(GatedConfig):
             raise ValueError(f"max_surprise={self.max_surprise} must be above 0, or None")
         return filled
 
+    def _check_rule(self) -> None:
+        """Refuse a rule that is unknown, another mechanism's, or has options that nothing reads."""
+        for name, value in self.own.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not the rule of {type(self).__name__}, which is "
+                    f"{name}={value!r}; use TitansMAGConfig for rules of your own"
+                )
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective={self.objective!r} is unknown; use {' or '.join(map(repr, OBJECTIVES))}"
+            )
+        for name, (other, value) in SERVING.items():
+            given = getattr(self, name)
+            if given != getattr(TitansConfig, name) and getattr(self, other) != value:
+                raise ValueError(
+                    f"{name}={given} is read with {other}={value!r} alone; leave it out, or give that"
+                )
+        if not self.initial_bound > 0:
+            raise ValueError(f"initial_bound={self.initial_bound} must be above 0")
 
-def coupled_step(rate: Tensor, momentum: Tensor) -> Tensor:
+
+def logit(share: float) -> Tensor:
+    """What a sigmoid makes `share` of."""
+    return torch.logit(torch.tensor(share))
+
+
+def inverse_softplus(value: float) -> float:
+    """What softplus makes `value` of, infinity included."""
+    return value + math.log(-math.expm1(-value))
+
+
+def coupled_step(rate: Tensor, momentum: Tensor | None) -> Tensor:
     """sigmoid(rate) (1 - eta): with momentum, whose steps sum to 1 / (1 - eta), that comes to the rate."""
+    assert momentum is not None
     return torch.sigmoid(rate) * torch.sigmoid(-momentum)
 
 
-def own_step(rate: Tensor, momentum: Tensor) -> Tensor:
+def own_step(rate: Tensor, momentum: Tensor | None) -> Tensor:
     """sigmoid(rate), whatever the momentum."""
     return torch.sigmoid(rate)
 
@@ -125,8 +187,9 @@ def own_step(rate: Tensor, momentum: Tensor) -> Tensor:
 class TitansState(NamedTuple):
     """weights and momentum of the memory, one (B, H, n_in, n_out) per layer, float32 or wider.
 
-    tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1, H d) each. written, opened
-    (B,): the mean gate of the last segment over heads, and the largest; () without gates.
+    momentum: () without it. tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1,
+    H d) each. written, opened (B,): the mean gate of the last segment over heads, and the largest; ()
+    without gates.
     """
 
     weights: tuple[Tensor, ...]
@@ -180,13 +243,22 @@ class TitansMemory(nn.Module):
         self.config = config
         self.heads, self.size, self.chunk = config.num_heads, config.head_dim, config.chunk_length
         hidden, inner = dims.hidden_size, config.num_heads * config.head_dim
-        self.step = coupled_step if config.coupled_rate else own_step
+        coupled = config.momentum and config.coupled_rate
+        self.step = coupled_step if coupled else own_step
+        self.rule = Rule(objective=OBJECTIVES[config.objective])
         self.norm = nn.Parameter(torch.empty(hidden))
         self.query = nn.Linear(hidden, inner, bias=False)
         self.key = nn.Linear(hidden, inner, bias=False)
         self.value = nn.Linear(hidden, inner, bias=False)
-        # Per head: learning rate, momentum, forgetting.
-        self.gates = nn.Linear(hidden, 3 * self.heads)
+        # One of each per head.
+        wanted = {
+            "rate": True,
+            "momentum": config.momentum,
+            "forgetting": True,
+            "bound": self.rule.objective is not None and self.rule.objective.bounded,
+        }
+        self.gate_names = tuple(name for name, there in wanted.items() if there)
+        self.gates = nn.Linear(hidden, len(self.gate_names) * self.heads)
         wide = config.expansion * self.size
         widths = [self.size, *[wide] * (config.depth - 1), self.size]
         self.initial = nn.ParameterList(
@@ -208,15 +280,17 @@ class TitansMemory(nn.Module):
         for linear in (self.query, self.key, self.value, self.out_gate):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.normal_(self.gates.weight, std=0.1 * self.gates.in_features**-0.5)
-        starts = (
-            config.initial_rate / config.max_rate,
-            config.initial_momentum,
-            config.initial_forgetting,
-        )
+        starts = {
+            "rate": logit(config.initial_rate / config.max_rate),
+            "momentum": logit(config.initial_momentum),
+            "forgetting": logit(config.initial_forgetting),
+            "bound": inverse_softplus(config.initial_bound),
+        }
         if not was_loaded(self.gates.bias):
             with torch.no_grad():
-                for part, start in zip(self.gates.bias.chunk(3), starts, strict=True):
-                    part.fill_(torch.logit(torch.tensor(start)))
+                parts = self.gates.bias.chunk(len(self.gate_names))
+                for name, part in zip(self.gate_names, parts, strict=True):
+                    part.fill_(starts[name])
         for weight in self.initial[:-1]:
             nn.init.normal_(weight, std=1.0)
         nn.init.normal_(self.initial[-1], std=0.02)
@@ -232,7 +306,7 @@ class TitansMemory(nn.Module):
         before = self.norm.new_zeros(batch_size, *tail, dtype=dtype)
         return TitansState(
             weights,
-            tuple(torch.zeros_like(weight) for weight in weights),
+            tuple(torch.zeros_like(weight) for weight in weights if self.config.momentum),
             tuple(before for _ in self.kernels),
         )
 
@@ -265,24 +339,26 @@ class TitansMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = state.weights[0].dtype
             q, k, v = (stream.to(wide) for stream, _ in streams)
-            rate, momentum, forgetting = rearrange(
-                gates.to(wide), "B T (gate H) -> gate B H T", gate=3
-            )
+            parts = rearrange(gates.to(wide), "B T (gate H) -> gate B H T", H=self.heads)
+            gate = dict(zip(self.gate_names, parts, strict=True))
+            momentum, bound = gate.get("momentum"), gate.get("bound")
             # The gradient is twice the error.
-            step = self.config.max_rate / 2 * self.step(rate, momentum)
+            step = self.config.max_rate / 2 * self.step(gate["rate"], momentum)
             limit = self.config.max_surprise
             y, weights, carried = read_write(
                 F.normalize(q, dim=-1),
                 F.normalize(k, dim=-1),
                 v,
-                F.logsigmoid(-forgetting),
-                F.logsigmoid(momentum),
+                F.logsigmoid(-gate["forgetting"]),
+                None if momentum is None else F.logsigmoid(momentum),
                 step,
                 state.weights,
                 state.momentum,
                 chunk=self.chunk,
                 limit=None if limit is None else limit * self.size**0.5,
                 mask=real,
+                rule=self.rule,
+                bound=None if bound is None else F.softplus(bound) * self.size**0.5,
             )
             read_out = self._normed(y).to(x.dtype)
         y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
@@ -390,3 +466,30 @@ class Titans(GatedMemory):
         tokens = self.persistent.to(x.dtype).expand(x.shape[0], -1, -1)
         mask = None if mask is None else F.pad(mask, (count, 0), value=True)
         return torch.cat([tokens, x], dim=1), mask, count
+
+
+class TitansBranch(Titans):
+    """A memory beside a layer's attention, as MAG's: both read the layer's input."""
+
+    site: ClassVar[Site] = "attention"
+    reads_inner: ClassVar[bool] = False
+    # Without persistent tokens, which take a share of the attention, and at output_std=0: the defaults.
+    neutral: ClassVar[bool] = True
+
+    def __init__(self, config: TitansBranchConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.combine = COMBINATIONS[config.combine]
+
+    def forward(
+        self,
+        x: Tensor,
+        state: TitansState,
+        inner: Inner,
+        *,
+        mask: Tensor | None,
+        write: bool = True,
+    ) -> tuple[Tensor, TitansState]:
+        longer, real, count = self.with_persistent(x, mask)
+        y = inner(longer, mask=real)[:, count:]
+        answer, new = self.remember(x, state, mask)
+        return self.combine(y, answer), (new if write else state)

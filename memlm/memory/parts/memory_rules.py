@@ -1,0 +1,153 @@
+"""What a deep memory is made of, and what it pays for an error: the choices of `deep_memory`.
+
+Each is a few functions of tensors with their derivatives by hand, up to the second where the memory's own
+gradient is differentiated once more. Letters as in `deep_memory`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def feature_scale(width: int) -> float:
+    """kappa for so many hidden features: they then have about unit norm."""
+    return math.sqrt(2 / width)
+
+
+class Activation(Protocol):
+    """What stands between two layers: from z, what leaves a layer, to features h.
+
+    fold: how many columns of z make a feature. What is kept of z is as wide as z.
+    """
+
+    fold: int
+
+    def of(self, z: Tensor) -> Tensor:
+        """The features of z, under plain autograd."""
+        ...
+
+    def features(self, z: Tensor, kept: Tensor, out: Tensor) -> None:
+        """Fill `kept` and the features `out`."""
+        ...
+
+    def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept of z, and the features; z may be overwritten."""
+        ...
+
+    def back(self, kept: Tensor, features: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+        """The gradient by z from that by the features, into `out`."""
+        ...
+
+    def curves(self, kept: Tensor, features: Tensor, returned: Tensor) -> tuple[Tensor, ...]:
+        """What `twice` and `add_back` need. returned: the gradient that `back` was given."""
+        ...
+
+    def twice(self, curves: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Back through `back`: from the gradient by its result, those by `returned` and by z."""
+        ...
+
+    def add_back(self, curves: tuple[Tensor, ...], grad: Tensor, into: Tensor) -> None:
+        """Add to `into` what `back` makes of `grad`."""
+        ...
+
+
+class Silu:
+    """h = kappa silu(z). Kept: sigmoid(z)."""
+
+    fold = 1
+
+    def of(self, z: Tensor) -> Tensor:
+        return F.silu(z) * feature_scale(z.shape[-1])
+
+    def features(self, z: Tensor, kept: Tensor, out: Tensor) -> None:
+        torch.sigmoid(z, out=kept)
+        torch.mul(z, kept, out=out).mul_(feature_scale(z.shape[-1]))
+
+    def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.sigmoid(z)
+        return kept, z.mul_(kept).mul_(feature_scale(z.shape[-1]))
+
+    def back(self, kept: Tensor, features: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+        return torch.mul(grad, _slope(features, kept), out=out)
+
+    def curves(self, kept: Tensor, features: Tensor, returned: Tensor) -> tuple[Tensor, ...]:
+        slope = _slope(features, kept)
+        # kappa silu''(z) = (1 - gate) (2 slope - h)
+        return slope, (2 * slope).sub_(features).mul_(1 - kept).mul_(returned)
+
+    def twice(self, curves: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor]:
+        slope, bend = curves
+        return slope * grad, bend * grad
+
+    def add_back(self, curves: tuple[Tensor, ...], grad: Tensor, into: Tensor) -> None:
+        into.addcmul_(grad, curves[0])
+
+
+def _slope(features: Tensor, gates: Tensor) -> Tensor:
+    """kappa silu'(z) from h = kappa silu(z) and sigmoid(z): h + gate (kappa - h)."""
+    return torch.lerp(features, features.new_full((), feature_scale(features.shape[-1])), gates)
+
+
+class Objective(Protocol):
+    """What a token pays for its error e = M(k) - v (..., m).
+
+    bound (...): a number of the token's own, None where the objective is not `bounded`.
+    """
+
+    bounded: bool
+
+    def gradient(self, e: Tensor, bound: Tensor | None) -> Tensor:
+        """Gradient of the loss by e."""
+        ...
+
+    def twice(self, e: Tensor, bound: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Back through `gradient`: from the gradient by its result, those by e and by the bound."""
+        ...
+
+
+class Huber:
+    """|e|^2 up to the bound, 2 bound |e| - bound^2 beyond: an outlier pulls no harder than the bound."""
+
+    bounded = True
+
+    def gradient(self, e: Tensor, bound: Tensor | None) -> Tensor:
+        assert bound is not None
+        return 2 * e * self._share(e, bound)[0]
+
+    def twice(self, e: Tensor, bound: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert bound is not None
+        share, beyond = self._share(e, bound)
+        # Beyond it the gradient is 2 bound u with u = e / |e|; within, u is left at zero.
+        u = torch.where(beyond, e / torch.linalg.vector_norm(e, dim=-1, keepdim=True), 0.0)
+        along = torch.linalg.vecdot(u, grad).unsqueeze(-1)
+        return 2 * share * (grad - u * along), 2 * along.squeeze(-1)
+
+    @staticmethod
+    def _share(e: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """min(1, bound / |e|) and where it is below 1, (..., 1)."""
+        norm, bound = torch.linalg.vector_norm(e, dim=-1, keepdim=True), bound.unsqueeze(-1)
+        beyond = norm > bound
+        return torch.where(beyond, bound / norm, 1.0), beyond
+
+
+SILU = Silu()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a memory learns, apart from its gates.
+
+    activation: what its hidden layers do. objective: what an error costs, None for its square, |e|^2.
+    """
+
+    activation: Activation = SILU
+    objective: Objective | None = None
+
+
+TITANS = Rule()
