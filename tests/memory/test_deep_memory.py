@@ -86,10 +86,19 @@ def holes(length: int = T, rows: int = B) -> Tensor:
     return mask
 
 
-def mlp(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def silu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(z) * (2 / z.shape[-1]) ** 0.5
+
+
+def gated(z: Tensor) -> Tensor:
+    """Hidden features that are opened by others."""
+    a, b = z[..., : z.shape[-1] // 2], z[..., z.shape[-1] // 2 :]
+    return a * torch.sigmoid(a) * b * (2 / b.shape[-1]) ** 0.5
+
+
+def mlp(x: Tensor, weights: Sequence[Tensor], hidden: Callable[[Tensor], Tensor] = silu) -> Tensor:
     for w in weights[:-1]:
-        z = x @ w
-        x = z * torch.sigmoid(z) * (2 / w.shape[-1]) ** 0.5
+        x = hidden(x @ w)
     return x @ weights[-1]
 
 
@@ -105,6 +114,8 @@ def oracle(
     limit: float | None,
     mask: Tensor | None = None,
     cost: Callable[[Tensor, int], Tensor] = square,
+    window: int = 1,
+    hidden: Callable[[Tensor], Tensor] = silu,
 ) -> tuple[list[Tensor], Tensor]:
     """The rule, one token at a time; also the norms of the gradients, (T, B, H)."""
     graph = any(x.requires_grad for x in case.leaves())
@@ -115,21 +126,22 @@ def oracle(
     for t in range(case.rate.shape[2]):
         if t % chunk == 0:
             start = [w if graph else w.detach().requires_grad_() for w in memory]
-        error = mlp(case.k[:, :, t : t + 1], start) - case.v[:, :, t : t + 1]
-        grads = torch.autograd.grad(cost(error, t), start, create_graph=graph)
-        norm = torch.stack([g.square().sum(dim=(2, 3)) for g in grads]).sum(dim=0).sqrt()
-        factor = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1)
+        step = [torch.zeros_like(w) for w in memory]
+        for i in range(max(0, t - window + 1), t + 1):
+            error = mlp(case.k[:, :, i : i + 1], start, hidden) - case.v[:, :, i : i + 1]
+            grads = torch.autograd.grad(cost(error, i), start, create_graph=graph)
+            norm = torch.stack([g.square().sum(dim=(2, 3)) for g in grads]).sum(dim=0).sqrt()
+            factor = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1)
+            share = (factor * case.rate[:, :, i] / window)[..., None, None]
+            step = [s + share * g for s, g in zip(step, grads, strict=True)]
         real = torch.ones(case.rate.shape[0]) if mask is None else mask[:, t]
         real = real.bool()[:, None, None, None]
-        eta, keep, step = (
-            x[:, :, t, None, None]
-            for x in (case.log_momentum.exp(), case.log_keep.exp(), case.rate)
-        )
-        for i, g in enumerate(grads):
-            new = eta * momentum[i] - step * factor[..., None, None] * g
+        eta, keep = (x[:, :, t, None, None] for x in (case.log_momentum.exp(), case.log_keep.exp()))
+        for i, s in enumerate(step):
+            new = eta * momentum[i] - s
             memory[i] = torch.where(real, keep * memory[i] + new, memory[i])
             momentum[i] = torch.where(real, new, momentum[i])
-        outputs.append(mlp(case.q[:, :, t : t + 1], memory))
+        outputs.append(mlp(case.q[:, :, t : t + 1], memory, hidden))
         norms.append(norm.detach())
     return [torch.cat(outputs, dim=2), *memory, *momentum], torch.stack(norms)
 
@@ -142,9 +154,13 @@ def fast(
     mask: Tensor | None = None,
     rule: Rule = TITANS,
     bound: Tensor | None = None,
+    recent: Sequence[Tensor] = (),
 ) -> list[Tensor]:
+    if rule.window > 1 and not recent:
+        written = [x for x in (case.k, case.v, case.rate, bound) if x is not None]
+        recent = [x.new_zeros(*x.shape[:2], rule.window - 1, *x.shape[3:]) for x in written]
     y, weights, momentum = read_write(
-        *case, chunk=chunk, limit=limit, mask=mask, rule=rule, bound=bound
+        *case, chunk=chunk, limit=limit, mask=mask, rule=rule, bound=bound, recent=recent
     )
     return [y, *weights, *momentum]
 

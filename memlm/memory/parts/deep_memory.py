@@ -45,10 +45,11 @@ GROUP = 8
 class Decays(NamedTuple):
     """What the gates of a chunk come to: everything after it is linear in these.
 
-    mixing (..., b, b): share of the gradient at i in the weights at t, to be subtracted. gains (..., b, 2):
-    shares of the first weights and first momentum in the weights at t. closing (..., b, 2): shares of the
+    mixing (..., b, i): share of the gradient at i in the weights at t, to be subtracted. gains (..., b, 2):
+    shares of the first weights and first momentum in the weights at t. closing (..., i, 2): shares of the
     gradient at i in the next chunk's weights and momentum. carry (...): of the first momentum in the next.
-    Without momentum gains and closing are (..., b, 1), and carry says nothing.
+    Without momentum gains and closing have one share, and carry says nothing. Tokens i are the chunk's own,
+    after the c - 1 before it where a window has c.
     """
 
     mixing: Tensor
@@ -58,33 +59,53 @@ class Decays(NamedTuple):
 
 
 def decays(
-    log_keep: Tensor, log_momentum: Tensor | None, rate: Tensor, mask: Tensor | None = None
+    log_keep: Tensor,
+    log_momentum: Tensor | None,
+    rate: Tensor,
+    mask: Tensor | None = None,
+    window: int = 1,
 ) -> Decays:
-    """From log(1 - alpha), log eta and theta (..., b); mask (..., b) bool, False for padding.
+    """From log(1 - alpha), log eta (..., b) and theta (..., b + window - 1), zero at padding.
 
-    log_momentum: None without momentum.
+    log_momentum: None without momentum. mask (..., b) bool, False for padding.
     """
     if mask is not None:
         blank = ~mask
-        log_keep, rate = log_keep.masked_fill(blank, 0), rate.masked_fill(blank, 0)
+        log_keep = log_keep.masked_fill(blank, 0)
         if log_momentum is not None:
             log_momentum = log_momentum.masked_fill(blank, 0)
+    rate = rate.unsqueeze(-2)
     kept, keep = _products(log_keep)
+    if mask is not None:
+        keep = keep.masked_fill(blank.unsqueeze(-2), 0)  # nothing is added at a masked token
     if log_momentum is None:
-        mixing = keep * rate.unsqueeze(-2)
+        mixing = _windows(keep, window) * rate
         closing = mixing[..., -1, :, None]
         return Decays(mixing, kept.unsqueeze(-1), closing, torch.zeros_like(kept[..., -1]))
     carried, momentum = _products(log_momentum)
-    if mask is not None:
-        keep = keep.masked_fill(blank.unsqueeze(-2), 0)  # momentum is not added at a masked token
-    mixing = (keep @ momentum) * rate.unsqueeze(-2)
+    if mask is not None and window > 1:
+        momentum = momentum.masked_fill(blank.unsqueeze(-2), 0)
+    mixing = _windows(keep @ momentum, window) * rate
     started = (keep @ carried.unsqueeze(-1)).squeeze(-1)
+    ending = (_windows(momentum[..., -1:, :], window) * rate).squeeze(-2)
     return Decays(
         mixing,
         torch.stack([kept, started], dim=-1),
-        torch.stack([mixing[..., -1, :], momentum[..., -1, :] * rate], dim=-1),
+        torch.stack([mixing[..., -1, :], ending], dim=-1),
         carried[..., -1],
     )
+
+
+def _windows(shares: Tensor, window: int) -> Tensor:
+    """From shares of the steps at i (..., b) those of the gradients in them, (..., b + window - 1).
+
+    A step takes the gradients of the last `window` tokens, each with as much of its rate.
+    """
+    if window == 1:
+        return shares
+    size = shares.shape[-1]
+    band = shares.new_full((size, size + window - 1), 1 / window).triu_().tril_(window - 1)
+    return shares @ band
 
 
 def _products(log: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,6 +142,7 @@ def read_write(
     mask: Tensor | None = None,
     rule: Rule = TITANS,
     bound: Tensor | None = None,
+    recent: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Weights, Weights]:
     """Write T tokens, reading each after its own write: outputs (B, H, T, m), weights, momentum.
 
@@ -128,8 +150,9 @@ def read_write(
     (B, H, T); weights, momentum: (B, H, n, m) per layer; mask (B, T) bool, False for padding, where the
     inputs only need to be finite. limit: largest norm of a token's gradient, None for any. Without momentum
     log_momentum is None and momentum is (). bound (B, H, T): what the rule's objective asks of each token,
-    None where it asks nothing. Everything is computed in the dtype of `weights`. Cuts at multiples of
-    `chunk` change nothing.
+    None where it asks nothing. recent: k, v, rate and, if there is one, bound of the window - 1 tokens
+    before these, at rate zero where there were none; () for a window of 1. With more, masked tokens stand
+    last. Everything is computed in the dtype of `weights`. Cuts at multiples of `chunk` change nothing.
     """
     layers = len(weights)
     states = (*weights, *momentum)
@@ -137,7 +160,7 @@ def read_write(
     options = {name: value for name, value in options.items() if value is not None}
 
     def on_rows(*given: Tensor) -> tuple[Tensor, ...]:
-        tokens, rest = given[:5], given[5 + len(states) :]
+        tokens, rest = given[:5], given[5 + len(states) : len(given) - len(recent)]
         y, new_weights, new_momentum = _read_write(
             *tokens,
             weights=given[5 : 5 + layers],
@@ -145,11 +168,12 @@ def read_write(
             chunk=chunk,
             limit=limit,
             rule=rule,
+            recent=given[len(given) - len(recent) :],
             **dict(zip(options, rest, strict=True)),
         )
         return y, *new_weights, *new_momentum
 
-    y, *new = folded(on_rows, q, k, v, log_keep, rate, *states, *options.values())
+    y, *new = folded(on_rows, q, k, v, log_keep, rate, *states, *options.values(), *recent)
     return y, tuple(new[:layers]), tuple(new[layers:])
 
 
@@ -164,6 +188,7 @@ def _read_write(
     chunk: int,
     limit: float | None,
     rule: Rule,
+    recent: Sequence[Tensor],
     log_momentum: Tensor | None = None,
     bound: Tensor | None = None,
     mask: Tensor | None = None,
@@ -175,19 +200,32 @@ def _read_write(
     padding = chunks * size - length
     dtype = weights[0].dtype
 
-    def chunked(x: Tensor) -> Tensor:
-        """(B, H, T, ...) -> (N, R, b, ...)."""
+    def chunked(x: Tensor, before: Tensor | None = None) -> Tensor:
+        """(B, H, T, ...) -> (N, R, b, ...), after those before each chunk where `before` is given."""
         if padding:
             x = torch.cat([x, x.new_zeros(batch, heads, padding, *x.shape[3:])], dim=2)
-        return rearrange(x, "B H (N b) ... -> N (B H) b ...", b=size).contiguous()
+        if before is None:
+            return rearrange(x, "B H (N b) ... -> N (B H) b ...", b=size).contiguous()
+        x = torch.cat([before.to(x.dtype), x], dim=2)
+        x = x.unfold(2, before.shape[2] + size, size).movedim(-1, 3)
+        return rearrange(x, "B H N b ... -> N (B H) b ...").contiguous()
 
     with torch.autocast(q.device.type, enabled=False):
         if padding and mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=q.device)
-        tokens = [
-            None if x is None else chunked(x.to(dtype))
-            for x in (q, k, v, bound, log_keep, log_momentum, rate)
+        if mask is not None:
+            rate = rate.masked_fill(~mask.unsqueeze(1), 0)
+        k_before, v_before, rate_before, bound_before = *recent, *(None,) * (4 - len(recent))
+        given = [
+            (q, None),
+            (k, k_before),
+            (v, v_before),
+            (bound, bound_before),
+            (log_keep, None),
+            (log_momentum, None),
+            (rate, rate_before),
         ]
+        tokens = [None if x is None else chunked(x.to(dtype), old) for x, old in given]
         parts = 2 if momentum else 1
         halves = zip(weights, momentum, strict=True) if momentum else zip(weights, strict=True)
         states = [
@@ -204,7 +242,7 @@ def _read_write(
         split = [(None,) * groups if x is None else x.split(group) for x in (*tokens, mask)]
         outputs = []
         for q, k, v, bound, *gates in zip(*split, strict=True):
-            decay = decays(*gates)
+            decay = decays(*gates, window=rule.window)
             if learning:
                 y, *states = _ReadWrite.apply(limit, rule, q, k, v, bound, *decay, *states)
             else:

@@ -89,6 +89,49 @@ class Silu:
         into.addcmul_(grad, curves[0])
 
 
+class Gated:
+    """h = kappa silu(a) b from z = [a; b]. Kept: z."""
+
+    fold = 2
+
+    def of(self, z: Tensor) -> Tensor:
+        a, b = z.chunk(2, dim=-1)
+        return F.silu(a) * b * feature_scale(a.shape[-1])
+
+    def features(self, z: Tensor, kept: Tensor, out: Tensor) -> None:
+        kept.copy_(z)
+        out.copy_(self.of(z))
+
+    def read(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z, self.of(z)
+
+    def back(self, kept: Tensor, features: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+        return torch.cat([grad * slope for slope in self._slopes(kept)[:2]], dim=-1, out=out)
+
+    def curves(self, kept: Tensor, features: Tensor, returned: Tensor) -> tuple[Tensor, ...]:
+        by_a, by_b, twice_a, by_both = self._slopes(kept)
+        return by_a, by_b, twice_a * returned, by_both * returned
+
+    def twice(self, curves: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor]:
+        by_a, by_b, twice_a, by_both = curves
+        a, b = grad.chunk(2, dim=-1)
+        return by_a * a + by_b * b, torch.cat([twice_a * a + by_both * b, by_both * a], dim=-1)
+
+    def add_back(self, curves: tuple[Tensor, ...], grad: Tensor, into: Tensor) -> None:
+        for part, slope in zip(into.chunk(2, dim=-1), curves[:2], strict=True):
+            part.addcmul_(grad, slope)
+
+    @staticmethod
+    def _slopes(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Derivatives of h: by a, by b, twice by a, by both."""
+        a, b = z.chunk(2, dim=-1)
+        scale, gate = feature_scale(a.shape[-1]), torch.sigmoid(a)
+        shut = 1 - gate
+        slope = scale * gate * (1 + a * shut)
+        bend = scale * gate * shut * (2 + a * (shut - gate))
+        return slope * b, scale * a * gate, bend * b, slope
+
+
 def _slope(features: Tensor, gates: Tensor) -> Tensor:
     """kappa silu'(z) from h = kappa silu(z) and sigmoid(z): h + gate (kappa - h)."""
     return torch.lerp(features, features.new_full((), feature_scale(features.shape[-1])), gates)
@@ -136,7 +179,7 @@ class Huber:
         return torch.where(beyond, bound / norm, 1.0), beyond
 
 
-SILU = Silu()
+SILU, GATED = Silu(), Gated()
 
 
 @dataclass(frozen=True)
@@ -144,10 +187,12 @@ class Rule:
     """How a memory learns, apart from its gates.
 
     activation: what its hidden layers do. objective: what an error costs, None for its square, |e|^2.
+    window: how many tokens, the last of them its own, each step minimises the error of.
     """
 
     activation: Activation = SILU
     objective: Objective | None = None
+    window: int = 1
 
 
 TITANS = Rule()

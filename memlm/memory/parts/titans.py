@@ -32,10 +32,12 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.deep_memory import read, read_write
+from memlm.memory.parts.feature_maps import quadratic
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
-from memlm.memory.parts.memory_rules import Huber, Objective, Rule
+from memlm.memory.parts.memory_rules import GATED, SILU, Huber, Objective, Rule
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
+    latest_tokens,
     real_first_order,
     short_convolution,
     tokens_back_from,
@@ -45,6 +47,11 @@ from memlm.memory.parts.tokens import (
 EPSILON = 1e-6
 
 OBJECTIVES: dict[str, Objective | None] = {"square": None, "huber": Huber()}
+# How many features of keys and queries of size d, and which.
+FEATURES: dict[str, tuple[Callable[[int], int], Callable[[Tensor, Tensor], Tensor] | None]] = {
+    "linear": (lambda d: d, None),
+    "quadratic": (lambda d: d + d * (d + 1) // 2, quadratic),
+}
 # Options that are read only where another one has a certain value.
 SERVING: dict[str, tuple[str, Any]] = {
     "initial_momentum": ("momentum", True),
@@ -72,6 +79,10 @@ class TitansConfig(GatedConfig):
     objective: what an error costs, "square", or "huber", whose pull grows no further beyond a bound that
     each token sets for itself (`yaad`). initial_bound: where the bound starts, in units of sqrt(head_dim);
     float("inf") for the square.
+    window: how many tokens each step learns again, the last of them its own (`omega`); a token's rate is
+    shared out among the steps that take it. key_features: "linear", keys and queries as they are, or
+    "quadratic", with all products of two of their numbers. gated: whether hidden layers are silu(a) b, two
+    products in place of one.
     write_gate: "none", the paper's, or "sigmoid" or "hard": how far each head moves, over a whole segment,
     from what it was to what the segment would make of it, momentum and forgetting included. The segment's
     gate is that of its most telling token; within the segment, tokens read what was written before them in
@@ -99,6 +110,9 @@ class TitansConfig(GatedConfig):
     momentum: bool = True
     objective: str = "square"
     initial_bound: float = option(1.0)
+    window: int = 1
+    key_features: str = "linear"
+    gated: bool = False
 
     # What makes a mechanism that is named after its rule that mechanism.
     own: ClassVar[Mapping[str, Any]] = {}
@@ -122,7 +136,7 @@ class TitansConfig(GatedConfig):
         if chunk is None:
             chunk = min(64, dims.segment_length)
         filled = replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
-        least = dict.fromkeys(("head_dim", "depth", "expansion", "chunk_length"), 1)
+        least = dict.fromkeys(("head_dim", "depth", "expansion", "chunk_length", "window"), 1)
         zero = dict.fromkeys(("num_persistent_tokens", "conv_size", "output_std"), 0)
         check_least(filled, least | zero)
         if chunk > dims.segment_length:
@@ -153,6 +167,13 @@ class TitansConfig(GatedConfig):
             raise ValueError(
                 f"objective={self.objective!r} is unknown; use {' or '.join(map(repr, OBJECTIVES))}"
             )
+        if self.key_features not in FEATURES:
+            raise ValueError(
+                f"key_features={self.key_features!r} is unknown; use "
+                f"{' or '.join(map(repr, FEATURES))}"
+            )
+        if self.gated and self.depth == 1:
+            raise ValueError("gated=True needs a hidden layer, but depth=1; use depth=2 or more")
         for name, (other, value) in SERVING.items():
             given = getattr(self, name)
             if given != getattr(TitansConfig, name) and getattr(self, other) != value:
@@ -189,7 +210,8 @@ class TitansState(NamedTuple):
 
     momentum: () without it. tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1,
     H d) each. written, opened (B,): the mean gate of the last segment over heads, and the largest; ()
-    without gates.
+    without gates. recent: keys and values (B, H, window - 1, d), rates and, with a bounded objective,
+    bounds (B, H, window - 1) of the last tokens; () for a window of 1.
     """
 
     weights: tuple[Tensor, ...]
@@ -197,6 +219,7 @@ class TitansState(NamedTuple):
     tails: tuple[Tensor, ...]
     written: Tensor | tuple[()] = ()
     opened: Tensor | tuple[()] = ()
+    recent: tuple[Tensor, ...] = ()
 
 
 def gated(y: Tensor, answer: Tensor) -> Tensor:
@@ -245,7 +268,11 @@ class TitansMemory(nn.Module):
         hidden, inner = dims.hidden_size, config.num_heads * config.head_dim
         coupled = config.momentum and config.coupled_rate
         self.step = coupled_step if coupled else own_step
-        self.rule = Rule(objective=OBJECTIVES[config.objective])
+        self.rule = Rule(
+            activation=GATED if config.gated else SILU,
+            objective=OBJECTIVES[config.objective],
+            window=config.window,
+        )
         self.norm = nn.Parameter(torch.empty(hidden))
         self.query = nn.Linear(hidden, inner, bias=False)
         self.key = nn.Linear(hidden, inner, bias=False)
@@ -260,10 +287,15 @@ class TitansMemory(nn.Module):
         self.gate_names = tuple(name for name, there in wanted.items() if there)
         self.gates = nn.Linear(hidden, len(self.gate_names) * self.heads)
         wide = config.expansion * self.size
-        widths = [self.size, *[wide] * (config.depth - 1), self.size]
+        count, self.features = FEATURES[config.key_features]
+        widths = [count(self.size), *[wide] * (config.depth - 1), self.size]
+        folds = [self.rule.activation.fold] * (config.depth - 1) + [1]
         self.initial = nn.ParameterList(
-            torch.empty(self.heads, n_in, n_out) for n_in, n_out in pairwise(widths)
+            torch.empty(self.heads, n_in, fold * n_out)
+            for (n_in, n_out), fold in zip(pairwise(widths), folds, strict=True)
         )
+        # How much the keys count, and how much their products.
+        self.shares = nn.Parameter(torch.empty(self.heads, 2)) if self.features else None
         self.kernels = nn.ParameterList(
             torch.empty(inner, 1, config.conv_size)
             for _ in range(streams if config.conv_size else 0)
@@ -291,6 +323,10 @@ class TitansMemory(nn.Module):
                 parts = self.gates.bias.chunk(len(self.gate_names))
                 for name, part in zip(self.gate_names, parts, strict=True):
                     part.fill_(starts[name])
+        if self.shares is not None and not was_loaded(self.shares):
+            with torch.no_grad():
+                # One over the factorial of the degree, as in ATLAS.
+                self.shares.copy_(self.shares.new_tensor([1.0, 0.5]))
         for weight in self.initial[:-1]:
             nn.init.normal_(weight, std=1.0)
         nn.init.normal_(self.initial[-1], std=0.02)
@@ -304,10 +340,15 @@ class TitansMemory(nn.Module):
         weights = tuple(weight.to(dtype).expand(batch_size, -1, -1, -1) for weight in self.initial)
         tail = max(0, self.config.conv_size - 1), self.out.in_features
         before = self.norm.new_zeros(batch_size, *tail, dtype=dtype)
+        recent = []
+        if self.rule.window > 1:
+            shape = batch_size, self.heads, self.rule.window - 1
+            recent = [(*shape, self.size)] * 2 + [shape] * (2 if "bound" in self.gate_names else 1)
         return TitansState(
             weights,
             tuple(torch.zeros_like(weight) for weight in weights if self.config.momentum),
             tuple(before for _ in self.kernels),
+            recent=tuple(self.norm.new_zeros(shape, dtype=dtype) for shape in recent),
         )
 
     def retrieve(self, x: Tensor, state: TitansState, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -321,7 +362,8 @@ class TitansMemory(nn.Module):
         last = len(self.kernels) - 1
         q, tail = self._project(x, self.query, last, state, real)
         with torch.autocast(x.device.type, enabled=False):
-            y = read(F.normalize(q.to(state.weights[0].dtype), dim=-1), state.weights)
+            q = self._mapped(F.normalize(q.to(state.weights[0].dtype), dim=-1))
+            y = read(q, state.weights, self.rule)
             return tokens_back_from(order, self._normed(y).to(x.dtype)), tail
 
     def forward(
@@ -344,10 +386,14 @@ class TitansMemory(nn.Module):
             momentum, bound = gate.get("momentum"), gate.get("bound")
             # The gradient is twice the error.
             step = self.config.max_rate / 2 * self.step(gate["rate"], momentum)
-            limit = self.config.max_surprise
+            if bound is not None:
+                bound = F.softplus(bound) * self.size**0.5
+            k, limit = F.normalize(k, dim=-1), self.config.max_surprise
+            written = [x for x in (k, v, step, bound) if x is not None]
+            recent = state.recent
             y, weights, carried = read_write(
-                F.normalize(q, dim=-1),
-                F.normalize(k, dim=-1),
+                self._mapped(F.normalize(q, dim=-1)),
+                self._mapped(k),
                 v,
                 F.logsigmoid(-gate["forgetting"]),
                 None if momentum is None else F.logsigmoid(momentum),
@@ -358,12 +404,23 @@ class TitansMemory(nn.Module):
                 limit=None if limit is None else limit * self.size**0.5,
                 mask=real,
                 rule=self.rule,
-                bound=None if bound is None else F.softplus(bound) * self.size**0.5,
+                bound=bound,
+                recent=(self._mapped(recent[0]), *recent[1:]) if recent else (),
+            )
+            recent = tuple(
+                latest_tokens(x, before, real) for x, before in zip(written, recent, strict=False)
             )
             read_out = self._normed(y).to(x.dtype)
         y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
         tails = (*(tail for _, tail in streams), *state.tails[3:]) if self.kernels else ()
-        return tokens_back_from(order, y), TitansState(tuple(weights), tuple(carried), tails)
+        new = TitansState(tuple(weights), tuple(carried), tails, recent=recent)
+        return tokens_back_from(order, y), new
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        """Features of queries or keys (B, H, T, d) of length 1."""
+        if self.features is None or self.shares is None:
+            return x
+        return self.features(x, self.shares.to(x.dtype).unsqueeze(1))
 
     def _project(
         self, x: Tensor, linear: nn.Linear, stream: int, state: TitansState, real: Tensor | None
@@ -385,7 +442,7 @@ class TitansMemory(nn.Module):
 class Titans(GatedMemory):
     """What MAC, MAG and MAL have in common: the block, its gate, the persistent tokens, their options."""
 
-    transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails"}
+    transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails", "recent"}
     silent_with: ClassVar[Mapping[str, Any]] = {"write_gate": "hard"}
     config: TitansConfig
     streams: ClassVar[int] = 3
@@ -450,12 +507,21 @@ class Titans(GatedMemory):
                 share = gate[:, :, None, None]
                 return tuple(torch.lerp(a, b, share) for a, b in zip(old, made, strict=True))
 
+            recent = new.recent
+            if recent:
+                # What a segment was not to write, later windows do not write either.
+                count = x.shape[1] if mask is None else mask.sum(dim=1)[:, None, None]
+                kept = recent[2].shape[2]
+                fresh = torch.arange(kept, device=x.device) >= kept - count
+                rates = torch.where(fresh, gate.unsqueeze(-1) * recent[2], recent[2])
+                recent = (*recent[:2], rates, *recent[3:])
             return answer, TitansState(
                 moved(state.weights, new.weights),
                 moved(state.momentum, new.momentum),
                 new.tails,
                 gate.mean(dim=1),
                 gate.amax(dim=1),
+                recent,
             )
 
     def with_persistent(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
