@@ -54,6 +54,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "knn": {"capacity": 256, "layers": [0, 1]},
     "lact": {"output_std": 0.1},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
+    "moneta": {"chunk_length": 8, "output_std": 0.1},
     "omega": {"chunk_length": 8, "output_std": 0.1},
     "rmt": {"num_memory_tokens": 8},
     "rmt-r": {"num_memory_tokens": 8},

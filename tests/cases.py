@@ -21,6 +21,7 @@ from memlm.memory import (
     LaCTConfig,
     MemoryCachingConfig,
     MemoryConfig,
+    MonetaConfig,
     OmegaConfig,
     RMTConfig,
     RMTRConfig,
@@ -48,6 +49,7 @@ CASES: dict[str, MemoryConfig] = {
     "memory-caching": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
     ),
+    "moneta": MonetaConfig(num_heads=2, chunk_length=4),
     "omega": OmegaConfig(num_heads=2, head_dim=5, chunk_length=4, conv_size=3, window=3),
     "rmt": RMTConfig(num_memory_tokens=3),
     "rmt-r": RMTRConfig(num_memory_tokens=2, bank_size=2, archive_size=3, recall=1),

@@ -27,6 +27,7 @@ def test_names_are_discovered_from_files() -> None:
         "knn",
         "lact",
         "memory-caching",
+        "moneta",
         "omega",
         *rmt,
         *titans,

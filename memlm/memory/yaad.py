@@ -27,11 +27,11 @@ class YaadConfig(TitansBranchConfig):
 
     @classmethod
     def paper(cls) -> Self:
-        """Convolutions of 4, hidden layers four heads wide, no limit to a token's gradient.
+        """Convolutions of 4, x + LN(.) four heads wide, no limit to a token's gradient.
 
         Second-hand, as is all that is known here of the paper.
         """
-        return cls(conv_size=4, expansion=4, max_surprise=None)
+        return cls(conv_size=4, expansion=4, residual=True, max_surprise=None)
 
 
 class Yaad(TitansBranch):

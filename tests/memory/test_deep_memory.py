@@ -116,6 +116,7 @@ def oracle(
     cost: Callable[[Tensor, int], Tensor] = square,
     window: int = 1,
     hidden: Callable[[Tensor], Tensor] = silu,
+    scale: Callable[[Tensor, int], Tensor | float] = lambda held, layer: 1.0,
 ) -> tuple[list[Tensor], Tensor]:
     """The rule, one token at a time; also the norms of the gradients, (T, B, H)."""
     graph = any(x.requires_grad for x in case.leaves())
@@ -125,7 +126,9 @@ def oracle(
     outputs, norms = [], []
     for t in range(case.rate.shape[2]):
         if t % chunk == 0:
-            start = [w if graph else w.detach().requires_grad_() for w in memory]
+            scales = [scale(w, layer) for layer, w in enumerate(memory)]
+            start = [w * s for w, s in zip(memory, scales, strict=True)]
+            start = [w if graph else w.detach().requires_grad_() for w in start]
         step = [torch.zeros_like(w) for w in memory]
         for i in range(max(0, t - window + 1), t + 1):
             error = mlp(case.k[:, :, i : i + 1], start, hidden) - case.v[:, :, i : i + 1]
@@ -141,7 +144,8 @@ def oracle(
             new = eta * momentum[i] - s
             memory[i] = torch.where(real, keep * memory[i] + new, memory[i])
             momentum[i] = torch.where(real, new, momentum[i])
-        outputs.append(mlp(case.q[:, :, t : t + 1], memory, hidden))
+        made = [w * s for w, s in zip(memory, scales, strict=True)]
+        outputs.append(mlp(case.q[:, :, t : t + 1], made, hidden))
         norms.append(norm.detach())
     return [torch.cat(outputs, dim=2), *memory, *momentum], torch.stack(norms)
 
@@ -155,12 +159,20 @@ def fast(
     rule: Rule = TITANS,
     bound: Tensor | None = None,
     recent: Sequence[Tensor] = (),
+    units: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     if rule.window > 1 and not recent:
         written = [x for x in (case.k, case.v, case.rate, bound) if x is not None]
         recent = [x.new_zeros(*x.shape[:2], rule.window - 1, *x.shape[3:]) for x in written]
     y, weights, momentum = read_write(
-        *case, chunk=chunk, limit=limit, mask=mask, rule=rule, bound=bound, recent=recent
+        *case,
+        chunk=chunk,
+        limit=limit,
+        mask=mask,
+        rule=rule,
+        bound=bound,
+        recent=recent,
+        units=units,
     )
     return [y, *weights, *momentum]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from memlm import MemLMForCausalLM
 from memlm.backbone.heads import not_later
-from memlm.memory import TitansMACConfig, TitansMAGConfig, TitansMALConfig
+from memlm.memory import (
+    MonetaConfig,
+    OmegaConfig,
+    TitansMACConfig,
+    TitansMAGConfig,
+    TitansMALConfig,
+    YaadConfig,
+    memory_class,
+    name_of,
+)
 from memlm.memory.base import Dims
 from memlm.memory.parts.deep_memory import read
 from memlm.memory.parts.titans import Titans
@@ -210,13 +220,24 @@ def test_learning_one_chunk_changes_the_surprise_of_the_next() -> None:
     assert max((a - b).abs().max() for a, b in zip(step, another, strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+REMEMBERING = {
+    "mac": TitansMACConfig(),
+    "mag": TitansMAGConfig(),
+    "mal": TitansMALConfig(),
+    "moneta": MonetaConfig(),
+    "omega": OmegaConfig(),
+    "yaad": YaadConfig(),
+}
+
+
+@pytest.mark.parametrize("kind", REMEMBERING)
 def test_the_memory_remembers_what_it_was_told(kind: str) -> None:
     """Untrained, the block's loss on what it has read falls while it reads: no sign is wrong."""
     torch.manual_seed(0)
     dims = Dims(32, 32, 1, 2, 2, 16, 64)
-    cls = KINDS[kind]
-    config = cls.resolve(cls.Config(chunk_length=8, initial_forgetting=1e-4), dims)
+    plain = REMEMBERING[kind]
+    cls = memory_class(name_of(plain))
+    config = cls.resolve(replace(plain, chunk_length=8, initial_forgetting=1e-4), dims)
     memory = cls(config, dims).double()
     memory.reset_parameters(1.0)
     block, x = memory.memory, torch.randn(4, 64, 32, dtype=torch.float64)
@@ -226,9 +247,9 @@ def test_the_memory_remembers_what_it_was_told(kind: str) -> None:
         k, v = (
             block._project(normed, linear, 0, state, None)[0] for linear in (block.key, block.value)
         )
-        return float(
-            (read(F.normalize(k, dim=-1), state.weights) - v).square().sum(-1).mean().detach()
-        )
+        k = F.normalize(k, dim=-1)
+        said = read(block._mapped(k), block._made_of(state.weights), block.rule)
+        return float((block._beside(k, said) - v).square().sum(-1).mean().detach())
 
     state, found = memory.init_state(4), []
     for _ in range(6):

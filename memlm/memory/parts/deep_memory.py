@@ -124,7 +124,7 @@ def read(q: Tensor, weights: Sequence[Tensor], rule: Rule = TITANS) -> Tensor:
         x = q.to(weights[0].dtype)
         for w in weights[:-1]:
             x = rule.activation.of(x @ w)
-        return x @ weights[-1]
+        return rule.answer(x @ weights[-1])
 
 
 def read_write(
@@ -143,6 +143,7 @@ def read_write(
     rule: Rule = TITANS,
     bound: Tensor | None = None,
     recent: Sequence[Tensor] = (),
+    units: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Weights, Weights]:
     """Write T tokens, reading each after its own write: outputs (B, H, T, m), weights, momentum.
 
@@ -152,7 +153,9 @@ def read_write(
     log_momentum is None and momentum is (). bound (B, H, T): what the rule's objective asks of each token,
     None where it asks nothing. recent: k, v, rate and, if there is one, bound of the window - 1 tokens
     before these, at rate zero where there were none; () for a window of 1. With more, masked tokens stand
-    last. Everything is computed in the dtype of `weights`. Cuts at multiples of `chunk` change nothing.
+    last. units: (B, H) per layer for the rule's retention, () without one: `weights` is then what is held,
+    and what is read and learned by is made of it where a chunk starts. Everything is computed in the dtype
+    of `weights`. Cuts at multiples of `chunk` change nothing.
     """
     layers = len(weights)
     states = (*weights, *momentum)
@@ -160,7 +163,7 @@ def read_write(
     options = {name: value for name, value in options.items() if value is not None}
 
     def on_rows(*given: Tensor) -> tuple[Tensor, ...]:
-        tokens, rest = given[:5], given[5 + len(states) : len(given) - len(recent)]
+        tokens, rest = given[:5], iter(given[5 + len(states) :])
         y, new_weights, new_momentum = _read_write(
             *tokens,
             weights=given[5 : 5 + layers],
@@ -168,12 +171,14 @@ def read_write(
             chunk=chunk,
             limit=limit,
             rule=rule,
-            recent=given[len(given) - len(recent) :],
+            recent=[next(rest) for _ in recent],
+            units=[next(rest) for _ in units],
             **dict(zip(options, rest, strict=True)),
         )
         return y, *new_weights, *new_momentum
 
-    y, *new = folded(on_rows, q, k, v, log_keep, rate, *states, *options.values(), *recent)
+    rest = (*recent, *units, *options.values())
+    y, *new = folded(on_rows, q, k, v, log_keep, rate, *states, *rest)
     return y, tuple(new[:layers]), tuple(new[layers:])
 
 
@@ -189,6 +194,7 @@ def _read_write(
     limit: float | None,
     rule: Rule,
     recent: Sequence[Tensor],
+    units: Sequence[Tensor],
     log_momentum: Tensor | None = None,
     bound: Tensor | None = None,
     mask: Tensor | None = None,
@@ -232,8 +238,9 @@ def _read_write(
             rearrange(torch.cat([w.to(dtype) for w in pair], dim=2), "B H n m -> (B H) n m")
             for pair in halves
         ]
+        units = [unit.to(dtype).flatten() for unit in units]
         learning = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (*tokens, *states)
+            x is not None and x.requires_grad for x in (*tokens, *states, *units)
         )
         if mask is not None:
             mask = chunked(mask.unsqueeze(1).expand(batch, heads, length))
@@ -244,9 +251,9 @@ def _read_write(
         for q, k, v, bound, *gates in zip(*split, strict=True):
             decay = decays(*gates, window=rule.window)
             if learning:
-                y, *states = _ReadWrite.apply(limit, rule, q, k, v, bound, *decay, *states)
+                y, *states = _ReadWrite.apply(limit, rule, q, k, v, bound, *decay, *states, *units)
             else:
-                y, states, _ = _forward(limit, rule, q, k, v, bound, decay, states)
+                y, states, _ = _forward(limit, rule, q, k, v, bound, decay, states, units)
             outputs.append(y)
         y = rearrange(torch.cat(outputs), "N (B H) b m -> B H (N b) m", H=heads)[:, :, :length]
         split_states = [
@@ -267,8 +274,8 @@ class _Layer(NamedTuple):
     (N, R, b, n) and queries (N R, b, n): what enters the layer; scores (N R, b, b): their products. errors
     (N, R, b, m): gradient of the loss wrt what leaves it. Below the last layer: kept (N, R, b, m) and
     query_kept (N R, b, m), what the activation keeps of what leaves it; returned (N, R, b, .): the next
-    layer's errors, back through its weights. When clipping: key_norms, error_norms (N, R, b). What a layer
-    does not have is empty.
+    layer's errors, back through its weights. When clipping: key_norms, error_norms (N, R, b). With a
+    retention: scale (N, R, 1, 1), the weights over W. What a layer does not have is empty.
     """
 
     states: Tensor
@@ -281,15 +288,21 @@ class _Layer(NamedTuple):
     returned: Tensor
     key_norms: Tensor
     error_norms: Tensor
+    scale: Tensor
+
+    @property
+    def scales(self) -> Tensor | None:
+        """(N R, 1, 1), None without a retention."""
+        return self.scale.flatten(0, 1) if self.scale.numel() else None
 
 
 class _Made(NamedTuple):
-    """What a forward pass leaves for the backward pass: clipping factors (N, R, b), M(k) - v where the
-    objective is not the square (N, R, b, m), else empty, and what each layer leaves.
+    """What a forward pass leaves for the backward pass: clipping factors (N, R, b), M(k) (N, R, b, m) where
+    the rule is not plain, else empty, and what each layer leaves.
     """
 
     clip: Tensor
-    missing: Tensor
+    told: Tensor
     layers: Sequence[_Layer]
 
 
@@ -311,14 +324,17 @@ def _forward(
     bound: Tensor | None,
     decay: Decays,
     initial: Sequence[Tensor],
+    units: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor], _Made]:
-    """Chunks (N, R, b, n) from states (R, P n, m): outputs, states, what the backward pass needs."""
+    """Chunks (N, R, b, n) from states (R, P n, m), units (R,) of each layer, or none: outputs, states, what
+    the backward pass needs.
+    """
     chunks, rows, size, _ = k.shape
     last = len(initial) - 1
     every = range(last + 1)
     parts = decay.gains.shape[-1]
     widths = [s.shape[1] // parts for s in initial]
-    act, objective = rule.activation, rule.objective
+    act, retention = rule.activation, rule.retention
 
     states = [s.new_empty(chunks + 1, *s.shape) for s in initial]
     for stack, s in zip(states, initial, strict=True):
@@ -328,7 +344,8 @@ def _forward(
     hidden = [k.new_empty(chunks, rows, size, n) for n in widths[1:]]
     returned = [torch.empty_like(h) for h in hidden]
     nothing = k.new_empty(0)
-    missing = nothing if objective is None else torch.empty_like(errors[last])
+    scales = [nothing if retention is None else k.new_empty(chunks, rows, 1, 1) for _ in every]
+    told = nothing if rule.plain else torch.empty_like(errors[last])
     keys = [k, *hidden]
     # Minus the clipping factor: with the sign in the matrices all products are added.
     clip = k.new_full((chunks, rows, size), -1)
@@ -340,15 +357,20 @@ def _forward(
     for i in range(chunks):
         state = [s[i] for s in states]
         weight = [s[:, :n] for s, n in zip(state, widths, strict=True)]
+        if retention is not None:
+            for held, unit, scale in zip(weight, units, scales, strict=True):
+                scale[i].copy_(retention.scale(held, unit))
+            weight = [held * scale[i] for held, scale in zip(weight, scales, strict=True)]
         x = [key[i] for key in keys]
         error = [e[i] for e in errors]
         for j in range(last):
             act.features(torch.bmm(x[j], weight[j]), kept[j][i], x[j + 1])
-        if objective is None:
+        if rule.plain:
             torch.baddbmm(v[i], x[last], weight[last], beta=-2, alpha=2, out=error[last])
         else:
-            torch.baddbmm(v[i], x[last], weight[last], beta=-1, out=missing[i])
-            error[last].copy_(objective.gradient(missing[i], None if bound is None else bound[i]))
+            torch.bmm(x[last], weight[last], out=told[i])
+            own = None if bound is None else bound[i]
+            error[last].copy_(rule.gradient(told[i], v[i], own))
         for j in reversed(range(last)):
             back = torch.bmm(error[j + 1], weight[j + 1].mT, out=returned[j][i])
             act.back(kept[j][i], x[j + 1], back, out=error[j])
@@ -379,21 +401,25 @@ def _forward(
         scores = torch.bmm(y, keys[j].flatten(0, 1).mT)
         out = torch.bmm(_pair(y, gains), states[j][:-1].flatten(0, 1))
         out.baddbmm_(scores * mixing, errors[j].flatten(0, 1))
+        if retention is not None:
+            out.mul_(scales[j].flatten(0, 1))
         entered, inner = y, (nothing,) * 3
         if j < last:
             query_kept, y = act.read(out)
             inner = kept[j], query_kept, returned[j]
         clipped = norms[j] if norms else (nothing,) * 2
-        layers.append(_Layer(states[j], keys[j], entered, scores, errors[j], *inner, *clipped))
+        layers.append(
+            _Layer(states[j], keys[j], entered, scores, errors[j], *inner, *clipped, scales[j])
+        )
     y = out.view(chunks, rows, q.shape[2], -1)
-    return y, [s[-1] for s in states], _Made(clip, missing, layers)
+    return y, [s[-1] for s in states], _Made(clip, told, layers)
 
 
 class _ReadGrads(NamedTuple):
     """Gradients that reads alone bring; those of `mixing` are wrt it with the clipping in it.
 
     q (N R, b, n), mixing (N, R, b, b), gains (N, R, b, P), and per layer states (N + 1, R, P n, m), whose
-    last is left open, keys and errors (N, R, b, .).
+    last is left open, keys and errors (N, R, b, .), scales (N, R) where there are any.
     """
 
     q: Tensor
@@ -402,6 +428,7 @@ class _ReadGrads(NamedTuple):
     states: list[Tensor]
     keys: list[Tensor]
     errors: list[Tensor]
+    scales: list[Tensor]
 
 
 def _back_reads(d_y: Tensor, rule: Rule, decay: Decays, made: _Made) -> _ReadGrads:
@@ -409,13 +436,20 @@ def _back_reads(d_y: Tensor, rule: Rule, decay: Decays, made: _Made) -> _ReadGra
     gains = decay.gains.flatten(0, 1)
     mixing = (decay.mixing * made.clip.unsqueeze(-2)).flatten(0, 1)
     d_gains, d_mixing = torch.zeros_like(gains), torch.zeros_like(mixing)
-    d_states, d_keys, d_errors = [], [], []
+    d_states, d_keys, d_errors, d_scales = [], [], [], []
     d_out = rearrange(d_y, "N R b m -> (N R) b m")
     for j, layer in reversed(list(enumerate(made.layers))):
-        x, n = layer.queries, layer.queries.shape[-1]
+        x, n, scales = layer.queries, layer.queries.shape[-1], layer.scales
+        if scales is not None:
+            d_out = d_out * scales
         d_states.append(torch.empty_like(layer.states))
         torch.bmm(_pair(x, gains).mT, d_out, out=d_states[-1][:-1].flatten(0, 1))
         d_errors.append(torch.bmm((layer.scores * mixing).mT, d_out).view_as(layer.errors))
+        if scales is not None:
+            # The product that was scaled is linear in the states and errors together.
+            by_states = (d_states[-1][:-1] * layer.states[:-1]).sum(dim=(2, 3))
+            by_errors = (d_errors[-1] * layer.errors).sum(dim=(2, 3))
+            d_scales.append((by_states + by_errors) / layer.scale[:, :, 0, 0])
         d_mixed = torch.bmm(d_out, layer.errors.flatten(0, 1).mT)
         d_mixing.addcmul_(d_mixed, layer.scores)
         d_scores = d_mixed.mul_(mixing)
@@ -436,24 +470,26 @@ def _back_reads(d_y: Tensor, rule: Rule, decay: Decays, made: _Made) -> _ReadGra
         d_states[::-1],
         d_keys[::-1],
         d_errors[::-1],
+        d_scales[::-1],
     )
 
 
 def _back_writes(
     limit: float | None,
     rule: Rule,
+    v: Tensor,
     bound: Tensor | None,
     decay: Decays,
     made: _Made,
+    units: Sequence[Tensor],
     grads: _ReadGrads,
-) -> tuple[Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor]]:
     """Back through the writes, last chunk first: adds to `grads`, leaving there the inputs' gradients.
 
-    Returns those of `bound`, of `closing`, with the clipping in it, and of `carry`. On entry the last of
-    grads.states is the final states' gradient; on return the errors of the last layer hold the gradient of
-    its output.
+    Returns those of `v`, of `bound`, of `closing`, with the clipping in it, of `carry`, and of `units`. On
+    entry the last of grads.states is the final states' gradient.
     """
-    clip, missing, layers = made
+    clip, told, layers = made
     chunks, rows, size = clip.shape
     last = len(layers) - 1
     every = range(last + 1)
@@ -461,8 +497,10 @@ def _back_writes(
     widths = [layer.keys.shape[-1] for layer in layers]
     closing = decay.closing * clip.unsqueeze(-1)
     d_closing, d_carry = torch.empty_like(closing), torch.zeros_like(decay.carry)
+    d_v = torch.empty_like(grads.errors[-1])
     d_bound = None if bound is None else torch.empty_like(bound)
-    act, objective = rule.activation, rule.objective
+    d_units = [torch.zeros_like(unit) for unit in units]
+    act, retention = rule.activation, rule.retention
     curves = [
         act.curves(below.kept, above.keys, below.returned)
         for below, above in itertools.pairwise(layers)
@@ -479,7 +517,10 @@ def _back_writes(
         d_x = [d[i] for d in grads.keys]
         d_error = [d[i] for d in grads.errors]
         state = [layer.states[i] for layer in layers]
-        weight = [s[:, :n] for s, n in zip(state, widths, strict=True)]
+        held = [s[:, :n] for s, n in zip(state, widths, strict=True)]
+        weight = held
+        if retention is not None:
+            weight = [w * layer.scale[i] for w, layer in zip(held, layers, strict=True)]
         x = [layer.keys[i] for layer in layers]
         error = [layer.errors[i] for layer in layers]
         curve = [[c[i] for c in one] for one in curves]
@@ -514,16 +555,17 @@ def _back_writes(
             d_error[j + 1].baddbmm_(d_back, weight[j + 1])
             d_weight.append(torch.bmm(d_back.mT, error[j + 1]))
 
-        # The last error is the objective's gradient at z - v; then down the key's own way up.
-        if objective is None:
-            d_error[last].mul_(2)
+        # The last error is the rule's gradient; then down the key's own way up.
+        if rule.plain:
+            d_z.append(d_error[last].mul_(2))
+            torch.neg(d_z[last], out=d_v[i])
         else:
             own = None if bound is None else bound[i]
-            by_missing, by_bound = objective.twice(missing[i], own, d_error[last])
-            d_error[last].copy_(by_missing)
+            by_told, by_v, by_bound = rule.twice(told[i], v[i], own, d_error[last])
+            d_z.append(by_told)
+            d_v[i].copy_(by_v)
             if d_bound is not None and by_bound is not None:
                 d_bound[i].copy_(by_bound)
-        d_z.append(d_error[last])
         gains, carry = decay.gains[i, :, -1, :, None, None], decay.carry[i, :, None, None]
         for j in reversed(every):
             n = widths[j]
@@ -534,12 +576,18 @@ def _back_writes(
                 d_w = d_weight[j - 1].baddbmm_(x[j].mT, d_z[j])
             else:
                 d_w = torch.bmm(x[j].mT, d_z[j])
+            if retention is not None:
+                scale = layers[j].scale[i]
+                d_scale = grads.scales[j][i] + (d_w * held[j]).sum(dim=(1, 2))
+                by_held, by_unit = retention.back(held[j], units[j], scale, d_scale)
+                d_w = by_held.addcmul_(d_w, scale)
+                d_units[j].add_(by_unit)
             new_weights, here = d_new[j][:, :n], grads.states[j][i]
             here[:, :n].add_(d_w.addcmul_(new_weights, gains[:, 0]))
             if parts == 2:
                 new_momentum = d_new[j][:, n:]
                 here[:, n:].addcmul_(new_weights, gains[:, 1]).addcmul_(new_momentum, carry)
-    return d_bound, d_closing, d_carry
+    return d_v, d_bound, d_closing, d_carry, d_units
 
 
 class _ReadWrite(torch.autograd.Function):
@@ -548,38 +596,44 @@ class _ReadWrite(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, limit: float | None, rule: Rule, *inputs: Tensor) -> tuple[Tensor, ...]:
         q, k, v, bound = inputs[:4]
-        decay = Decays(*inputs[4:8])
-        y, states, made = _forward(limit, rule, q, k, v, bound, decay, inputs[8:])
+        decay, rest = Decays(*inputs[4:8]), inputs[8:]
+        ctx.layers = len(rest) if rule.retention is None else len(rest) // 2
+        units = rest[ctx.layers :]
+        y, states, made = _forward(limit, rule, q, k, v, bound, decay, rest[: ctx.layers], units)
         ctx.limit, ctx.rule = limit, rule
         kept = (x for layer in made.layers for x in layer)
-        ctx.save_for_backward(bound, *decay, made.clip, made.missing, *kept)
+        # v says nothing to a gradient that is plain.
+        saved = v if not rule.plain else v.new_empty(0)
+        ctx.save_for_backward(saved, bound, *decay, made.clip, made.told, *kept, *units)
         return y, *states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
-        bound, *saved = ctx.saved_tensors
-        decay, (clip, missing), saved = Decays(*saved[:4]), saved[4:6], saved[6:]
+        v, bound, *saved = ctx.saved_tensors
+        decay, (clip, told), saved = Decays(*saved[:4]), saved[4:6], saved[6:]
         fields = len(_Layer._fields)
-        layers = [_Layer(*saved[i : i + fields]) for i in range(0, len(saved), fields)]
-        made = _Made(clip, missing, layers)
+        layers = [_Layer(*saved[i * fields : (i + 1) * fields]) for i in range(ctx.layers)]
+        units = saved[ctx.layers * fields :]
+        made = _Made(clip, told, layers)
         with torch.autocast(d_y.device.type, enabled=False):
             grads = _back_reads(d_y, ctx.rule, decay, made)
             for stack, d in zip(grads.states, d_states, strict=True):
                 stack[-1].copy_(d)
-            d_bound, d_closing, d_carry = _back_writes(
-                ctx.limit, ctx.rule, bound, decay, made, grads
+            d_v, d_bound, d_closing, d_carry, d_units = _back_writes(
+                ctx.limit, ctx.rule, v, bound, decay, made, units, grads
             )
             return (
                 None,
                 None,
                 grads.q.view(*d_y.shape[:3], -1),
                 grads.keys[0],
-                grads.errors[-1].neg_(),
+                d_v,
                 d_bound,
                 grads.mixing.mul_(clip.unsqueeze(-2)),
                 grads.gains,
                 d_closing.mul_(clip.unsqueeze(-1)),
                 d_carry,
                 *(d[0] for d in grads.states),
+                *d_units,
             )

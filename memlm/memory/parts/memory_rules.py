@@ -154,6 +154,18 @@ class Objective(Protocol):
         ...
 
 
+class Square:
+    """|e|^2."""
+
+    bounded = False
+
+    def gradient(self, e: Tensor, bound: Tensor | None) -> Tensor:
+        return 2 * e
+
+    def twice(self, e: Tensor, bound: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return 2 * grad, None
+
+
 class Huber:
     """|e|^2 up to the bound, 2 bound |e| - bound^2 beyond: an outlier pulls no harder than the bound."""
 
@@ -179,20 +191,127 @@ class Huber:
         return torch.where(beyond, bound / norm, 1.0), beyond
 
 
+@dataclass(frozen=True)
+class Power:
+    """The sum of |e|^p over the numbers of e. Sign and size in its gradient are smooth:
+
+    p tanh(a e) (e^2 + epsilon)^((p - 1) / 2).
+    """
+
+    p: float
+    a: float = 10.0
+    epsilon: float = 1e-6
+
+    bounded = False
+
+    def gradient(self, e: Tensor, bound: Tensor | None) -> Tensor:
+        size = (e.square() + self.epsilon).pow((self.p - 1) / 2)
+        return self.p * torch.tanh(self.a * e) * size
+
+    def twice(self, e: Tensor, bound: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        sign, square = torch.tanh(self.a * e), e.square() + self.epsilon
+        slope = self.a * (1 - sign.square()) * square + (self.p - 1) * sign * e
+        return grad * self.p * slope * square.pow((self.p - 3) / 2), None
+
+
+@dataclass(frozen=True)
+class Normed:
+    """W = A / (|A|_q / unit)^(q - 2) for what is held, A (R, n, m), by its q-norm in units (R,) of its own.
+
+    What is held may fade below `floor` units without that W grows any further.
+    """
+
+    q: float
+    floor: float = 0.1
+
+    def norm(self, held: Tensor) -> Tensor:
+        """|A|_q, (...)."""
+        return held.abs().pow(self.q).sum(dim=(-2, -1)).pow(1 / self.q)
+
+    def scale(self, held: Tensor, unit: Tensor) -> Tensor:
+        """W / A, (R, 1, 1)."""
+        times = (self.norm(held) / unit).clamp(min=self.floor).pow(2 - self.q)
+        return times[:, None, None]
+
+    def back(
+        self, held: Tensor, unit: Tensor, scale: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """From the gradient by the scale (R,) those by A and by the unit."""
+        norm = self.norm(held)
+        grad = torch.where(norm > self.floor * unit, grad * (self.q - 2) * scale[:, 0, 0], 0.0)
+        along = held * held.abs().pow(self.q - 2)
+        return along * (-grad / norm.pow(self.q))[:, None, None], grad / unit
+
+
 SILU, GATED = Silu(), Gated()
+SQUARE = Square()
+# Added to the variance of what is normed.
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class Rule:
     """How a memory learns, apart from its gates.
 
-    activation: what its hidden layers do. objective: what an error costs, None for its square, |e|^2.
-    window: how many tokens, the last of them its own, each step minimises the error of.
+    activation: what its hidden layers do. objective: what an error costs. window: how many tokens, the last
+    of them its own, each step minimises the error of. retention: what weights are made of what is held,
+    where each chunk starts; None: they are it. normed: whether an error is that of LN(M(k)), without
+    parameters, in place of M(k).
     """
 
     activation: Activation = SILU
-    objective: Objective | None = None
+    objective: Objective = SQUARE
     window: int = 1
+    retention: Normed | None = None
+    normed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether an error's gradient is 2 (M(k) - v)."""
+        return self.objective is SQUARE and not self.normed
+
+    def answer(self, z: Tensor) -> Tensor:
+        """What the memory says, from what its last layer says, (..., m)."""
+        return _layer_norm(z)[0] if self.normed else z
+
+    def gradient(self, z: Tensor, v: Tensor, bound: Tensor | None) -> Tensor:
+        """Gradient of what an error costs by z = M(k), (..., m)."""
+        if not self.normed:
+            return self.objective.gradient(z - v, bound)
+        answer, spread = _layer_norm(z)
+        return _back_norm(answer, spread, self.objective.gradient(answer - v, bound))
+
+    def twice(
+        self, z: Tensor, v: Tensor, bound: Tensor | None, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Back through `gradient`: from the gradient by its result, those by z, v and the bound."""
+        if not self.normed:
+            by_z, by_bound = self.objective.twice(z - v, bound, grad)
+            return by_z, -by_z, by_bound
+        answer, spread = _layer_norm(z)
+        cost = self.objective.gradient(answer - v, bound)
+        # The norm's Jacobian J is symmetric: <grad, J cost> by the cost, and by z through J.
+        by_cost = _back_norm(answer, spread, grad)
+        by_answer, by_bound = self.objective.twice(answer - v, bound, by_cost)
+        along, against = ((x * answer).mean(dim=-1, keepdim=True) for x in (grad, cost))
+        product = (by_cost * cost).mean(dim=-1, keepdim=True)
+        by_z = _back_norm(answer, spread, by_answer)
+        by_z = by_z - (answer * product + against * by_cost) / spread
+        by_z = by_z - along * _back_norm(answer, spread, cost) / spread
+        return by_z, -by_answer, by_bound
+
+
+def _layer_norm(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(z - mean) / spread over the last dimension, and the spread (..., 1)."""
+    centred = z - z.mean(dim=-1, keepdim=True)
+    spread = (centred.square().mean(dim=-1, keepdim=True) + EPSILON).sqrt()
+    return centred / spread, spread
+
+
+def _back_norm(answer: Tensor, spread: Tensor, grad: Tensor) -> Tensor:
+    """The gradient by z from that by `answer`, its norm."""
+    along = (grad * answer).mean(dim=-1, keepdim=True)
+    return (grad - grad.mean(dim=-1, keepdim=True) - answer * along) / spread
 
 
 TITANS = Rule()

@@ -34,7 +34,16 @@ from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.deep_memory import read, read_write
 from memlm.memory.parts.feature_maps import quadratic
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
-from memlm.memory.parts.memory_rules import GATED, SILU, Huber, Objective, Rule
+from memlm.memory.parts.memory_rules import (
+    GATED,
+    SILU,
+    SQUARE,
+    Huber,
+    Normed,
+    Objective,
+    Power,
+    Rule,
+)
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
     latest_tokens,
@@ -46,7 +55,15 @@ from memlm.memory.parts.tokens import (
 
 EPSILON = 1e-6
 
-OBJECTIVES: dict[str, Objective | None] = {"square": None, "huber": Huber()}
+OBJECTIVES: dict[str, Callable[[TitansConfig], Objective]] = {
+    "square": lambda config: SQUARE,
+    "huber": lambda config: Huber(),
+    "power": lambda config: Power(config.error_power),
+}
+RETENTIONS: dict[str, Callable[[TitansConfig], Normed | None]] = {
+    "decay": lambda config: None,
+    "norm": lambda config: Normed(config.norm_power),
+}
 # How many features of keys and queries of size d, and which.
 FEATURES: dict[str, tuple[Callable[[int], int], Callable[[Tensor, Tensor], Tensor] | None]] = {
     "linear": (lambda d: d, None),
@@ -56,6 +73,8 @@ FEATURES: dict[str, tuple[Callable[[int], int], Callable[[Tensor, Tensor], Tenso
 SERVING: dict[str, tuple[str, Any]] = {
     "initial_momentum": ("momentum", True),
     "initial_bound": ("objective", "huber"),
+    "error_power": ("objective", "power"),
+    "norm_power": ("retention", "norm"),
 }
 
 
@@ -77,8 +96,11 @@ class TitansConfig(GatedConfig):
     leaves the stage as it was.
     momentum: whether a step carries on those before it; the learning rate is then coupled to nothing.
     objective: what an error costs, "square", or "huber", whose pull grows no further beyond a bound that
-    each token sets for itself (`yaad`). initial_bound: where the bound starts, in units of sqrt(head_dim);
-    float("inf") for the square.
+    each token sets for itself (`yaad`), or "power", the sum of its numbers to a power (`moneta`).
+    initial_bound: where the bound starts, in units of sqrt(head_dim); float("inf") for the square.
+    error_power: that power. retention: "decay", or "norm", where the weights are what is held, divided by
+    its norm (`moneta`). norm_power: the norm's q. residual: whether the memory is x + LN(MLP(x)) in place
+    of MLP(x), so that the last layer's length does not matter.
     window: how many tokens each step learns again, the last of them its own (`omega`); a token's rate is
     shared out among the steps that take it. key_features: "linear", keys and queries as they are, or
     "quadratic", with all products of two of their numbers. gated: whether hidden layers are silu(a) b, two
@@ -113,6 +135,10 @@ class TitansConfig(GatedConfig):
     window: int = 1
     key_features: str = "linear"
     gated: bool = False
+    error_power: float = 3.0
+    retention: str = "decay"
+    norm_power: float = 4.0
+    residual: bool = False
 
     # What makes a mechanism that is named after its rule that mechanism.
     own: ClassVar[Mapping[str, Any]] = {}
@@ -163,15 +189,16 @@ class TitansConfig(GatedConfig):
                     f"{name}={getattr(self, name)!r} is not the rule of {type(self).__name__}, which is "
                     f"{name}={value!r}; use TitansMAGConfig for rules of your own"
                 )
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective={self.objective!r} is unknown; use {' or '.join(map(repr, OBJECTIVES))}"
-            )
-        if self.key_features not in FEATURES:
-            raise ValueError(
-                f"key_features={self.key_features!r} is unknown; use "
-                f"{' or '.join(map(repr, FEATURES))}"
-            )
+        choices: dict[str, Mapping[str, Any]] = {
+            "objective": OBJECTIVES,
+            "retention": RETENTIONS,
+            "key_features": FEATURES,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; use {' or '.join(map(repr, known))}"
+                )
         if self.gated and self.depth == 1:
             raise ValueError("gated=True needs a hidden layer, but depth=1; use depth=2 or more")
         for name, (other, value) in SERVING.items():
@@ -182,6 +209,9 @@ class TitansConfig(GatedConfig):
                 )
         if not self.initial_bound > 0:
             raise ValueError(f"initial_bound={self.initial_bound} must be above 0")
+        for name, least in (("error_power", 1), ("norm_power", 2)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
 def logit(share: float) -> Tensor:
@@ -270,8 +300,10 @@ class TitansMemory(nn.Module):
         self.step = coupled_step if coupled else own_step
         self.rule = Rule(
             activation=GATED if config.gated else SILU,
-            objective=OBJECTIVES[config.objective],
+            objective=OBJECTIVES[config.objective](config),
             window=config.window,
+            retention=RETENTIONS[config.retention](config),
+            normed=config.residual,
         )
         self.norm = nn.Parameter(torch.empty(hidden))
         self.query = nn.Linear(hidden, inner, bias=False)
@@ -282,7 +314,7 @@ class TitansMemory(nn.Module):
             "rate": True,
             "momentum": config.momentum,
             "forgetting": True,
-            "bound": self.rule.objective is not None and self.rule.objective.bounded,
+            "bound": self.rule.objective.bounded,
         }
         self.gate_names = tuple(name for name, there in wanted.items() if there)
         self.gates = nn.Linear(hidden, len(self.gate_names) * self.heads)
@@ -362,8 +394,9 @@ class TitansMemory(nn.Module):
         last = len(self.kernels) - 1
         q, tail = self._project(x, self.query, last, state, real)
         with torch.autocast(x.device.type, enabled=False):
-            q = self._mapped(F.normalize(q.to(state.weights[0].dtype), dim=-1))
-            y = read(q, state.weights, self.rule)
+            q = F.normalize(q.to(state.weights[0].dtype), dim=-1)
+            y = read(self._mapped(q), self._made_of(state.weights), self.rule)
+            y = self._beside(q, y)
             return tokens_back_from(order, self._normed(y).to(x.dtype)), tail
 
     def forward(
@@ -388,11 +421,14 @@ class TitansMemory(nn.Module):
             step = self.config.max_rate / 2 * self.step(gate["rate"], momentum)
             if bound is not None:
                 bound = F.softplus(bound) * self.size**0.5
-            k, limit = F.normalize(k, dim=-1), self.config.max_surprise
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            limit = self.config.max_surprise
+            # What stands beside the answer is no part of the error.
+            v = v - k if self.config.residual else v
             written = [x for x in (k, v, step, bound) if x is not None]
             recent = state.recent
             y, weights, carried = read_write(
-                self._mapped(F.normalize(q, dim=-1)),
+                self._mapped(q),
                 self._mapped(k),
                 v,
                 F.logsigmoid(-gate["forgetting"]),
@@ -406,15 +442,40 @@ class TitansMemory(nn.Module):
                 rule=self.rule,
                 bound=bound,
                 recent=(self._mapped(recent[0]), *recent[1:]) if recent else (),
+                units=self._units(len(x)),
             )
             recent = tuple(
                 latest_tokens(x, before, real) for x, before in zip(written, recent, strict=False)
             )
+            y = self._beside(q, self.rule.answer(y))
             read_out = self._normed(y).to(x.dtype)
         y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
         tails = (*(tail for _, tail in streams), *state.tails[3:]) if self.kernels else ()
         new = TitansState(tuple(weights), tuple(carried), tails, recent=recent)
         return tokens_back_from(order, y), new
+
+    def _beside(self, x: Tensor, answer: Tensor) -> Tensor:
+        """What the memory says to x (B, H, T, d), from what its layers say."""
+        return x + answer if self.config.residual else answer
+
+    def _units(self, batch_size: int) -> tuple[Tensor, ...]:
+        """For a retention by norms those of the first weights, (B, H) per layer."""
+        retention = self.rule.retention
+        if retention is None:
+            return ()
+        dtype = accumulator_dtype(self.norm.dtype)
+        return tuple(retention.norm(w.to(dtype)).expand(batch_size, -1) for w in self.initial)
+
+    def _made_of(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The weights that are made of what is held."""
+        retention = self.rule.retention
+        if retention is None:
+            return held
+        return tuple(
+            w
+            * retention.scale(w.flatten(0, 1), unit.flatten().to(w.dtype)).view(*w.shape[:2], 1, 1)
+            for w, unit in zip(held, self._units(len(held[0])), strict=True)
+        )
 
     def _mapped(self, x: Tensor) -> Tensor:
         """Features of queries or keys (B, H, T, d) of length 1."""
