@@ -64,6 +64,8 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "memory-prompt": {"num_memory_tokens": 4, "mlp_gain": 1.0},
     "memoryllm": {"pool_size": 64, "num_written": 4},
     "mom": {"rule": "delta", "chunk_length": 16, "output_std": 0.1},
+    "moneta": {"chunk_length": 8, "output_std": 0.1},
+    "omega": {"chunk_length": 8, "output_std": 0.1},
     "rmt": {"num_memory_tokens": 8},
     "rmt-r": {"num_memory_tokens": 8},
     "titans-mac": {"chunk_length": 8, "output_std": 0.1},
@@ -72,6 +74,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "tova": {"memory_length": 64},
     "transformer-xl": {"memory_length": 64},
     "ttt-linear": {"mini_batch": 8, "output_std": 0.1},
+    "yaad": {"chunk_length": 8, "output_std": 0.1},
 }
 
 

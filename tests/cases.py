@@ -31,6 +31,8 @@ from memlm.memory import (
     MemoryLLMConfig,
     MemoryPromptConfig,
     MoMConfig,
+    MonetaConfig,
+    OmegaConfig,
     RMTConfig,
     RMTRConfig,
     TitansMACConfig,
@@ -39,6 +41,7 @@ from memlm.memory import (
     TOVAConfig,
     TransformerXLConfig,
     TTTLinearConfig,
+    YaadConfig,
     memory_class,
     name_of,
     resolve_memories,
@@ -68,6 +71,8 @@ CASES: dict[str, MemoryConfig] = {
     "memory-prompt": MemoryPromptConfig(num_memory_tokens=2, mlp_size=8),
     "memoryllm": MemoryLLMConfig(pool_size=8, num_written=2),
     "mom": MoMConfig(num_memories=3, chunk_length=4, conv_size=3, num_heads=2, head_dim=4),
+    "moneta": MonetaConfig(num_heads=2, chunk_length=4),
+    "omega": OmegaConfig(num_heads=2, head_dim=5, chunk_length=4, conv_size=3, window=3),
     "rmt": RMTConfig(num_memory_tokens=3),
     "rmt-r": RMTRConfig(num_memory_tokens=2, bank_size=2, archive_size=3, recall=1),
     "titans-mac": TitansMACConfig(num_persistent_tokens=2, chunk_length=4, conv_size=3),
@@ -76,6 +81,7 @@ CASES: dict[str, MemoryConfig] = {
     "tova": TOVAConfig(memory_length=7),
     "transformer-xl": TransformerXLConfig(memory_length=20),
     "ttt-linear": TTTLinearConfig(num_heads=2, mini_batch=4, conv_size=3),
+    "yaad": YaadConfig(num_heads=2, chunk_length=4, conv_size=3, initial_bound=0.3),
 }
 
 SEGMENT = 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.memory.parts.deep_memory import read, read_write
+from memlm.memory.parts.memory_rules import TITANS, Rule
 
 B, H, D, OUT, T = 2, 2, 5, 4, 19
 LIMIT = 4.0
@@ -85,15 +86,37 @@ def holes(length: int = T, rows: int = B) -> Tensor:
     return mask
 
 
-def mlp(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def silu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(z) * (2 / z.shape[-1]) ** 0.5
+
+
+def gated(z: Tensor) -> Tensor:
+    """Hidden features that are opened by others."""
+    a, b = z[..., : z.shape[-1] // 2], z[..., z.shape[-1] // 2 :]
+    return a * torch.sigmoid(a) * b * (2 / b.shape[-1]) ** 0.5
+
+
+def mlp(x: Tensor, weights: Sequence[Tensor], hidden: Callable[[Tensor], Tensor] = silu) -> Tensor:
     for w in weights[:-1]:
-        z = x @ w
-        x = z * torch.sigmoid(z) * (2 / w.shape[-1]) ** 0.5
+        x = hidden(x @ w)
     return x @ weights[-1]
 
 
+def square(error: Tensor, t: int) -> Tensor:
+    """What errors (B, H, 1, m) at token t cost together."""
+    return error.square().sum()
+
+
 def oracle(
-    case: Case, *, chunk: int, limit: float | None, mask: Tensor | None = None
+    case: Case,
+    *,
+    chunk: int,
+    limit: float | None,
+    mask: Tensor | None = None,
+    cost: Callable[[Tensor, int], Tensor] = square,
+    window: int = 1,
+    hidden: Callable[[Tensor], Tensor] = silu,
+    scale: Callable[[Tensor, int], Tensor | float] = lambda held, layer: 1.0,
 ) -> tuple[list[Tensor], Tensor]:
     """The rule, one token at a time; also the norms of the gradients, (T, B, H)."""
     graph = any(x.requires_grad for x in case.leaves())
@@ -103,30 +126,54 @@ def oracle(
     outputs, norms = [], []
     for t in range(case.rate.shape[2]):
         if t % chunk == 0:
-            start = [w if graph else w.detach().requires_grad_() for w in memory]
-        error = mlp(case.k[:, :, t : t + 1], start) - case.v[:, :, t : t + 1]
-        grads = torch.autograd.grad(error.square().sum(), start, create_graph=graph)
-        norm = torch.stack([g.square().sum(dim=(2, 3)) for g in grads]).sum(dim=0).sqrt()
-        factor = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1)
+            scales = [scale(w, layer) for layer, w in enumerate(memory)]
+            start = [w * s for w, s in zip(memory, scales, strict=True)]
+            start = [w if graph else w.detach().requires_grad_() for w in start]
+        step = [torch.zeros_like(w) for w in memory]
+        for i in range(max(0, t - window + 1), t + 1):
+            error = mlp(case.k[:, :, i : i + 1], start, hidden) - case.v[:, :, i : i + 1]
+            grads = torch.autograd.grad(cost(error, i), start, create_graph=graph)
+            norm = torch.stack([g.square().sum(dim=(2, 3)) for g in grads]).sum(dim=0).sqrt()
+            factor = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1)
+            share = (factor * case.rate[:, :, i] / window)[..., None, None]
+            step = [s + share * g for s, g in zip(step, grads, strict=True)]
         real = torch.ones(case.rate.shape[0]) if mask is None else mask[:, t]
         real = real.bool()[:, None, None, None]
-        eta, keep, step = (
-            x[:, :, t, None, None]
-            for x in (case.log_momentum.exp(), case.log_keep.exp(), case.rate)
-        )
-        for i, g in enumerate(grads):
-            new = eta * momentum[i] - step * factor[..., None, None] * g
+        eta, keep = (x[:, :, t, None, None] for x in (case.log_momentum.exp(), case.log_keep.exp()))
+        for i, s in enumerate(step):
+            new = eta * momentum[i] - s
             memory[i] = torch.where(real, keep * memory[i] + new, memory[i])
             momentum[i] = torch.where(real, new, momentum[i])
-        outputs.append(mlp(case.q[:, :, t : t + 1], memory))
+        made = [w * s for w, s in zip(memory, scales, strict=True)]
+        outputs.append(mlp(case.q[:, :, t : t + 1], made, hidden))
         norms.append(norm.detach())
     return [torch.cat(outputs, dim=2), *memory, *momentum], torch.stack(norms)
 
 
 def fast(
-    case: Case, *, chunk: int, limit: float | None, mask: Tensor | None = None
+    case: Case,
+    *,
+    chunk: int,
+    limit: float | None,
+    mask: Tensor | None = None,
+    rule: Rule = TITANS,
+    bound: Tensor | None = None,
+    recent: Sequence[Tensor] = (),
+    units: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    y, weights, momentum = read_write(*case, chunk=chunk, limit=limit, mask=mask)
+    if rule.window > 1 and not recent:
+        written = [x for x in (case.k, case.v, case.rate, bound) if x is not None]
+        recent = [x.new_zeros(*x.shape[:2], rule.window - 1, *x.shape[3:]) for x in written]
+    y, weights, momentum = read_write(
+        *case,
+        chunk=chunk,
+        limit=limit,
+        mask=mask,
+        rule=rule,
+        bound=bound,
+        recent=recent,
+        units=units,
+    )
     return [y, *weights, *momentum]
 
 
@@ -296,6 +343,19 @@ def test_without_decay_or_momentum_it_is_the_delta_rule() -> None:
         expected.append(torch.einsum("bhn,bhnm->bhm", case.q[:, :, t], w))
     y, memory, _ = fast(case, chunk=1, limit=None)
     same([y, memory], [torch.stack(expected, dim=2), w], 1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_no_momentum_is_momentum_that_is_forgotten_at_once(chunk: int) -> None:
+    case, mask = case_of().needing_grad(), holes()
+    none = [torch.zeros_like(s) for s in case.momentum]
+    shut = case._replace(log_momentum=torch.full_like(case.rate, -torch.inf), momentum=tuple(none))
+    expected = real_only(oracle(shut, chunk=chunk, limit=LIMIT, mask=mask)[0], mask)[:3]
+    without = case._replace(log_momentum=None, momentum=())
+    ours = real_only(fast(without, chunk=chunk, limit=LIMIT, mask=mask), mask)
+    same(ours, expected, 1e-12)
+    leaves = [*case[:4], case.rate, *case.weights]
+    same(*(torch.autograd.grad(weighted(x), leaves) for x in (ours, expected)), 1e-10, 1e-10)
 
 
 def test_what_was_written_changes_the_next_loss() -> None:

@@ -37,6 +37,8 @@ from memlm.memory import (
     MemoryLLMConfig,
     MemoryPromptConfig,
     MoMConfig,
+    MonetaConfig,
+    OmegaConfig,
     RMTConfig,
     TitansMACConfig,
     TitansMAGConfig,
@@ -44,6 +46,7 @@ from memlm.memory import (
     TOVAConfig,
     TransformerXLConfig,
     TTTLinearConfig,
+    YaadConfig,
     available_memories,
 )
 from tests.cases import needs_recurrence
@@ -74,6 +77,8 @@ RECIPES: dict[str, MemoryConfig] = {
     "memory-prompt": MemoryPromptConfig(num_memory_tokens=2, mlp_gain=1.0),
     "memoryllm": MemoryLLMConfig(pool_size=24, num_written=6),
     "mom": MoMConfig(rule="delta", output_std=0.1),
+    "moneta": MonetaConfig(output_std=0.1),
+    "omega": OmegaConfig(output_std=0.1),
     "rmt": RMTConfig(num_memory_tokens=2),
     "titans-mac": TitansMACConfig(output_std=0.1),
     "titans-mag": TitansMAGConfig(output_std=0.1),
@@ -81,6 +86,7 @@ RECIPES: dict[str, MemoryConfig] = {
     "tova": TOVAConfig(memory_length=32),
     "transformer-xl": TransformerXLConfig(memory_length=32),
     "ttt-linear": TTTLinearConfig(mini_batch=8, output_std=0.1),
+    "yaad": YaadConfig(output_std=0.1),
 }
 
 

@@ -1,4 +1,4 @@
-"""The Titans neural memory: an MLP whose weights are the state (Behrouz et al. 2024, section 3).
+"""A deep memory: an MLP whose weights are the state (Behrouz et al. 2024, *Titans*, section 3).
 
 Per row and head, h_1 = x, h_{l+1} = kappa_l silu(h_l W_l), M(x) = h_L W_L; kappa_l = sqrt(2 / width) keeps
 hidden features at about unit norm. Every token takes a step on ||M(k_t) - v_t||^2, with momentum S:
@@ -7,7 +7,8 @@ hidden features at about unit norm. Every token takes a step on ||M(k_t) - v_t||
 
 g_t is the gradient at the weights of the chunk's start (a chunk of one token is the paper's exact rule),
 cut to the norm `limit` over all layers together. Clipping is not in the paper; it bounds the state whatever
-the rates are. A masked token changes neither M nor S.
+the rates are. A masked token changes neither M nor S. Without momentum S_t = - theta_t g_t. What an error
+costs, and what stands between the layers, is a `Rule`'s.
 
 A token's gradient is an outer product per layer, so that no token needs weights of its own: with the
 matrices of `decays`, a chunk is a few products of (b, n), (n, m) and (b, b) matrices, and only the chunks'
@@ -24,12 +25,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memlm.memory.parts.folding import folded
+from memlm.memory.parts.memory_rules import TITANS, Rule
 
 Weights = tuple[Tensor, ...]
 
@@ -44,9 +45,11 @@ GROUP = 8
 class Decays(NamedTuple):
     """What the gates of a chunk come to: everything after it is linear in these.
 
-    mixing (..., b, b): share of the gradient at i in the weights at t, to be subtracted. gains (..., b, 2):
-    shares of the first weights and first momentum in the weights at t. closing (..., b, 2): shares of the
+    mixing (..., b, i): share of the gradient at i in the weights at t, to be subtracted. gains (..., b, 2):
+    shares of the first weights and first momentum in the weights at t. closing (..., i, 2): shares of the
     gradient at i in the next chunk's weights and momentum. carry (...): of the first momentum in the next.
+    Without momentum gains and closing have one share, and carry says nothing. Tokens i are the chunk's own,
+    after the c - 1 before it where a window has c.
     """
 
     mixing: Tensor
@@ -56,26 +59,53 @@ class Decays(NamedTuple):
 
 
 def decays(
-    log_keep: Tensor, log_momentum: Tensor, rate: Tensor, mask: Tensor | None = None
+    log_keep: Tensor,
+    log_momentum: Tensor | None,
+    rate: Tensor,
+    mask: Tensor | None = None,
+    window: int = 1,
 ) -> Decays:
-    """From log(1 - alpha), log eta and theta (..., b); mask (..., b) bool, False for padding."""
+    """From log(1 - alpha), log eta (..., b) and theta (..., b + window - 1), zero at padding.
+
+    log_momentum: None without momentum. mask (..., b) bool, False for padding.
+    """
     if mask is not None:
         blank = ~mask
-        log_keep, log_momentum, rate = (
-            x.masked_fill(blank, 0) for x in (log_keep, log_momentum, rate)
-        )
+        log_keep = log_keep.masked_fill(blank, 0)
+        if log_momentum is not None:
+            log_momentum = log_momentum.masked_fill(blank, 0)
+    rate = rate.unsqueeze(-2)
     kept, keep = _products(log_keep)
-    carried, momentum = _products(log_momentum)
     if mask is not None:
-        keep = keep.masked_fill(blank.unsqueeze(-2), 0)  # momentum is not added at a masked token
-    mixing = (keep @ momentum) * rate.unsqueeze(-2)
+        keep = keep.masked_fill(blank.unsqueeze(-2), 0)  # nothing is added at a masked token
+    if log_momentum is None:
+        mixing = _windows(keep, window) * rate
+        closing = mixing[..., -1, :, None]
+        return Decays(mixing, kept.unsqueeze(-1), closing, torch.zeros_like(kept[..., -1]))
+    carried, momentum = _products(log_momentum)
+    if mask is not None and window > 1:
+        momentum = momentum.masked_fill(blank.unsqueeze(-2), 0)
+    mixing = _windows(keep @ momentum, window) * rate
     started = (keep @ carried.unsqueeze(-1)).squeeze(-1)
+    ending = (_windows(momentum[..., -1:, :], window) * rate).squeeze(-2)
     return Decays(
         mixing,
         torch.stack([kept, started], dim=-1),
-        torch.stack([mixing[..., -1, :], momentum[..., -1, :] * rate], dim=-1),
+        torch.stack([mixing[..., -1, :], ending], dim=-1),
         carried[..., -1],
     )
+
+
+def _windows(shares: Tensor, window: int) -> Tensor:
+    """From shares of the steps at i (..., b) those of the gradients in them, (..., b + window - 1).
+
+    A step takes the gradients of the last `window` tokens, each with as much of its rate.
+    """
+    if window == 1:
+        return shares
+    size = shares.shape[-1]
+    band = shares.new_full((size, size + window - 1), 1 / window).triu_().tril_(window - 1)
+    return shares @ band
 
 
 def _products(log: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,18 +118,13 @@ def _products(log: Tensor) -> tuple[Tensor, Tensor]:
     return total.exp(), spans.add_(future).exp_()
 
 
-def feature_scale(weight: Tensor) -> float:
-    """kappa of the layer with this weight (..., m)."""
-    return math.sqrt(2 / weight.shape[-1])
-
-
-def read(q: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def read(q: Tensor, weights: Sequence[Tensor], rule: Rule = TITANS) -> Tensor:
     """M(q) for fixed weights (B, H, n, m) per layer: (B, H, T, d) -> (B, H, T, m)."""
     with torch.autocast(q.device.type, enabled=False):
         x = q.to(weights[0].dtype)
         for w in weights[:-1]:
-            x = F.silu(x @ w) * feature_scale(w)
-        return x @ weights[-1]
+            x = rule.activation.of(x @ w)
+        return rule.answer(x @ weights[-1])
 
 
 def read_write(
@@ -107,7 +132,7 @@ def read_write(
     k: Tensor,
     v: Tensor,
     log_keep: Tensor,
-    log_momentum: Tensor,
+    log_momentum: Tensor | None,
     rate: Tensor,
     weights: Sequence[Tensor],
     momentum: Sequence[Tensor],
@@ -115,36 +140,45 @@ def read_write(
     chunk: int,
     limit: float | None,
     mask: Tensor | None = None,
+    rule: Rule = TITANS,
+    bound: Tensor | None = None,
+    recent: Sequence[Tensor] = (),
+    units: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Weights, Weights]:
     """Write T tokens, reading each after its own write: outputs (B, H, T, m), weights, momentum.
 
     q, k (B, H, T, d), v (B, H, T, m); log_keep = log(1 - alpha), log_momentum = log eta, rate = theta, all
     (B, H, T); weights, momentum: (B, H, n, m) per layer; mask (B, T) bool, False for padding, where the
-    inputs only need to be finite. limit: largest norm of a token's gradient, None for any. Everything is
-    computed in the dtype of `weights`. Cuts at multiples of `chunk` change nothing.
+    inputs only need to be finite. limit: largest norm of a token's gradient, None for any. Without momentum
+    log_momentum is None and momentum is (). bound (B, H, T): what the rule's objective asks of each token,
+    None where it asks nothing. recent: k, v, rate and, if there is one, bound of the window - 1 tokens
+    before these, at rate zero where there were none; () for a window of 1. With more, masked tokens stand
+    last. units: (B, H) per layer for the rule's retention, () without one: `weights` is then what is held,
+    and what is read and learned by is made of it where a chunk starts. Everything is computed in the dtype
+    of `weights`. Cuts at multiples of `chunk` change nothing.
     """
     layers = len(weights)
+    states = (*weights, *momentum)
+    options = {"log_momentum": log_momentum, "bound": bound, "mask": mask}
+    options = {name: value for name, value in options.items() if value is not None}
 
     def on_rows(*given: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, log_keep, log_momentum, rate = given[:6]
-        states, rest = given[6 : 6 + 2 * layers], given[6 + 2 * layers :]
+        tokens, rest = given[:5], iter(given[5 + len(states) :])
         y, new_weights, new_momentum = _read_write(
-            q,
-            k,
-            v,
-            log_keep,
-            log_momentum,
-            rate,
-            weights=states[:layers],
-            momentum=states[layers:],
+            *tokens,
+            weights=given[5 : 5 + layers],
+            momentum=given[5 + layers : 5 + len(states)],
             chunk=chunk,
             limit=limit,
-            mask=rest[0] if rest else None,
+            rule=rule,
+            recent=[next(rest) for _ in recent],
+            units=[next(rest) for _ in units],
+            **dict(zip(options, rest, strict=True)),
         )
         return y, *new_weights, *new_momentum
 
-    masks = () if mask is None else (mask,)
-    y, *new = folded(on_rows, q, k, v, log_keep, log_momentum, rate, *weights, *momentum, *masks)
+    rest = (*recent, *units, *options.values())
+    y, *new = folded(on_rows, q, k, v, log_keep, rate, *states, *rest)
     return y, tuple(new[:layers]), tuple(new[layers:])
 
 
@@ -153,13 +187,17 @@ def _read_write(
     k: Tensor,
     v: Tensor,
     log_keep: Tensor,
-    log_momentum: Tensor,
     rate: Tensor,
     weights: Sequence[Tensor],
     momentum: Sequence[Tensor],
     chunk: int,
     limit: float | None,
-    mask: Tensor | None,
+    rule: Rule,
+    recent: Sequence[Tensor],
+    units: Sequence[Tensor],
+    log_momentum: Tensor | None = None,
+    bound: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Weights, Weights]:
     """`read_write` on plain tensors."""
     batch, heads, length = rate.shape
@@ -168,50 +206,76 @@ def _read_write(
     padding = chunks * size - length
     dtype = weights[0].dtype
 
-    def chunked(x: Tensor) -> Tensor:
-        """(B, H, T, ...) -> (N, R, b, ...)."""
+    def chunked(x: Tensor, before: Tensor | None = None) -> Tensor:
+        """(B, H, T, ...) -> (N, R, b, ...), after those before each chunk where `before` is given."""
         if padding:
             x = torch.cat([x, x.new_zeros(batch, heads, padding, *x.shape[3:])], dim=2)
-        return rearrange(x, "B H (N b) ... -> N (B H) b ...", b=size).contiguous()
+        if before is None:
+            return rearrange(x, "B H (N b) ... -> N (B H) b ...", b=size).contiguous()
+        x = torch.cat([before.to(x.dtype), x], dim=2)
+        x = x.unfold(2, before.shape[2] + size, size).movedim(-1, 3)
+        return rearrange(x, "B H N b ... -> N (B H) b ...").contiguous()
 
     with torch.autocast(q.device.type, enabled=False):
         if padding and mask is None:
             mask = torch.ones(batch, length, dtype=torch.bool, device=q.device)
-        tokens = [chunked(x.to(dtype)) for x in (q, k, v, log_keep, log_momentum, rate)]
         if mask is not None:
-            tokens.append(chunked(mask.unsqueeze(1).expand(batch, heads, length)))
-        states = [
-            rearrange(torch.cat([w, s.to(dtype)], dim=2), "B H n2 m -> (B H) n2 m")
-            for w, s in zip(weights, momentum, strict=True)
+            rate = rate.masked_fill(~mask.unsqueeze(1), 0)
+        k_before, v_before, rate_before, bound_before = *recent, *(None,) * (4 - len(recent))
+        given = [
+            (q, None),
+            (k, k_before),
+            (v, v_before),
+            (bound, bound_before),
+            (log_keep, None),
+            (log_momentum, None),
+            (rate, rate_before),
         ]
-        learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, *states))
+        tokens = [None if x is None else chunked(x.to(dtype), old) for x, old in given]
+        parts = 2 if momentum else 1
+        halves = zip(weights, momentum, strict=True) if momentum else zip(weights, strict=True)
+        states = [
+            rearrange(torch.cat([w.to(dtype) for w in pair], dim=2), "B H n m -> (B H) n m")
+            for pair in halves
+        ]
+        units = [unit.to(dtype).flatten() for unit in units]
+        learning = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (*tokens, *states, *units)
+        )
+        if mask is not None:
+            mask = chunked(mask.unsqueeze(1).expand(batch, heads, length))
         group = 1 if not learning else GROUP if q.device.type == "cpu" else chunks
+        groups = -(-chunks // group)
+        split = [(None,) * groups if x is None else x.split(group) for x in (*tokens, mask)]
         outputs = []
-        for q, k, v, *gates in zip(*(x.split(group) for x in tokens), strict=True):
-            decay = decays(*gates)
+        for q, k, v, bound, *gates in zip(*split, strict=True):
+            decay = decays(*gates, window=rule.window)
             if learning:
-                y, *states = _ReadWrite.apply(limit, q, k, v, *decay, *states)
+                y, *states = _ReadWrite.apply(limit, rule, q, k, v, bound, *decay, *states, *units)
             else:
-                y, states, _ = _forward(limit, q, k, v, decay, states)
+                y, states, _ = _forward(limit, rule, q, k, v, bound, decay, states, units)
             outputs.append(y)
         y = rearrange(torch.cat(outputs), "N (B H) b m -> B H (N b) m", H=heads)[:, :, :length]
-        halves = [rearrange(s, "(B H) (half n) m -> half B H n m", H=heads, half=2) for s in states]
+        split_states = [
+            rearrange(s, "(B H) (part n) m -> part B H n m", H=heads, part=parts) for s in states
+        ]
         # Copies, so that a state neither shares storage nor keeps that of all chunks.
-        new_weights, new_momentum = (
-            tuple(pair[i].clone(memory_format=torch.contiguous_format) for pair in halves)
-            for i in (0, 1)
-        )
-        return y, new_weights, new_momentum
+        new = [
+            tuple(s[i].clone(memory_format=torch.contiguous_format) for s in split_states)
+            for i in range(parts)
+        ]
+        return y, new[0], new[1] if momentum else ()
 
 
 class _Layer(NamedTuple):
     """What one layer leaves for the backward pass.
 
-    states (N + 1, R, 2n, m): [W; S] where each chunk starts, and at the end. keys (N, R, b, n) and queries
-    (N R, b, n): what enters the layer; scores (N R, b, b): their products. errors (N, R, b, m): gradient of
-    the loss wrt what leaves it. Below the last layer: gates (N, R, b, m) and query_gates (N R, b, m), the
-    sigmoids of what leaves it; returned (N, R, b, m): the next layer's errors, back through its weights.
-    When clipping: key_norms, error_norms (N, R, b). What a layer does not have is empty.
+    states (N + 1, R, P n, m): [W; S], or W alone, where each chunk starts, and at the end. keys
+    (N, R, b, n) and queries (N R, b, n): what enters the layer; scores (N R, b, b): their products. errors
+    (N, R, b, m): gradient of the loss wrt what leaves it. Below the last layer: kept (N, R, b, m) and
+    query_kept (N R, b, m), what the activation keeps of what leaves it; returned (N, R, b, .): the next
+    layer's errors, back through its weights. When clipping: key_norms, error_norms (N, R, b). With a
+    retention: scale (N, R, 1, 1), the weights over W. What a layer does not have is empty.
     """
 
     states: Tensor
@@ -219,51 +283,69 @@ class _Layer(NamedTuple):
     queries: Tensor
     scores: Tensor
     errors: Tensor
-    gates: Tensor
-    query_gates: Tensor
+    kept: Tensor
+    query_kept: Tensor
     returned: Tensor
     key_norms: Tensor
     error_norms: Tensor
+    scale: Tensor
+
+    @property
+    def scales(self) -> Tensor | None:
+        """(N R, 1, 1), None without a retention."""
+        return self.scale.flatten(0, 1) if self.scale.numel() else None
+
+
+class _Made(NamedTuple):
+    """What a forward pass leaves for the backward pass: clipping factors (N, R, b), M(k) (N, R, b, m) where
+    the rule is not plain, else empty, and what each layer leaves.
+    """
+
+    clip: Tensor
+    told: Tensor
+    layers: Sequence[_Layer]
 
 
 def _pair(x: Tensor, factors: Tensor) -> Tensor:
-    """[x f_1, x f_2]: (..., b, n), (..., b, 2) -> (..., b, 2n)."""
-    n = x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], 2 * n)
-    torch.mul(x, factors[..., :1], out=out[..., :n])
-    torch.mul(x, factors[..., 1:], out=out[..., n:])
+    """x times each of the P factors: (..., b, n), (..., b, P) -> (..., b, P n)."""
+    n, parts = x.shape[-1], factors.shape[-1]
+    out = x.new_empty(*x.shape[:-1], parts * n)
+    for i in range(parts):
+        torch.mul(x, factors[..., i : i + 1], out=out[..., i * n : (i + 1) * n])
     return out
 
 
-def _ends(decay: Decays, i: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunk i's last gains and its carry, each (R, 1, 1)."""
-    return (
-        decay.gains[i, :, -1, :1, None],
-        decay.gains[i, :, -1, 1:, None],
-        decay.carry[i, :, None, None],
-    )
-
-
-def _slope(features: Tensor, gates: Tensor) -> Tensor:
-    """kappa silu'(z) from h = kappa silu(z) and sigmoid(z): h + gate (kappa - h)."""
-    return torch.lerp(features, features.new_full((), feature_scale(features)), gates)
-
-
 def _forward(
-    limit: float | None, q: Tensor, k: Tensor, v: Tensor, decay: Decays, initial: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], tuple[Tensor, list[_Layer]]]:
-    """Chunks (N, R, b, n) from states (R, 2n, m): outputs, states, what the backward pass needs."""
+    limit: float | None,
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bound: Tensor | None,
+    decay: Decays,
+    initial: Sequence[Tensor],
+    units: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor], _Made]:
+    """Chunks (N, R, b, n) from states (R, P n, m), units (R,) of each layer, or none: outputs, states, what
+    the backward pass needs.
+    """
     chunks, rows, size, _ = k.shape
     last = len(initial) - 1
     every = range(last + 1)
-    widths = [s.shape[1] // 2 for s in initial]
-    scales = [feature_scale(s) for s in initial]
+    parts = decay.gains.shape[-1]
+    widths = [s.shape[1] // parts for s in initial]
+    act, retention = rule.activation, rule.retention
 
     states = [s.new_empty(chunks + 1, *s.shape) for s in initial]
     for stack, s in zip(states, initial, strict=True):
         stack[0].copy_(s)
     errors = [k.new_empty(chunks, rows, size, s.shape[2]) for s in initial]
-    gates, returned, hidden = ([torch.empty_like(e) for e in errors[:-1]] for _ in range(3))
+    kept = [torch.empty_like(e) for e in errors[:-1]]
+    hidden = [k.new_empty(chunks, rows, size, n) for n in widths[1:]]
+    returned = [torch.empty_like(h) for h in hidden]
+    nothing = k.new_empty(0)
+    scales = [nothing if retention is None else k.new_empty(chunks, rows, 1, 1) for _ in every]
+    told = nothing if rule.plain else torch.empty_like(errors[last])
     keys = [k, *hidden]
     # Minus the clipping factor: with the sign in the matrices all products are added.
     clip = k.new_full((chunks, rows, size), -1)
@@ -275,16 +357,23 @@ def _forward(
     for i in range(chunks):
         state = [s[i] for s in states]
         weight = [s[:, :n] for s, n in zip(state, widths, strict=True)]
+        if retention is not None:
+            for held, unit, scale in zip(weight, units, scales, strict=True):
+                scale[i].copy_(retention.scale(held, unit))
+            weight = [held * scale[i] for held, scale in zip(weight, scales, strict=True)]
         x = [key[i] for key in keys]
         error = [e[i] for e in errors]
         for j in range(last):
-            z = torch.bmm(x[j], weight[j])
-            gate = torch.sigmoid(z, out=gates[j][i])
-            torch.mul(z, gate, out=x[j + 1]).mul_(scales[j])
-        torch.baddbmm(v[i], x[last], weight[last], beta=-2, alpha=2, out=error[last])
+            act.features(torch.bmm(x[j], weight[j]), kept[j][i], x[j + 1])
+        if rule.plain:
+            torch.baddbmm(v[i], x[last], weight[last], beta=-2, alpha=2, out=error[last])
+        else:
+            torch.bmm(x[last], weight[last], out=told[i])
+            own = None if bound is None else bound[i]
+            error[last].copy_(rule.gradient(told[i], v[i], own))
         for j in reversed(range(last)):
             back = torch.bmm(error[j + 1], weight[j + 1].mT, out=returned[j][i])
-            torch.mul(back, _slope(x[j + 1], gates[j][i]), out=error[j])
+            act.back(kept[j][i], x[j + 1], back, out=error[j])
         if limit is not None:
             total = torch.zeros_like(clip[i])
             for j, (key_norms, error_norms) in enumerate(norms):
@@ -294,35 +383,43 @@ def _forward(
                 torch.hypot(total, key_norms[i] * error_norms[i], out=total)
             torch.mul(total.reciprocal_(), -limit, out=clip[i]).clamp_(min=-1)
         closing = decay.closing[i] * clip[i].unsqueeze(-1)
-        kept, added, carry = _ends(decay, i)
+        gains, carry = decay.gains[i, :, -1, :, None, None], decay.carry[i, :, None, None]
         for j, n in enumerate(widths):
-            new, old_momentum = states[j][i + 1], state[j][:, n:]
-            torch.mul(weight[j], kept, out=new[:, :n]).addcmul_(old_momentum, added)
-            torch.mul(old_momentum, carry, out=new[:, n:])
+            new = states[j][i + 1]
+            torch.mul(state[j][:, :n], gains[:, 0], out=new[:, :n])
+            if parts == 2:
+                old_momentum = state[j][:, n:]
+                new[:, :n].addcmul_(old_momentum, gains[:, 1])
+                torch.mul(old_momentum, carry, out=new[:, n:])
             new.baddbmm_(_pair(x[j], closing).mT, error[j])
 
     mixing = (decay.mixing * clip.unsqueeze(-2)).flatten(0, 1)
     gains = decay.gains.flatten(0, 1)
     y = q.flatten(0, 1)
-    nothing = k.new_empty(0)
     layers = []
     for j in every:
         scores = torch.bmm(y, keys[j].flatten(0, 1).mT)
         out = torch.bmm(_pair(y, gains), states[j][:-1].flatten(0, 1))
         out.baddbmm_(scores * mixing, errors[j].flatten(0, 1))
-        inner = (gates[j], torch.sigmoid(out), returned[j]) if j < last else (nothing,) * 3
-        clipped = norms[j] if norms else (nothing,) * 2
-        layers.append(_Layer(states[j], keys[j], y, scores, errors[j], *inner, *clipped))
+        if retention is not None:
+            out.mul_(scales[j].flatten(0, 1))
+        entered, inner = y, (nothing,) * 3
         if j < last:
-            y = out.mul_(inner[1]).mul_(scales[j])
-    return out.view(chunks, rows, size, -1), [s[-1] for s in states], (clip, layers)
+            query_kept, y = act.read(out)
+            inner = kept[j], query_kept, returned[j]
+        clipped = norms[j] if norms else (nothing,) * 2
+        layers.append(
+            _Layer(states[j], keys[j], entered, scores, errors[j], *inner, *clipped, scales[j])
+        )
+    y = out.view(chunks, rows, q.shape[2], -1)
+    return y, [s[-1] for s in states], _Made(clip, told, layers)
 
 
 class _ReadGrads(NamedTuple):
     """Gradients that reads alone bring; those of `mixing` are wrt it with the clipping in it.
 
-    q (N R, b, n), mixing (N, R, b, b), gains (N, R, b, 2), and per layer states (N + 1, R, 2n, m), whose
-    last is left open, keys and errors (N, R, b, .).
+    q (N R, b, n), mixing (N, R, b, b), gains (N, R, b, P), and per layer states (N + 1, R, P n, m), whose
+    last is left open, keys and errors (N, R, b, .), scales (N, R) where there are any.
     """
 
     q: Tensor
@@ -331,31 +428,41 @@ class _ReadGrads(NamedTuple):
     states: list[Tensor]
     keys: list[Tensor]
     errors: list[Tensor]
+    scales: list[Tensor]
 
 
-def _back_reads(d_y: Tensor, clip: Tensor, decay: Decays, layers: Sequence[_Layer]) -> _ReadGrads:
+def _back_reads(d_y: Tensor, rule: Rule, decay: Decays, made: _Made) -> _ReadGrads:
     """Back through the reads of all chunks; they need nothing from the chunks after them."""
     gains = decay.gains.flatten(0, 1)
-    mixing = (decay.mixing * clip.unsqueeze(-2)).flatten(0, 1)
+    mixing = (decay.mixing * made.clip.unsqueeze(-2)).flatten(0, 1)
     d_gains, d_mixing = torch.zeros_like(gains), torch.zeros_like(mixing)
-    d_states, d_keys, d_errors = [], [], []
+    d_states, d_keys, d_errors, d_scales = [], [], [], []
     d_out = rearrange(d_y, "N R b m -> (N R) b m")
-    for j, layer in reversed(list(enumerate(layers))):
-        x, n = layer.queries, layer.queries.shape[-1]
+    for j, layer in reversed(list(enumerate(made.layers))):
+        x, n, scales = layer.queries, layer.queries.shape[-1], layer.scales
+        if scales is not None:
+            d_out = d_out * scales
         d_states.append(torch.empty_like(layer.states))
         torch.bmm(_pair(x, gains).mT, d_out, out=d_states[-1][:-1].flatten(0, 1))
         d_errors.append(torch.bmm((layer.scores * mixing).mT, d_out).view_as(layer.errors))
+        if scales is not None:
+            # The product that was scaled is linear in the states and errors together.
+            by_states = (d_states[-1][:-1] * layer.states[:-1]).sum(dim=(2, 3))
+            by_errors = (d_errors[-1] * layer.errors).sum(dim=(2, 3))
+            d_scales.append((by_states + by_errors) / layer.scale[:, :, 0, 0])
         d_mixed = torch.bmm(d_out, layer.errors.flatten(0, 1).mT)
         d_mixing.addcmul_(d_mixed, layer.scores)
         d_scores = d_mixed.mul_(mixing)
         d_keys.append(torch.bmm(d_scores.mT, x).view_as(layer.keys))
-        by_weights, by_momentum = torch.bmm(d_out, layer.states[:-1].flatten(0, 1).mT).split(n, -1)
-        d_gains[..., 0].add_((by_weights * x).sum(dim=-1))
-        d_gains[..., 1].add_((by_momentum * x).sum(dim=-1))
         d_x = torch.bmm(d_scores, layer.keys.flatten(0, 1))
-        d_x.addcmul_(by_weights, gains[..., :1]).addcmul_(by_momentum, gains[..., 1:])
+        by_states = torch.bmm(d_out, layer.states[:-1].flatten(0, 1).mT)
+        for i, by_part in enumerate(by_states.split(n, -1)):
+            d_gains[..., i].add_((by_part * x).sum(dim=-1))
+            d_x.addcmul_(by_part, gains[..., i : i + 1])
         if j:
-            d_out = d_x.mul_(_slope(x, layers[j - 1].query_gates))
+            kept = made.layers[j - 1].query_kept
+            d_out = torch.empty_like(kept)
+            rule.activation.back(kept, x, d_x, out=d_out)
     return _ReadGrads(
         d_x,
         d_mixing.view_as(decay.mixing),
@@ -363,29 +470,41 @@ def _back_reads(d_y: Tensor, clip: Tensor, decay: Decays, layers: Sequence[_Laye
         d_states[::-1],
         d_keys[::-1],
         d_errors[::-1],
+        d_scales[::-1],
     )
 
 
 def _back_writes(
-    limit: float | None, clip: Tensor, decay: Decays, layers: Sequence[_Layer], grads: _ReadGrads
-) -> tuple[Tensor, Tensor]:
+    limit: float | None,
+    rule: Rule,
+    v: Tensor,
+    bound: Tensor | None,
+    decay: Decays,
+    made: _Made,
+    units: Sequence[Tensor],
+    grads: _ReadGrads,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, list[Tensor]]:
     """Back through the writes, last chunk first: adds to `grads`, leaving there the inputs' gradients.
 
-    Returns those of `closing`, with the clipping in it, and of `carry`. On entry the last of grads.states
-    is the final states' gradient; on return the errors of the last layer hold the gradient of its output.
+    Returns those of `v`, of `bound`, of `closing`, with the clipping in it, of `carry`, and of `units`. On
+    entry the last of grads.states is the final states' gradient.
     """
+    clip, told, layers = made
     chunks, rows, size = clip.shape
     last = len(layers) - 1
     every = range(last + 1)
+    parts = decay.gains.shape[-1]
     widths = [layer.keys.shape[-1] for layer in layers]
     closing = decay.closing * clip.unsqueeze(-1)
-    d_closing, d_carry = torch.empty_like(closing), torch.empty_like(decay.carry)
-    slopes, bends = [], []
-    for below, above in itertools.pairwise(layers):
-        slope = _slope(above.keys, below.gates)
-        slopes.append(slope)
-        # kappa silu''(z) = (1 - gate) (2 slope - h)
-        bends.append((2 * slope).sub_(above.keys).mul_(1 - below.gates).mul_(below.returned))
+    d_closing, d_carry = torch.empty_like(closing), torch.zeros_like(decay.carry)
+    d_v = torch.empty_like(grads.errors[-1])
+    d_bound = None if bound is None else torch.empty_like(bound)
+    d_units = [torch.zeros_like(unit) for unit in units]
+    act, retention = rule.activation, rule.retention
+    curves = [
+        act.curves(below.kept, above.keys, below.returned)
+        for below, above in itertools.pairwise(layers)
+    ]
     if limit is not None:
         d_clip = (grads.mixing * decay.mixing).sum(dim=-2)
         # Twice the derivative of -limit / sqrt(s) by s = sum |x|^2 |error|^2, where it is above -1.
@@ -398,24 +517,28 @@ def _back_writes(
         d_x = [d[i] for d in grads.keys]
         d_error = [d[i] for d in grads.errors]
         state = [layer.states[i] for layer in layers]
-        weight = [s[:, :n] for s, n in zip(state, widths, strict=True)]
+        held = [s[:, :n] for s, n in zip(state, widths, strict=True)]
+        weight = held
+        if retention is not None:
+            weight = [w * layer.scale[i] for w, layer in zip(held, layers, strict=True)]
         x = [layer.keys[i] for layer in layers]
         error = [layer.errors[i] for layer in layers]
-        kept, added, carry = _ends(decay, i)
+        curve = [[c[i] for c in one] for one in curves]
 
         # new = [kept W + added S; carry S] + [x c_1, x c_2]^T error
         share = closing[i]
         d_share = torch.zeros_like(share)
-        d_ends = share.new_zeros(rows, 2, 2)
+        d_ends = share.new_zeros(rows, parts, parts)
         for j, n in enumerate(widths):
             d_error[j].baddbmm_(_pair(x[j], share), d_new[j])
             d_pair = torch.bmm(error[j], d_new[j].mT)
-            d_share.add_((d_pair.view(rows, size, 2, n) * x[j].unsqueeze(-2)).sum(dim=-1))
-            d_x[j].addcmul_(d_pair[..., :n], share[..., :1])
-            d_x[j].addcmul_(d_pair[..., n:], share[..., 1:])
-            d_ends.baddbmm_(d_new[j].view(rows, 2, -1), state[j].view(rows, 2, -1).mT)
+            d_share.add_((d_pair.view(rows, size, parts, n) * x[j].unsqueeze(-2)).sum(dim=-1))
+            for part in range(parts):
+                d_x[j].addcmul_(d_pair[..., part * n : (part + 1) * n], share[..., part : part + 1])
+            d_ends.baddbmm_(d_new[j].view(rows, parts, -1), state[j].view(rows, parts, -1).mT)
         grads.gains[i, :, -1].add_(d_ends[:, 0])
-        d_carry[i].copy_(d_ends[:, 1, 1])
+        if parts == 2:
+            d_carry[i].copy_(d_ends[:, 1, 1])
         d_closing[i].copy_(d_share)
 
         if limit is not None:
@@ -424,63 +547,93 @@ def _back_writes(
                 d_error[j].addcmul_(error[j], (by_key[j][i] * bitten).unsqueeze(-1))
                 d_x[j].addcmul_(x[j], (by_error[j][i] * bitten).unsqueeze(-1))
 
-        # error = slope * (the next layer's error W^T), first layer first since it was made last.
+        # Errors back through activations and weights, first layer first since it was made last.
         d_z, d_weight = [], []
         for j in range(last):
-            d_z.append(bends[j][i] * d_error[j])
-            d_back = slopes[j][i] * d_error[j]
+            d_back, bent = act.twice(curve[j], d_error[j])
+            d_z.append(bent)
             d_error[j + 1].baddbmm_(d_back, weight[j + 1])
             d_weight.append(torch.bmm(d_back.mT, error[j + 1]))
 
-        # The last error is 2 (z - v); then down the key's own way up.
-        d_z.append(d_error[last].mul_(2))
+        # The last error is the rule's gradient; then down the key's own way up.
+        if rule.plain:
+            d_z.append(d_error[last].mul_(2))
+            torch.neg(d_z[last], out=d_v[i])
+        else:
+            own = None if bound is None else bound[i]
+            by_told, by_v, by_bound = rule.twice(told[i], v[i], own, d_error[last])
+            d_z.append(by_told)
+            d_v[i].copy_(by_v)
+            if d_bound is not None and by_bound is not None:
+                d_bound[i].copy_(by_bound)
+        gains, carry = decay.gains[i, :, -1, :, None, None], decay.carry[i, :, None, None]
         for j in reversed(every):
             n = widths[j]
             if j < last:
-                d_z[j].addcmul_(d_x[j + 1], slopes[j][i])
+                act.add_back(curve[j], d_x[j + 1], into=d_z[j])
             d_x[j].baddbmm_(d_z[j], weight[j].mT)
             if j:
                 d_w = d_weight[j - 1].baddbmm_(x[j].mT, d_z[j])
             else:
                 d_w = torch.bmm(x[j].mT, d_z[j])
-            new_weights, new_momentum = d_new[j][:, :n], d_new[j][:, n:]
-            here = grads.states[j][i]
-            here[:, :n].add_(d_w.addcmul_(new_weights, kept))
-            here[:, n:].addcmul_(new_weights, added).addcmul_(new_momentum, carry)
-    return d_closing, d_carry
+            if retention is not None:
+                scale = layers[j].scale[i]
+                d_scale = grads.scales[j][i] + (d_w * held[j]).sum(dim=(1, 2))
+                by_held, by_unit = retention.back(held[j], units[j], scale, d_scale)
+                d_w = by_held.addcmul_(d_w, scale)
+                d_units[j].add_(by_unit)
+            new_weights, here = d_new[j][:, :n], grads.states[j][i]
+            here[:, :n].add_(d_w.addcmul_(new_weights, gains[:, 0]))
+            if parts == 2:
+                new_momentum = d_new[j][:, n:]
+                here[:, n:].addcmul_(new_weights, gains[:, 1]).addcmul_(new_momentum, carry)
+    return d_v, d_bound, d_closing, d_carry, d_units
 
 
 class _ReadWrite(torch.autograd.Function):
     """`_forward` with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, limit: float | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-        decay = Decays(*inputs[3:7])
-        q, k, v, *_ = inputs
-        y, states, (clip, layers) = _forward(limit, q, k, v, decay, inputs[7:])
-        ctx.limit = limit
-        ctx.save_for_backward(clip, *decay, *(x for layer in layers for x in layer))
+    def forward(ctx: Any, limit: float | None, rule: Rule, *inputs: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, bound = inputs[:4]
+        decay, rest = Decays(*inputs[4:8]), inputs[8:]
+        ctx.layers = len(rest) if rule.retention is None else len(rest) // 2
+        units = rest[ctx.layers :]
+        y, states, made = _forward(limit, rule, q, k, v, bound, decay, rest[: ctx.layers], units)
+        ctx.limit, ctx.rule = limit, rule
+        kept = (x for layer in made.layers for x in layer)
+        # v says nothing to a gradient that is plain.
+        saved = v if not rule.plain else v.new_empty(0)
+        ctx.save_for_backward(saved, bound, *decay, made.clip, made.told, *kept, *units)
         return y, *states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
-        clip, *saved = ctx.saved_tensors
-        decay, saved, fields = Decays(*saved[:4]), saved[4:], len(_Layer._fields)
-        layers = [_Layer(*saved[i : i + fields]) for i in range(0, len(saved), fields)]
+        v, bound, *saved = ctx.saved_tensors
+        decay, (clip, told), saved = Decays(*saved[:4]), saved[4:6], saved[6:]
+        fields = len(_Layer._fields)
+        layers = [_Layer(*saved[i * fields : (i + 1) * fields]) for i in range(ctx.layers)]
+        units = saved[ctx.layers * fields :]
+        made = _Made(clip, told, layers)
         with torch.autocast(d_y.device.type, enabled=False):
-            grads = _back_reads(d_y, clip, decay, layers)
+            grads = _back_reads(d_y, ctx.rule, decay, made)
             for stack, d in zip(grads.states, d_states, strict=True):
                 stack[-1].copy_(d)
-            d_closing, d_carry = _back_writes(ctx.limit, clip, decay, layers, grads)
+            d_v, d_bound, d_closing, d_carry, d_units = _back_writes(
+                ctx.limit, ctx.rule, v, bound, decay, made, units, grads
+            )
             return (
                 None,
-                grads.q.view_as(layers[0].keys),
+                None,
+                grads.q.view(*d_y.shape[:3], -1),
                 grads.keys[0],
-                grads.errors[-1].neg_(),
+                d_v,
+                d_bound,
                 grads.mixing.mul_(clip.unsqueeze(-2)),
                 grads.gains,
                 d_closing.mul_(clip.unsqueeze(-1)),
                 d_carry,
                 *(d[0] for d in grads.states),
+                *d_units,
             )

@@ -27,6 +27,19 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return x.relu() + x.clamp(max=0).exp()
 
 
+def quadratic(x: Tensor, shares: Tensor) -> Tensor:
+    """`x` and all products of two of its numbers: (..., d) -> (..., d + d (d + 1) / 2), as long as `x`.
+
+    Where x and y have length 1, features have the product a x.y + (1 - a) (x.y)^2, a the part of the
+    squares of shares (..., 2) that the first has.
+    """
+    rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    # What stands beside the diagonal stands for two.
+    pairs = x[..., rows] * x[..., columns] * torch.where(rows == columns, 1.0, 2**0.5).to(x.dtype)
+    first, second = F.normalize(shares, dim=-1).split(1, dim=-1)
+    return torch.cat([first * x, second * pairs], dim=-1)
+
+
 # The length of the constant beside a half of length 1, and that of both together.
 BESIDE, TOGETHER = 0.5**0.5, 1.5**0.5
 

@@ -1,14 +1,16 @@
-"""The neural memory that the three Titans share (Behrouz et al. 2024, section 3), as a block.
+"""The neural memory that Titans and their successors share (Behrouz et al. 2024, section 3), as a block.
 
 Tokens become queries, keys and values per head; the memory, an MLP per head and row, is trained on
 keys and values while it is read (`deep_memory`), and what it answers goes back to the model's width through
-a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands.
+a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands; what
+differs between them and `yaad` is how the memory learns, and every such rule may stand at all three places.
 
 Legend: H heads of the memory, d their size, C tokens per chunk.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,12 +21,32 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from memlm.memory.base import Continues, Dims, accumulator_dtype, option, was_loaded
+from memlm.memory.base import (
+    Continues,
+    Dims,
+    Inner,
+    Site,
+    accumulator_dtype,
+    option,
+    was_loaded,
+)
 from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.deep_memory import read, read_write
+from memlm.memory.parts.feature_maps import quadratic
 from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.memory_rules import (
+    GATED,
+    SILU,
+    SQUARE,
+    Huber,
+    Normed,
+    Objective,
+    Power,
+    Rule,
+)
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
+    latest_tokens,
     real_first_order,
     short_convolution,
     tokens_back_from,
@@ -33,10 +55,32 @@ from memlm.memory.parts.tokens import (
 
 EPSILON = 1e-6
 
+OBJECTIVES: dict[str, Callable[[TitansConfig], Objective]] = {
+    "square": lambda config: SQUARE,
+    "huber": lambda config: Huber(),
+    "power": lambda config: Power(config.error_power),
+}
+RETENTIONS: dict[str, Callable[[TitansConfig], Normed | None]] = {
+    "decay": lambda config: None,
+    "norm": lambda config: Normed(config.norm_power),
+}
+# How many features of keys and queries of size d, and which.
+FEATURES: dict[str, tuple[Callable[[int], int], Callable[[Tensor, Tensor], Tensor] | None]] = {
+    "linear": (lambda d: d, None),
+    "quadratic": (lambda d: d + d * (d + 1) // 2, quadratic),
+}
+# Options that are read only where another one has a certain value.
+SERVING: dict[str, tuple[str, Any]] = {
+    "initial_momentum": ("momentum", True),
+    "initial_bound": ("objective", "huber"),
+    "error_power": ("objective", "power"),
+    "norm_power": ("retention", "norm"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TitansConfig(GatedConfig):
-    """Options of every Titans memory.
+    """Options of every memory whose weights are its state.
 
     num_heads: heads of the memory, None for the base's attention heads; head_dim: their size, None for
     hidden size / heads. depth: layers of the MLP that is the memory; expansion: width of its hidden layers
@@ -50,6 +94,17 @@ class TitansConfig(GatedConfig):
     max_surprise: largest gradient norm of one token, in units of sqrt(head_dim), so that no rate can make
     the memory diverge; None for no limit. output_std: scale of the output projection at the start; 0
     leaves the stage as it was.
+    momentum: whether a step carries on those before it; the learning rate is then coupled to nothing.
+    objective: what an error costs, "square", or "huber", whose pull grows no further beyond a bound that
+    each token sets for itself (`yaad`), or "power", the sum of its numbers to a power (`moneta`).
+    initial_bound: where the bound starts, in units of sqrt(head_dim); float("inf") for the square.
+    error_power: that power. retention: "decay", or "norm", where the weights are what is held, divided by
+    its norm (`moneta`). norm_power: the norm's q. residual: whether the memory is x + LN(MLP(x)) in place
+    of MLP(x), so that the last layer's length does not matter.
+    window: how many tokens each step learns again, the last of them its own (`omega`); a token's rate is
+    shared out among the steps that take it. key_features: "linear", keys and queries as they are, or
+    "quadratic", with all products of two of their numbers. gated: whether hidden layers are silu(a) b, two
+    products in place of one.
     write_gate: "none", the paper's, or "sigmoid" or "hard": how far each head moves, over a whole segment,
     from what it was to what the segment would make of it, momentum and forgetting included. The segment's
     gate is that of its most telling token; within the segment, tokens read what was written before them in
@@ -74,6 +129,20 @@ class TitansConfig(GatedConfig):
     max_surprise: float | None = 4.0
     output_std: float = option(0.0)
 
+    momentum: bool = True
+    objective: str = "square"
+    initial_bound: float = option(1.0)
+    window: int = 1
+    key_features: str = "linear"
+    gated: bool = False
+    error_power: float = 3.0
+    retention: str = "decay"
+    norm_power: float = 4.0
+    residual: bool = False
+
+    # What makes a mechanism that is named after its rule that mechanism.
+    own: ClassVar[Mapping[str, Any]] = {}
+
     @classmethod
     def paper(cls) -> Self:
         """Convolutions of 4, three gates of their own, no limit to a token's gradient.
@@ -87,12 +156,13 @@ class TitansConfig(GatedConfig):
     def resolved(self, dims: Dims) -> Self:
         """Fill what is open from `dims`; ValueError for what cannot be."""
         self.check_gates(("none", "sigmoid", "hard"))
+        self._check_rule()
         heads, size = head_sizes(self.num_heads, self.head_dim, dims)
         chunk = self.chunk_length
         if chunk is None:
             chunk = min(64, dims.segment_length)
         filled = replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
-        least = dict.fromkeys(("head_dim", "depth", "expansion", "chunk_length"), 1)
+        least = dict.fromkeys(("head_dim", "depth", "expansion", "chunk_length", "window"), 1)
         zero = dict.fromkeys(("num_persistent_tokens", "conv_size", "output_std"), 0)
         check_least(filled, least | zero)
         if chunk > dims.segment_length:
@@ -111,13 +181,56 @@ class TitansConfig(GatedConfig):
             raise ValueError(f"max_surprise={self.max_surprise} must be above 0, or None")
         return filled
 
+    def _check_rule(self) -> None:
+        """Refuse a rule that is unknown, another mechanism's, or has options that nothing reads."""
+        for name, value in self.own.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not the rule of {type(self).__name__}, which is "
+                    f"{name}={value!r}; use TitansMAGConfig for rules of your own"
+                )
+        choices: dict[str, Mapping[str, Any]] = {
+            "objective": OBJECTIVES,
+            "retention": RETENTIONS,
+            "key_features": FEATURES,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; use {' or '.join(map(repr, known))}"
+                )
+        if self.gated and self.depth == 1:
+            raise ValueError("gated=True needs a hidden layer, but depth=1; use depth=2 or more")
+        for name, (other, value) in SERVING.items():
+            given = getattr(self, name)
+            if given != getattr(TitansConfig, name) and getattr(self, other) != value:
+                raise ValueError(
+                    f"{name}={given} is read with {other}={value!r} alone; leave it out, or give that"
+                )
+        if not self.initial_bound > 0:
+            raise ValueError(f"initial_bound={self.initial_bound} must be above 0")
+        for name, least in (("error_power", 1), ("norm_power", 2)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
-def coupled_step(rate: Tensor, momentum: Tensor) -> Tensor:
+
+def logit(share: float) -> Tensor:
+    """What a sigmoid makes `share` of."""
+    return torch.logit(torch.tensor(share))
+
+
+def inverse_softplus(value: float) -> float:
+    """What softplus makes `value` of, infinity included."""
+    return value + math.log(-math.expm1(-value))
+
+
+def coupled_step(rate: Tensor, momentum: Tensor | None) -> Tensor:
     """sigmoid(rate) (1 - eta): with momentum, whose steps sum to 1 / (1 - eta), that comes to the rate."""
+    assert momentum is not None
     return torch.sigmoid(rate) * torch.sigmoid(-momentum)
 
 
-def own_step(rate: Tensor, momentum: Tensor) -> Tensor:
+def own_step(rate: Tensor, momentum: Tensor | None) -> Tensor:
     """sigmoid(rate), whatever the momentum."""
     return torch.sigmoid(rate)
 
@@ -125,8 +238,10 @@ def own_step(rate: Tensor, momentum: Tensor) -> Tensor:
 class TitansState(NamedTuple):
     """weights and momentum of the memory, one (B, H, n_in, n_out) per layer, float32 or wider.
 
-    tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1, H d) each. written, opened
-    (B,): the mean gate of the last segment over heads, and the largest; () without gates.
+    momentum: () without it. tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1,
+    H d) each. written, opened (B,): the mean gate of the last segment over heads, and the largest; ()
+    without gates. recent: keys and values (B, H, window - 1, d), rates and, with a bounded objective,
+    bounds (B, H, window - 1) of the last tokens; () for a window of 1.
     """
 
     weights: tuple[Tensor, ...]
@@ -134,6 +249,7 @@ class TitansState(NamedTuple):
     tails: tuple[Tensor, ...]
     written: Tensor | tuple[()] = ()
     opened: Tensor | tuple[()] = ()
+    recent: tuple[Tensor, ...] = ()
 
 
 def gated(y: Tensor, answer: Tensor) -> Tensor:
@@ -180,18 +296,38 @@ class TitansMemory(nn.Module):
         self.config = config
         self.heads, self.size, self.chunk = config.num_heads, config.head_dim, config.chunk_length
         hidden, inner = dims.hidden_size, config.num_heads * config.head_dim
-        self.step = coupled_step if config.coupled_rate else own_step
+        coupled = config.momentum and config.coupled_rate
+        self.step = coupled_step if coupled else own_step
+        self.rule = Rule(
+            activation=GATED if config.gated else SILU,
+            objective=OBJECTIVES[config.objective](config),
+            window=config.window,
+            retention=RETENTIONS[config.retention](config),
+            normed=config.residual,
+        )
         self.norm = nn.Parameter(torch.empty(hidden))
         self.query = nn.Linear(hidden, inner, bias=False)
         self.key = nn.Linear(hidden, inner, bias=False)
         self.value = nn.Linear(hidden, inner, bias=False)
-        # Per head: learning rate, momentum, forgetting.
-        self.gates = nn.Linear(hidden, 3 * self.heads)
+        # One of each per head.
+        wanted = {
+            "rate": True,
+            "momentum": config.momentum,
+            "forgetting": True,
+            "bound": self.rule.objective.bounded,
+        }
+        self.gate_names = tuple(name for name, there in wanted.items() if there)
+        self.gates = nn.Linear(hidden, len(self.gate_names) * self.heads)
         wide = config.expansion * self.size
-        widths = [self.size, *[wide] * (config.depth - 1), self.size]
+        count, self.features = FEATURES[config.key_features]
+        widths = [count(self.size), *[wide] * (config.depth - 1), self.size]
+        folds = [self.rule.activation.fold] * (config.depth - 1) + [1]
         self.initial = nn.ParameterList(
-            torch.empty(self.heads, n_in, n_out) for n_in, n_out in pairwise(widths)
+            torch.empty(self.heads, n_in, fold * n_out)
+            for (n_in, n_out), fold in zip(pairwise(widths), folds, strict=True)
         )
+        # How much the keys count, and how much their products.
+        self.shares = nn.Parameter(torch.empty(self.heads, 2)) if self.features else None
         self.kernels = nn.ParameterList(
             torch.empty(inner, 1, config.conv_size)
             for _ in range(streams if config.conv_size else 0)
@@ -208,15 +344,21 @@ class TitansMemory(nn.Module):
         for linear in (self.query, self.key, self.value, self.out_gate):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.normal_(self.gates.weight, std=0.1 * self.gates.in_features**-0.5)
-        starts = (
-            config.initial_rate / config.max_rate,
-            config.initial_momentum,
-            config.initial_forgetting,
-        )
+        starts = {
+            "rate": logit(config.initial_rate / config.max_rate),
+            "momentum": logit(config.initial_momentum),
+            "forgetting": logit(config.initial_forgetting),
+            "bound": inverse_softplus(config.initial_bound),
+        }
         if not was_loaded(self.gates.bias):
             with torch.no_grad():
-                for part, start in zip(self.gates.bias.chunk(3), starts, strict=True):
-                    part.fill_(torch.logit(torch.tensor(start)))
+                parts = self.gates.bias.chunk(len(self.gate_names))
+                for name, part in zip(self.gate_names, parts, strict=True):
+                    part.fill_(starts[name])
+        if self.shares is not None and not was_loaded(self.shares):
+            with torch.no_grad():
+                # One over the factorial of the degree, as in ATLAS.
+                self.shares.copy_(self.shares.new_tensor([1.0, 0.5]))
         for weight in self.initial[:-1]:
             nn.init.normal_(weight, std=1.0)
         nn.init.normal_(self.initial[-1], std=0.02)
@@ -230,10 +372,15 @@ class TitansMemory(nn.Module):
         weights = tuple(weight.to(dtype).expand(batch_size, -1, -1, -1) for weight in self.initial)
         tail = max(0, self.config.conv_size - 1), self.out.in_features
         before = self.norm.new_zeros(batch_size, *tail, dtype=dtype)
+        recent = []
+        if self.rule.window > 1:
+            shape = batch_size, self.heads, self.rule.window - 1
+            recent = [(*shape, self.size)] * 2 + [shape] * (2 if "bound" in self.gate_names else 1)
         return TitansState(
             weights,
-            tuple(torch.zeros_like(weight) for weight in weights),
+            tuple(torch.zeros_like(weight) for weight in weights if self.config.momentum),
             tuple(before for _ in self.kernels),
+            recent=tuple(self.norm.new_zeros(shape, dtype=dtype) for shape in recent),
         )
 
     def retrieve(self, x: Tensor, state: TitansState, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -247,7 +394,9 @@ class TitansMemory(nn.Module):
         last = len(self.kernels) - 1
         q, tail = self._project(x, self.query, last, state, real)
         with torch.autocast(x.device.type, enabled=False):
-            y = read(F.normalize(q.to(state.weights[0].dtype), dim=-1), state.weights)
+            q = F.normalize(q.to(state.weights[0].dtype), dim=-1)
+            y = read(self._mapped(q), self._made_of(state.weights), self.rule)
+            y = self._beside(q, y)
             return tokens_back_from(order, self._normed(y).to(x.dtype)), tail
 
     def forward(
@@ -265,29 +414,74 @@ class TitansMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = state.weights[0].dtype
             q, k, v = (stream.to(wide) for stream, _ in streams)
-            rate, momentum, forgetting = rearrange(
-                gates.to(wide), "B T (gate H) -> gate B H T", gate=3
-            )
+            parts = rearrange(gates.to(wide), "B T (gate H) -> gate B H T", H=self.heads)
+            gate = dict(zip(self.gate_names, parts, strict=True))
+            momentum, bound = gate.get("momentum"), gate.get("bound")
             # The gradient is twice the error.
-            step = self.config.max_rate / 2 * self.step(rate, momentum)
+            step = self.config.max_rate / 2 * self.step(gate["rate"], momentum)
+            if bound is not None:
+                bound = F.softplus(bound) * self.size**0.5
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             limit = self.config.max_surprise
+            # What stands beside the answer is no part of the error.
+            v = v - k if self.config.residual else v
+            written = [x for x in (k, v, step, bound) if x is not None]
+            recent = state.recent
             y, weights, carried = read_write(
-                F.normalize(q, dim=-1),
-                F.normalize(k, dim=-1),
+                self._mapped(q),
+                self._mapped(k),
                 v,
-                F.logsigmoid(-forgetting),
-                F.logsigmoid(momentum),
+                F.logsigmoid(-gate["forgetting"]),
+                None if momentum is None else F.logsigmoid(momentum),
                 step,
                 state.weights,
                 state.momentum,
                 chunk=self.chunk,
                 limit=None if limit is None else limit * self.size**0.5,
                 mask=real,
+                rule=self.rule,
+                bound=bound,
+                recent=(self._mapped(recent[0]), *recent[1:]) if recent else (),
+                units=self._units(len(x)),
             )
+            recent = tuple(
+                latest_tokens(x, before, real) for x, before in zip(written, recent, strict=False)
+            )
+            y = self._beside(q, self.rule.answer(y))
             read_out = self._normed(y).to(x.dtype)
         y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
         tails = (*(tail for _, tail in streams), *state.tails[3:]) if self.kernels else ()
-        return tokens_back_from(order, y), TitansState(tuple(weights), tuple(carried), tails)
+        new = TitansState(tuple(weights), tuple(carried), tails, recent=recent)
+        return tokens_back_from(order, y), new
+
+    def _beside(self, x: Tensor, answer: Tensor) -> Tensor:
+        """What the memory says to x (B, H, T, d), from what its layers say."""
+        return x + answer if self.config.residual else answer
+
+    def _units(self, batch_size: int) -> tuple[Tensor, ...]:
+        """For a retention by norms those of the first weights, (B, H) per layer."""
+        retention = self.rule.retention
+        if retention is None:
+            return ()
+        dtype = accumulator_dtype(self.norm.dtype)
+        return tuple(retention.norm(w.to(dtype)).expand(batch_size, -1) for w in self.initial)
+
+    def _made_of(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The weights that are made of what is held."""
+        retention = self.rule.retention
+        if retention is None:
+            return held
+        return tuple(
+            w
+            * retention.scale(w.flatten(0, 1), unit.flatten().to(w.dtype)).view(*w.shape[:2], 1, 1)
+            for w, unit in zip(held, self._units(len(held[0])), strict=True)
+        )
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        """Features of queries or keys (B, H, T, d) of length 1."""
+        if self.features is None or self.shares is None:
+            return x
+        return self.features(x, self.shares.to(x.dtype).unsqueeze(1))
 
     def _project(
         self, x: Tensor, linear: nn.Linear, stream: int, state: TitansState, real: Tensor | None
@@ -309,7 +503,7 @@ class TitansMemory(nn.Module):
 class Titans(GatedMemory):
     """What MAC, MAG and MAL have in common: the block, its gate, the persistent tokens, their options."""
 
-    transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails"}
+    transient: ClassVar[frozenset[str]] = GatedMemory.transient | {"tails", "recent"}
     silent_with: ClassVar[Mapping[str, Any]] = {"write_gate": "hard"}
     config: TitansConfig
     streams: ClassVar[int] = 3
@@ -374,12 +568,21 @@ class Titans(GatedMemory):
                 share = gate[:, :, None, None]
                 return tuple(torch.lerp(a, b, share) for a, b in zip(old, made, strict=True))
 
+            recent = new.recent
+            if recent:
+                # What a segment was not to write, later windows do not write either.
+                count = x.shape[1] if mask is None else mask.sum(dim=1)[:, None, None]
+                kept = recent[2].shape[2]
+                fresh = torch.arange(kept, device=x.device) >= kept - count
+                rates = torch.where(fresh, gate.unsqueeze(-1) * recent[2], recent[2])
+                recent = (*recent[:2], rates, *recent[3:])
             return answer, TitansState(
                 moved(state.weights, new.weights),
                 moved(state.momentum, new.momentum),
                 new.tails,
                 gate.mean(dim=1),
                 gate.amax(dim=1),
+                recent,
             )
 
     def with_persistent(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
@@ -390,3 +593,30 @@ class Titans(GatedMemory):
         tokens = self.persistent.to(x.dtype).expand(x.shape[0], -1, -1)
         mask = None if mask is None else F.pad(mask, (count, 0), value=True)
         return torch.cat([tokens, x], dim=1), mask, count
+
+
+class TitansBranch(Titans):
+    """A memory beside a layer's attention, as MAG's: both read the layer's input."""
+
+    site: ClassVar[Site] = "attention"
+    reads_inner: ClassVar[bool] = False
+    # Without persistent tokens, which take a share of the attention, and at output_std=0: the defaults.
+    neutral: ClassVar[bool] = True
+
+    def __init__(self, config: TitansBranchConfig, dims: Dims) -> None:
+        super().__init__(config, dims)
+        self.combine = COMBINATIONS[config.combine]
+
+    def forward(
+        self,
+        x: Tensor,
+        state: TitansState,
+        inner: Inner,
+        *,
+        mask: Tensor | None,
+        write: bool = True,
+    ) -> tuple[Tensor, TitansState]:
+        longer, real, count = self.with_persistent(x, mask)
+        y = inner(longer, mask=real)[:, count:]
+        answer, new = self.remember(x, state, mask)
+        return self.combine(y, answer), (new if write else state)

@@ -56,6 +56,18 @@ def recent_inputs(
     return torch.where((places < kept).unsqueeze(-1), old, new.to(before.dtype))
 
 
+def latest_tokens(x: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
+    """The last tokens of `before` (B, H, n, ...) and `x` (B, H, T, ...) joined, as many as `before` has.
+
+    real (B, T): which of `x` are, real ones first; None: all.
+    """
+    joined = torch.cat([before, x.to(before.dtype)], dim=2)
+    if real is None:
+        return joined[:, :, x.shape[2] :]
+    places = real.sum(dim=1, keepdim=True) + torch.arange(before.shape[2], device=x.device)
+    return joined.take_along_dim(places.view(len(x), 1, -1, *[1] * (x.ndim - 3)), dim=2)
+
+
 def short_convolution(
     z: Tensor, kernel: Tensor, before: Tensor, real: Tensor | None
 ) -> tuple[Tensor, Tensor]:
