@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from memlm.memory import available_memories
+from memlm.memory import available_memories, memory_class
 from memlm.memory.parts.titans import Titans
 from tests.cases import CASES
 
@@ -20,6 +20,20 @@ def test_files_cases_and_methods_table_name_the_same_mechanisms() -> None:
     assert {path.stem for path in (ROOT / "docs/methods").glob("*.md")} == MECHANISMS
 
 
+def test_the_readme_names_every_mechanism() -> None:
+    row = r"^\| `([\w-]+)` \|.*\[page\]\(docs/methods/\1\.md\) \|$"
+    assert re.findall(row, (ROOT / "README.md").read_text(), re.MULTILINE) == sorted(MECHANISMS)
+
+
+def test_generation_says_how_every_mechanism_goes_on() -> None:
+    text = (ROOT / "docs/generation.md").read_text()
+    for name in MECHANISMS:
+        continues = memory_class(name).continues
+        # Of some it depends on the options.
+        how = r"\w+" if isinstance(continues, property) else continues.how
+        assert re.search(rf'^\| `"{how}"` \|.*[ ,]{name}(?=[,; ])', text, re.MULTILINE), name
+
+
 def test_links_of_the_documentation_lead_somewhere() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
@@ -29,8 +43,6 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
 
 def test_pages_name_every_option() -> None:
     from dataclasses import fields
-
-    from memlm.memory import memory_class
 
     for name in MECHANISMS:
         page = (ROOT / f"docs/methods/{name}.md").read_text()
