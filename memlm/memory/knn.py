@@ -11,6 +11,9 @@ nearest keys, and what it reads there is mixed with the attention over the segme
   log-sum-exps of the two parts' scores. Retrieved keys all stand at the place of the segment's first
   token, as in the authors' code for Llama.
 
+With `chunk_length` above 1 the store is searched as in LongMem (Wang et al. 2023, arXiv:2306.07174): by the
+mean keys of chunks of that many tokens, of which all tokens are then read.
+
 The search is exact and costs T N products per head, done so many queries at a time that memory stays
 bounded. A query that finds nothing keeps the base model's attention untouched.
 """
@@ -37,8 +40,9 @@ from memlm.memory.base import (
     accumulator_dtype,
     option,
 )
-from memlm.memory.parts.cache import held, push
-from memlm.memory.parts.retrieved import attend, mixed, none, share
+from memlm.memory.parts.cache import block_means, held, push, push_blocks
+from memlm.memory.parts.checks import check_known, check_least
+from memlm.memory.parts.retrieved import attend, entries_of, mixed, none, share
 
 SIMILARITIES = ("cosine", "dot")
 COMBINATIONS = ("gate", "joint")
@@ -51,6 +55,7 @@ class KNNConfig(MemoryConfig):
     """Options of the kNN memory.
 
     capacity: tokens a layer stores, the oldest leaving first. top_k: keys each query retrieves at most.
+    chunk_length: tokens that are found and leave together, found by the mean of their keys.
     similarity: what is near, "cosine" (as both papers) or "dot". combine: "gate" or "joint".
     min_similarity: keys less similar are not retrieved; None: no limit. initial_gate: the gate's logit at
     the start. layers: None picks one at three quarters of the depth with "gate" (the paper's 9th of 12),
@@ -63,19 +68,22 @@ class KNNConfig(MemoryConfig):
     combine: str = "gate"
     min_similarity: float | None = option(None)
     initial_gate: float = option(0.0)
+    chunk_length: int = 1
 
     @classmethod
     def paper(cls) -> Self:
         """Memorizing Transformers: 32 of 8192 tokens, by cosine, in one layer, mixed by a gate.
 
         These are the defaults. Where the gate starts is not known. Extended Mind has top_k=10,
-        combine="joint", min_similarity=0.25.
+        combine="joint", min_similarity=0.25; LongMem capacity=65536, top_k=64, chunk_length=4,
+        similarity="dot".
         """
         return cls(capacity=8192, top_k=32, similarity="cosine", combine="gate")
 
 
 class KNNState(NamedTuple):
-    """keys and values (B, G, N, dh), right-aligned; length (B,): how many of the N places are filled."""
+    """keys and values (B, G, N, dh), right-aligned, in chunks left-aligned; length (B,): how many of the N
+    places are filled."""
 
     keys: Tensor
     values: Tensor
@@ -97,6 +105,7 @@ class KNN(Memory):
         super().__init__(config, dims)
         self.capacity = config.capacity
         self.top_k = min(config.top_k, config.capacity)
+        self.chunk = config.chunk_length
         self.cosine = config.similarity == "cosine"
         self.joint = config.combine == "joint"
         self.min_similarity = config.min_similarity
@@ -108,19 +117,18 @@ class KNN(Memory):
 
     @classmethod
     def resolve(cls, config: KNNConfig, dims: Dims) -> KNNConfig:
+        check_least(config, {"chunk_length": 1})
         for name in ("capacity", "top_k"):
             if getattr(config, name) < 1:
                 raise ValueError(
                     f"{name}={getattr(config, name)} is no memory; give at least 1, or memory='none'"
                 )
-        if config.similarity not in SIMILARITIES:
-            raise ValueError(
-                f"similarity={config.similarity!r} is unknown; use {' or '.join(SIMILARITIES)}"
-            )
-        if config.combine not in COMBINATIONS:
-            raise ValueError(
-                f"combine={config.combine!r} is unknown; use {' or '.join(COMBINATIONS)}"
-            )
+            if getattr(config, name) % config.chunk_length:
+                raise ValueError(
+                    f"{name}={getattr(config, name)} is no multiple of chunk_length={config.chunk_length}; "
+                    "whole chunks are stored and found"
+                )
+        check_known(config, {"similarity": SIMILARITIES, "combine": COMBINATIONS})
         least = config.min_similarity
         if config.similarity == "cosine" and least is not None and not -1 <= least <= 1:
             raise ValueError(
@@ -167,8 +175,9 @@ class KNN(Memory):
 
     def write(self, k: Tensor, v: Tensor, state: KNNState, mask: Tensor | None) -> KNNState:
         """Store the keys and values (B, G, T, dh) of a segment's real tokens, without their graph."""
-        (keys, values), length = push(
-            (state.keys, state.values), state.length, (k.detach(), v.detach()), mask
+        stored = (state.keys, state.values), state.length, (k.detach(), v.detach()), mask
+        (keys, values), length = (
+            push(*stored) if self.chunk == 1 else push_blocks(*stored, self.chunk)
         )
         return KNNState(keys, values, length)
 
@@ -198,20 +207,30 @@ class KNN(Memory):
             entries = [rearrange(t, "B G N dh -> (B G N) dh") for t in (weighed, state.values)]
             first = torch.arange(batch * groups, device=q.device)
             first = rearrange(first, "(B G) -> B G 1 1", G=groups)
-            empty = keys.new_zeros(batch, 1, keys.shape[2]).masked_fill(
-                ~held(state.length, keys.shape[2]).unsqueeze(1), -torch.inf
-            )
-            empty = empty.expand(-1, groups, -1)
-            rows = max(1, SCORES // max(1, batch * groups * keys.shape[2]))
+            searched, there = self._searched(state, keys)
+            empty = torch.where(there, 0.0, -torch.inf).to(searched.dtype)
+            empty = empty.unsqueeze(1).expand(-1, groups, -1)
+            rows = max(1, SCORES // max(1, batch * groups * searched.shape[2]))
             parts = []
             for s, w in zip(search.split(rows, 2), weigh.split(rows, 2), strict=True):
-                index, real = self._search(s, keys, empty)
+                index, real = self._search(s, searched, empty)
+                if self.chunk > 1:
+                    index, inside = entries_of(index, self.chunk, state.length)
+                    index, real = (t.flatten(3) for t in (index, real.unsqueeze(-1) & inside))
                 parts.append(attend(index + first * keys.shape[2], real, w, *entries))
             found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         return (
             rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),
             rearrange(lse, "B G (h T) -> B (G h) T", h=h),
         )
+
+    def _searched(self, state: KNNState, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries are compared with, (B, G, n, dh), and where something is (B, n): keys, or means."""
+        if self.chunk == 1:
+            return keys, held(state.length, keys.shape[2])
+        wide = accumulator_dtype(keys.dtype)
+        means, count = block_means(state.keys, state.length, self.chunk, wide)
+        return (F.normalize(means, dim=-1) if self.cosine else means), count > 0
 
     def _queries(self, q: Tensor, query: Tensor | None, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         """Queries that search, and queries whose products with keys are the scores to weigh by."""
@@ -225,13 +244,13 @@ class KNN(Memory):
 
     @torch.no_grad()
     def _search(self, q: Tensor, keys: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """The `top_k` nearest keys of queries (B, G, R, dh): places (B, G, R, k), and which are real."""
+        """The nearest of `keys` to queries (B, G, R, dh): places (B, G, R, k), and which are real."""
         scores = torch.baddbmm(
             rearrange(empty, "B G N -> (B G) 1 N"),
             rearrange(q.to(keys.dtype), "B G R dh -> (B G) R dh"),
             rearrange(keys, "B G N dh -> (B G) dh N"),
         )
-        near, index = scores.topk(self.top_k, dim=-1, sorted=False)
+        near, index = scores.topk(self.top_k // self.chunk, dim=-1, sorted=False)
         least = none(near) if self.min_similarity is None else self.min_similarity
         places, real = (
             rearrange(t, "(B G) R k -> B G R k", G=keys.shape[1]) for t in (index, near >= least)

@@ -32,7 +32,7 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.cache import block_means, push_blocks
 from memlm.memory.parts.checks import check_least
-from memlm.memory.parts.retrieved import attend, mixed, none, share
+from memlm.memory.parts.retrieved import attend, entries_of, mixed, none, share
 
 # Numbers that a read holds at once: 64 MiB in float32.
 NUMBERS = 2**24
@@ -140,8 +140,6 @@ class Landmark(Memory):
             landmarks, count = block_means(state.keys, state.length, block, wide)
             entries = [rearrange(t, "B G N dh -> (B G N) dh") for t in (state.keys, state.values)]
             first = torch.arange(batch * groups, device=q.device).view(batch, groups, 1, 1) * places
-            inside = torch.arange(block, device=q.device)
-            length = state.length.view(batch, 1, 1, 1)
             numbers = places // block + 2 * k * block * size
             rows = max(1, NUMBERS // max(1, batch * groups * numbers))
             parts = []
@@ -149,10 +147,9 @@ class Landmark(Memory):
                 scores = (part @ landmarks.mT).masked_fill((count == 0)[:, None, None], none(part))
                 near, chosen = scores.topk(k, dim=-1, sorted=False)
                 # Every pair of a query and a block it reads is asked by itself, among the block's tokens.
-                tokens = chosen.flatten(2).unsqueeze(-1) * block + inside
-                read, lse = attend(
-                    tokens + first, tokens < length, part.repeat_interleave(k, dim=2), *entries
-                )
+                tokens, real = entries_of(chosen.flatten(2), block, state.length)
+                asked = part.repeat_interleave(k, dim=2)
+                read, lse = attend(tokens + first, real, asked, *entries)
                 read, lse = (t.unflatten(2, (-1, k)) for t in (read, lse))
                 weighs = near if self.config.grouped else lse
                 found = torch.einsum("bgrk,bgrkd->bgrd", weighs.softmax(dim=-1), read)

@@ -238,8 +238,8 @@ class MoM(DeltaBlock):
                 self._split(decay_logit.to(dtype)), gate, routes.sent.unsqueeze(2)
             ).flatten(1, 2)
         questions = q.repeat(1, self.memories, 1, 1).unsqueeze(2)
-        does = (t.flatten(1, 2) for t in (k, v, step))
-        return Tokens(questions, *does, decay, self.rule.erases), gate
+        k, v, step = (t.flatten(1, 2) for t in (k, v, step))
+        return Tokens(questions, k, v, step, decay, self.rule.erases), gate
 
 
 def _mixed(found: Tensor, routes: Routes) -> Tensor:

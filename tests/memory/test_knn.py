@@ -64,15 +64,21 @@ def expected(memory: KNN, x: QKV, store: list, row: int, head: int, t: int) -> n
     own_k, own_v = (s[row, group, : t + 1].numpy() for s in (x.k, x.v))
     own = 0.8 * own_k @ q
     attention = softmax(own) @ own_v
-    store = store[-memory.capacity :]
-    near = []
-    for key, value in store:
-        similarity = float(q @ key)
-        if memory.cosine:
-            similarity /= float(np.linalg.norm(q) * np.linalg.norm(key))
-        if memory.min_similarity is None or similarity >= memory.min_similarity:
-            near.append((similarity, key, value))
-    near = sorted(near, key=lambda entry: -entry[0])[: memory.config.top_k]
+
+    def similarity(key: np.ndarray) -> float:
+        return float(q @ key) / (
+            float(np.linalg.norm(q) * np.linalg.norm(key)) if memory.cosine else 1.0
+        )
+
+    size = memory.config.chunk_length
+    chunks = [store[i : i + size] for i in range(0, len(store), size)]
+    found = []
+    for chunk in chunks[-memory.capacity // size :]:
+        mean = similarity(sum(key for key, _ in chunk) / len(chunk))
+        if memory.min_similarity is None or mean >= memory.min_similarity:
+            found.append((mean, chunk))
+    found = sorted(found, key=lambda entry: -entry[0])[: memory.config.top_k // size]
+    near = [(similarity(key), key, value) for _, chunk in found for key, value in chunk]
     if not near:
         return attention
     keys, values = np.stack([n[1] for n in near]), np.stack([n[2] for n in near])
@@ -119,9 +125,44 @@ def test_equals_the_formulas_query_by_query(
         np.testing.assert_array_equal(state.keys[row, 0, 12 - len(kept) :].numpy(), kept)
 
 
+@pytest.mark.parametrize("combine", ["gate", "joint"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize(("chunk", "least", "groups"), [(4, None, G), (2, 0.3, 1), (2, None, H)])
 @torch.no_grad()
-def test_with_every_key_retrieved_joint_is_dense_attention() -> None:
-    memory, parts = cell(combine="joint", capacity=4 * T, top_k=100), segments(4)
+def test_chunks_are_found_by_their_mean_keys(
+    combine: str, similarity: str, chunk: int, least: float | None, groups: int, monkeypatch
+) -> None:
+    """As in LongMem; the last chunk may be open, and the oldest leaves as a whole."""
+    monkeypatch.setattr(knn, "SCORES", 200)
+    memory = cell(
+        groups, chunk_length=chunk, combine=combine, similarity=similarity, min_similarity=least
+    )
+    state = memory.init_state(B)
+    store = [[[] for _ in range(groups)] for _ in range(B)]
+    for x, mask in zip(segments(5, groups), masks(5), strict=True):
+        y, state = memory(x, state, local, mask=mask)
+        for row in range(B):
+            for head in range(H):
+                for t in range(T):
+                    oracle = expected(memory, x, store[row][head // (H // groups)], row, head, t)
+                    found = y[row, head, t].numpy()
+                    np.testing.assert_allclose(found, oracle, rtol=0, atol=1e-10)
+            for group in range(groups):
+                store[row][group] += [
+                    (x.k[row, group, t].numpy(), x.v[row, group, t].numpy())
+                    for t in range(T)
+                    if mask[row, t]
+                ]
+    assert min(len(held[0]) for held in store) > memory.capacity
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@torch.no_grad()
+def test_with_every_key_retrieved_joint_is_dense_attention(chunk: int) -> None:
+    memory, parts = (
+        cell(combine="joint", capacity=4 * T, top_k=100, chunk_length=chunk),
+        segments(4),
+    )
     state = memory.init_state(B)
     for x in parts:
         y, state = memory(x, state, local, mask=None)
@@ -305,13 +346,16 @@ def test_a_search_holds_a_bounded_number_of_scores(monkeypatch) -> None:
     [
         {"capacity": 0},
         {"top_k": 0},
+        {"chunk_length": 0},
+        {"chunk_length": 3, "capacity": 20},
+        {"chunk_length": 3, "capacity": 30, "top_k": 4},
         {"similarity": "l2"},
         {"combine": "sum"},
         {"min_similarity": 1.5},
     ],
 )
 def test_what_cannot_be_is_refused(options: dict) -> None:
-    ((name, value),) = options.items()
+    name, value = list(options.items())[-1]
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         MemLMForCausalLM.from_base(
             base_model("llama"), memory=KNNConfig(**options), segment_length=SEGMENT

@@ -12,9 +12,12 @@ from memlm.memory import (
     BlockRecurrentConfig,
     FAMConfig,
     GatedDeltaConfig,
+    KNNConfig,
     LaCTConfig,
+    LandmarkConfig,
     MemoryCachingConfig,
     MemoryConfig,
+    MoMConfig,
     RMTRConfig,
     TitansMACConfig,
     TitansMAGConfig,
@@ -48,9 +51,20 @@ OPTIONS: dict[str, MemoryConfig] = {
     ),
     "block-recurrent-lstm": BlockRecurrentConfig(num_states=3, num_heads=2, gate="lstm"),
     "fam-free": FAMConfig(num_memory_tokens=2, keeps_length=False),
+    "knn-chunks": KNNConfig(capacity=20, top_k=6, chunk_length=2, layers=(0, 1)),
     "lact-muon": LaCTConfig(num_heads=2, expansion=2, muon=True),
     "memory-caching-continues": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3, continuing=True
+    ),
+    "landmark-dense": LandmarkConfig(num_blocks=4, block_length=3, top_k=3, grouped=False),
+    "mom-same-projections": MoMConfig(
+        num_memories=3,
+        rule="kda",
+        own_projections=False,
+        shared_memory=False,
+        write_gate="hard",
+        num_heads=2,
+        head_dim=4,
     ),
     "rmt-r": RMTRConfig(
         num_memory_tokens=2, bank_size=2, archive_size=2, recall=1, biases=True, read_memory=False

@@ -67,10 +67,11 @@ def test_equals_attention_and_ranking_token_by_token(groups: int, length: int) -
     assert left == (length < 30)
 
 
+@pytest.mark.parametrize("length", [5, 7, 30])
 @torch.no_grad()
-def test_a_weight_of_zero_is_more_than_what_is_not_there() -> None:
+def test_a_weight_of_zero_is_more_than_what_is_not_there(length: int) -> None:
     """Where there is room, even a token that nobody attends to stays."""
-    memory, x = cell(memory_length=30), segments(1)[0]
+    memory, x = cell(memory_length=length), segments(1)[0]
     x = QKV(1e4 * x.q, x.k, x.v)
     mask = torch.tensor([[True] * T, [True, False, True, True, True]])
     attended = local(x, parts=True)

@@ -28,6 +28,15 @@ def check_least(config: MemoryConfig, least: Mapping[str, float]) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be at least {lowest}")
 
 
+def check_known(config: MemoryConfig, known: Mapping[str, tuple[str, ...]]) -> None:
+    """ValueError when a field of `config` is none of the names that `known` has for it."""
+    for name, names in known.items():
+        if getattr(config, name) not in names:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is unknown; use {' or '.join(names)}"
+            )
+
+
 def memory_tokens_for(num_memory_tokens: int | None, dims: Dims, default: int = 16) -> int:
     """The number of memory tokens: `default`, or half a segment when that is less, if left open."""
     if num_memory_tokens is None:

@@ -199,10 +199,10 @@ class DeltaBlock(GatedMemory):
 
     def streams(
         self, x: Tensor, state: Any, real: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
         """Queries, keys and values of `x` (B, T, D), real tokens first, and the new tails."""
-        parts, tails = zip(*(self._project(x, i, state, real) for i in range(3)), strict=True)
-        return parts, tails if self.kernels else ()
+        (q, k, v), tails = zip(*(self._project(x, i, state, real) for i in range(3)), strict=True)
+        return (q, k, v), tails if self.kernels else ()
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of the write gates of `x` (B, T, D), and of the decays where the rule has them."""

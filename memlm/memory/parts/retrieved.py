@@ -14,6 +14,15 @@ def none(like: Tensor) -> float:
     return torch.finfo(like.dtype).min
 
 
+def entries_of(blocks: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (..., size) in a store of all entries of `blocks` (B, ...), and which hold something.
+
+    length (B,): how many of the store's places are filled, from the left.
+    """
+    places = blocks.unsqueeze(-1) * size + torch.arange(size, device=blocks.device)
+    return places, places < length.view(-1, *[1] * blocks.ndim)
+
+
 def attend(
     index: Tensor, real: Tensor, q: Tensor, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
