@@ -159,6 +159,15 @@ def folded_mask(made: Callable[[Tensor, Tensor], Tensor | None], x: Tensor, mask
     return folded(call, x, mask)[0]
 
 
+def with_padding(seen: Tensor | None, mask: Tensor, x: Tensor) -> Tensor:
+    """`seen` (., 1, T, T), an attention mask without padding (None: causal), with the padding of `mask`."""
+    if seen is None:
+        seen = x.new_ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None]
+    _check_4d(seen)
+    real = mask.to(seen.device)[:, None, None]
+    return seen & real if seen.dtype == torch.bool else seen.masked_fill(~real, _least(seen))
+
+
 def with_keys_in_front(seen: Tensor, front: Front, queries: int) -> Tensor:
     """An attention mask (., 1, T, T') with more keys in front, which every query sees where they are real.
 

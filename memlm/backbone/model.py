@@ -30,6 +30,7 @@ from memlm.backbone.heads import (
     places_of,
     rotates_by_position,
     with_keys_in_front,
+    with_padding,
 )
 from memlm.backbone.open import Front, OpenSegment
 from memlm.backbone.recurrence import (
@@ -64,6 +65,8 @@ from memlm.memory.parts.tokens import tokens_back_from, tokens_in
 
 # Kinds of attention whose keys and values say everything about the tokens before.
 PLAIN = (None, "full_attention", "sliding_attention", "chunked_attention")
+# Those whose mask hides padded keys and is otherwise the same for every batch.
+MASKED_BY_COLUMN = (None, "full_attention", "sliding_attention")
 
 
 class Backbone:
@@ -437,9 +440,16 @@ class Backbone:
                 config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
             )
 
-        # transformers looks into a mask, to leave it out where it says nothing.
-        mapped = mask is not None and is_mapped(mask)
-        seen = folded_mask(made, x, cast(Tensor, mask)) if mapped else made(x, mask)
+        # transformers looks into a mask, to leave it out where it says nothing. A memory may give one for
+        # every segment, so wherever the mask without padding is known, padding is joined to it here.
+        if mask is None:
+            seen = made(x, None)
+        elif is_mapped(mask):
+            seen = folded_mask(made, x, mask)
+        elif kind in MASKED_BY_COLUMN and self.takes_query_masks and self.has_attention(layer):
+            seen = with_padding(made(x, None), mask, x)
+        else:
+            seen = made(x, mask)
         given["attention_mask"] = seen if times is None else not_later(seen, times)
         if given.get("position_ids") is not None:
             given["position_ids"] = positions
@@ -453,6 +463,11 @@ class Backbone:
         """A stage's arguments for `x` (B, T, D), added tokens whose sequence has `front` in front of it."""
         given = dict(arguments)
         seen = given.get("attention_mask")
+        if seen is None and front.real is not None:
+            # Nothing is padding but what stands in front.
+            columns = where.keys.columns + x.shape[1]
+            seen = x.new_ones(x.shape[1], columns, dtype=torch.bool).tril(where.keys.columns)
+            seen = seen[None, None]
         if seen is not None:
             given["attention_mask"] = with_keys_in_front(seen, front, x.shape[1])
         positions = where.places_behind(front)
