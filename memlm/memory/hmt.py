@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.memory.base import Continues, Dims, Inner, Memory, MemoryConfig, Site
@@ -55,13 +54,12 @@ class HMTState(NamedTuple):
     """What a row remembers; both buffers are right-aligned, oldest first.
 
     queue (B, N, D): memory vectors; length (B,): how many. sensory (B, k, E): embeddings of the last
-    tokens; known (B,): how many.
+    tokens, the probe in the place of those that are not there yet.
     """
 
     queue: Tensor
     length: Tensor
     sensory: Tensor
-    known: Tensor
 
 
 class HMT(Memory):
@@ -116,12 +114,11 @@ class HMT(Memory):
             nn.init.normal_(linear.weight, std=self.dims.hidden_size**-0.5)
 
     def init_state(self, batch_size: int) -> HMTState:
-        none = self.zeros(batch_size, dtype=torch.long)
         return HMTState(
             self.zeros(batch_size, self.queue_size, self.dims.hidden_size),
-            none,
-            self.zeros(batch_size, self.num_sensory, self.dims.embedding_size),
-            none.clone(),
+            self.zeros(batch_size, dtype=torch.long),
+            # Nothing is masked: a mask in every segment would make the host wait for an accelerator.
+            self.rows_of(self.probe.expand(self.num_sensory, -1), batch_size),
         )
 
     def forward(
@@ -131,33 +128,19 @@ class HMT(Memory):
         probe = self.probe.to(x.dtype).expand(len(x), 1, -1)
         early = None if mask is None else mask & (mask.cumsum(dim=1) <= h)
         beginning = x[:, :h] if early is None else x
-        newest = self.or_probe(state.queue[:, -1:].to(x.dtype), state)
-        first, summary = self.run(newest, beginning, probe, early, state, inner)
+        sensory = state.sensory.to(x.dtype)
+        front = torch.cat([self.or_probe(state.queue[:, -1:].to(x.dtype), state), sensory], dim=1)
+        first, summary = around(front, beginning, probe, inner, early)
         if not write and x.shape[1] <= h:
             return first, state
         recalled = self.or_probe(self.read(summary, state).to(x.dtype), state)
-        y, memory = self.run(recalled, x, recalled if write else None, mask, state, inner)
+        front = torch.cat([recalled, sensory], dim=1)
+        y, memory = around(front, x, recalled if write else None, inner, mask)
         if early is None:
             y = torch.cat([first, y[:, h:]], dim=1)
         else:
             y = torch.where(early.unsqueeze(-1), first, y)
         return y, (self.write(x, mask, memory, state) if write else state)
-
-    def run(
-        self,
-        front: Tensor,
-        x: Tensor,
-        after: Tensor | None,
-        mask: Tensor | None,
-        state: HMTState,
-        inner: Inner,
-    ) -> tuple[Tensor, Tensor]:
-        """The decoder on [front; sensory tokens; x; after]: its outputs at x (B, T, D), and at `after`."""
-        if not self.num_sensory:
-            return around(front, x, after, inner, mask)
-        before = torch.cat([front, state.sensory.to(x.dtype)], dim=1)
-        real = held(state.known, self.num_sensory)
-        return around(before, x, after, inner, mask, F.pad(real, (1, 0), value=True))
 
     def or_probe(self, vector: Tensor, state: HMTState) -> Tensor:
         """`vector` (B, 1, D), or the learned probe where a row has no past yet."""
@@ -175,12 +158,17 @@ class HMT(Memory):
 
     def write(self, x: Tensor, mask: Tensor | None, memory: Tensor, state: HMTState) -> HMTState:
         """The state after a segment x (B, T, E) that left `memory` (B, 1, D)."""
-        (queue,), length = push(
-            (state.queue.unsqueeze(1),), state.length, (memory.unsqueeze(1),), None
-        )
-        if not self.num_sensory:
-            return HMTState(queue.squeeze(1), length, state.sensory, state.known)
-        (sensory,), known = push(
-            (state.sensory.unsqueeze(1),), state.known, (x.unsqueeze(1),), mask
-        )
-        return HMTState(queue.squeeze(1), length, sensory.squeeze(1), known)
+        queue, length = pushed(state.queue, state.length, memory, None)
+        sensory = state.sensory
+        if self.num_sensory:
+            full = torch.full_like(length, self.num_sensory)
+            sensory, _ = pushed(sensory, full, x, mask)
+        return HMTState(queue, length, sensory)
+
+
+def pushed(
+    buffer: Tensor, length: Tensor, new: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`push` for one buffer (B, N, D) and new (B, T, D)."""
+    (kept,), total = push((buffer.unsqueeze(1),), length, (new.unsqueeze(1),), mask)
+    return kept.squeeze(1), total

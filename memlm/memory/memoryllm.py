@@ -59,6 +59,7 @@ class MemoryLLM(Memory):
     # An empty pool is not seen.
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
+    repeats_inner: ClassVar[bool] = True
     continues: ClassVar[Continues] = Continues("front")
 
     def __init__(self, config: MemoryLLMConfig, dims: Dims) -> None:

@@ -38,7 +38,7 @@ def by_hand(
     """One document (N,): its logits (N, V), and the memory vectors of its segments."""
     probe, h, logits = own.probe[0], own.summary_length, []
     past: list[torch.Tensor] = []
-    before: list[torch.Tensor] = []
+    before = [probe] * own.num_sensory
 
     def run(vectors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         out = base(
@@ -64,7 +64,7 @@ def by_hand(
         found, memory = run([recalled, *sensory, *x, recalled])
         logits += found[place + h : -1]
         past.append(memory)
-        before = [*before, *x][-max(1, own.num_sensory) :]
+        before = [*before, *x]
     return torch.stack(logits), past
 
 
@@ -123,7 +123,7 @@ def test_a_sharp_query_recalls_the_vector_that_matches_it() -> None:
     own = cell(queue_size=4, num_sensory_tokens=0)
     vectors = torch.eye(D, dtype=torch.float64)[None, :3]
     queue = torch.cat([torch.full((1, 1, D), 1e3, dtype=torch.float64), vectors], dim=1)
-    state = HMTState(queue, torch.tensor([3]), queue[:, :0], torch.tensor([0]))
+    state = HMTState(queue, torch.tensor([3]), queue[:, :0])
     for weight in (own.query.weight, own.key.weight):
         weight.copy_(torch.eye(D))
     found = own.read(200.0 * vectors[:, 1:2], state)
