@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,11 +63,11 @@ def compare(memory: str, kind: str) -> None:
     plain, sharded = memory_model("llama", memory), memory_model("llama", memory)
     if kind == "two dtypes":
         plain.memory.float(), sharded.memory.float()
-    if kind == "checkpointed":
+    if "checkpointed" in kind:
         sharded.base.gradient_checkpointing_enable({"use_reentrant": False})
-    if kind == "recomputed":
+    if "recomputed" in kind:
         sharded.gradient_checkpointing_enable()
-    if kind == "lora":
+    if "lora" in kind:
         put_lora(plain), put_lora(sharded)
     shard(sharded)
     ids, labels = ids_of(rank)
@@ -77,6 +77,11 @@ def compare(memory: str, kind: str) -> None:
     found = dict(sharded.named_parameters())
     for name, value in plain.named_parameters():
         torch.testing.assert_close(whole(found[name]), value, **EXACT, msg=f"{name} {rank}")
+        # Of the second step.
+        assert (found[name].grad is None) == (value.grad is None), name
+        if value.grad is not None:
+            mine = whole(found[name].grad)
+            torch.testing.assert_close(mine, value.grad, **EXACT, msg=f"gradient {name} {rank}")
     plain.eval(), sharded.eval()
     with torch.no_grad():
         right, out = plain(ids), sharded(ids)
@@ -88,11 +93,11 @@ def compare(memory: str, kind: str) -> None:
         torch.testing.assert_close(again.logits, right.logits, **EXACT)
 
 
-def put_lora(model: MemLMForCausalLM) -> None:
+def put_lora(model: MemLMForCausalLM, targets: Sequence[str] = ("q_proj", "v_proj")) -> None:
     """LoRA in the base, not at zero, the rest of the base frozen."""
     from memlm.train.bases import add_lora
 
-    add_lora(model, {"r": 2, "target_modules": ["q_proj", "v_proj"]})
+    add_lora(model, {"r": 2, "target_modules": list(targets)})
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -234,7 +239,10 @@ def test_what_some_processes_saved_others_load(tmp_path: Path, writers: int, rea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "checkpointed", "recomputed", "lora"])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "checkpointed", "recomputed", "lora", "lora checkpointed", "lora recomputed"],
+)
 def test_two_processes_share_a_model(kind: str) -> None:
     run(2, kind, list(available_memories()))
 
