@@ -79,12 +79,19 @@ class MemoryStage(Stage):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = RUN.get()
-        if run is not None:
+        if run is not None and not self._is_idle(run):
             kwargs["memory_run"] = run
         folds = run is not None and run.batched and self._memlm_site == "attention"
         with FoldedAttention() if folds else nullcontext():
             out = super().__call__(*args, **kwargs)
         return out[0] if _is_shown(self, kwargs.get("memory_run")) else out
+
+    def _is_idle(self, run: Run) -> bool:
+        """Whether this is attention that no memory stands at: spared what else is done around it."""
+        if self._memlm_site != "attention" or run.batched:
+            return False
+        layer = self._memlm_layer
+        return ("attention", layer) not in run.cells and ("heads", layer) not in run.cells
 
     def forward(self, *args: Any, memory_run: Run | None = None, **kwargs: Any) -> Any:
         if not _is_shown(self, memory_run):

@@ -27,10 +27,11 @@ def features_of(x: Tensor, heads: int, nu: int, unit: bool) -> Tensor:
 
 def associated(phi: Tensor, associations: Tensor) -> Tensor:
     """The sum of values that features (B, T, H, p) point to, in their dtype: (B, T, H, d)."""
-    # Not by einsum, which costs more than the product where it is small, as for a single new token.
+    # Neither by einsum nor by matmul, which cost more than the product where it is small, as for a single
+    # new token.
     heads = phi.shape[2]
     if heads == 1:
-        return (phi.squeeze(2) @ associations.to(phi.dtype)).unsqueeze(2)
+        return torch.bmm(phi.squeeze(2), associations.to(phi.dtype)).unsqueeze(2)
     by_head = associations.to(phi.dtype).unflatten(2, (heads, -1))
     return (phi.transpose(1, 2) @ by_head.transpose(1, 2)).transpose(1, 2)
 
@@ -40,7 +41,7 @@ def counted(phi: Tensor, normaliser: Tensor) -> Tensor:
     wide = phi.to(normaliser.dtype)
     heads = phi.shape[2]
     if heads == 1:
-        return wide.squeeze(2) @ normaliser.unsqueeze(2)
+        return torch.bmm(wide.squeeze(2), normaliser.unsqueeze(2))
     by_head = normaliser.unflatten(1, (heads, -1)).unsqueeze(3)
     return (wide.transpose(1, 2) @ by_head).squeeze(3).transpose(1, 2)
 
