@@ -53,6 +53,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "infini": {"initial_gate": 1.0},
     "knn": {"capacity": 256, "layers": [0, 1]},
     "lact": {"output_std": 0.1},
+    "memora": {"chunk_length": 8, "output_std": 0.1},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
     "moneta": {"chunk_length": 8, "output_std": 0.1},
     "omega": {"chunk_length": 8, "output_std": 0.1},

@@ -19,6 +19,7 @@ from memlm.memory import (
     InfiniConfig,
     KNNConfig,
     LaCTConfig,
+    MemoraConfig,
     MemoryCachingConfig,
     MemoryConfig,
     MonetaConfig,
@@ -46,6 +47,7 @@ CASES: dict[str, MemoryConfig] = {
     "infini": InfiniConfig(),
     "knn": KNNConfig(capacity=20, top_k=5, layers=(0, 1)),
     "lact": LaCTConfig(num_heads=2, expansion=2),
+    "memora": MemoraConfig(num_heads=2, chunk_length=4),
     "memory-caching": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
     ),

@@ -26,6 +26,7 @@ def test_names_are_discovered_from_files() -> None:
         "infini",
         "knn",
         "lact",
+        "memora",
         "memory-caching",
         "moneta",
         "omega",

@@ -25,6 +25,7 @@ from memlm.memory import (
     InfiniConfig,
     KNNConfig,
     LaCTConfig,
+    MemoraConfig,
     MemoryCachingConfig,
     MemoryConfig,
     MonetaConfig,
@@ -53,6 +54,7 @@ RECIPES: dict[str, MemoryConfig] = {
     # No gradient reaches stored keys; a single layer needs more steps than a check may take.
     "knn": KNNConfig(capacity=32, layers=(0, 1)),
     "lact": LaCTConfig(output_std=0.1),
+    "memora": MemoraConfig(output_std=0.1),
     "memory-caching": MemoryCachingConfig(num_slots=4, output_std=0.1),
     "moneta": MonetaConfig(output_std=0.1),
     "omega": OmegaConfig(output_std=0.1),
