@@ -60,6 +60,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "landmark": {"num_blocks": 20, "block_length": 8},
     "lm2": {"num_slots": 20, "forget_bias": 3.0, "output_std": 0.1},
     "memformer": {"num_slots": 20, "output_std": 0.1},
+    "memora": {"chunk_length": 8, "output_std": 0.1},
     "memory-caching": {"num_slots": 20, "chunk_length": 16, "output_std": 0.1},
     "memory-prompt": {"num_memory_tokens": 4, "mlp_gain": 1.0},
     "memoryllm": {"pool_size": 64, "num_written": 4},

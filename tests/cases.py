@@ -26,6 +26,7 @@ from memlm.memory import (
     LandmarkConfig,
     LM2Config,
     MemformerConfig,
+    MemoraConfig,
     MemoryCachingConfig,
     MemoryConfig,
     MemoryLLMConfig,
@@ -65,6 +66,7 @@ CASES: dict[str, MemoryConfig] = {
     "landmark": LandmarkConfig(num_blocks=5, block_length=4, top_k=2),
     "lm2": LM2Config(num_slots=3, num_heads=2),
     "memformer": MemformerConfig(num_slots=3),
+    "memora": MemoraConfig(num_heads=2, chunk_length=4),
     "memory-caching": MemoryCachingConfig(
         num_slots=4, top_k=2, num_heads=2, chunk_length=4, conv_size=3
     ),

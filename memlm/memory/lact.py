@@ -41,6 +41,7 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.gates import GatedConfig, GatedMemory, gate_statistics
+from memlm.memory.parts.orthogonal import orthogonal
 from memlm.memory.parts.starts import start_output
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -49,15 +50,7 @@ NORMS = ("post", "pre")
 # The paper's rate times its chunk: what a segment's rates come to at the start.
 INITIAL_STEP = 0.001 * 2048
 # Added to norms before they divide, as in the authors' code.
-EPSILON, MUON_EPSILON, OUTPUT_EPSILON = 1e-5, 1e-7, 1e-6
-# Coefficients of the Newton-Schulz steps.
-MUON = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
+EPSILON, OUTPUT_EPSILON = 1e-5, 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,17 +133,6 @@ def ascent(k: Tensor, v: Tensor, rates: Tensor, weights: Weights) -> Weights:
         (opened * second).mT @ (rates[1] * v),
         k.mT @ (rates[2] * back * opened),
     )
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """`x` (..., n, m) with singular values near 1, by five Newton-Schulz steps (Muon)."""
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + MUON_EPSILON)
-    for a, b, c in MUON:
-        products = x @ x.mT
-        x = a * x + (b * products + c * products @ products) @ x
-    return x if wide else x.mT
 
 
 def normed(weight: Tensor, start: Tensor) -> Tensor:

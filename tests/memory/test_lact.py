@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from memlm.memory import LaCTConfig
 from memlm.memory.base import Dims
-from memlm.memory.lact import MUON, LaCT, ascent, orthogonal
+from memlm.memory.lact import LaCT, ascent
 from memlm.memory.parts.gates import STRETCH
+from memlm.memory.parts.orthogonal import LACT, orthogonal
 from tests.cases import randomise
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -55,7 +56,7 @@ def muon(x: torch.Tensor) -> torch.Tensor:
     """The Newton-Schulz steps on singular values: U p(p(...(S))) V."""
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     s = s / (x.norm() + 1e-7)
-    for a, b, c in MUON:
+    for a, b, c in LACT:
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ v
 

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from memlm import MemLMForCausalLM
 from memlm.backbone.heads import not_later
 from memlm.memory import (
+    MemoraConfig,
     MonetaConfig,
     OmegaConfig,
     TitansMACConfig,
@@ -224,6 +225,7 @@ REMEMBERING = {
     "mac": TitansMACConfig(),
     "mag": TitansMAGConfig(),
     "mal": TitansMALConfig(),
+    "memora": MemoraConfig(),
     "moneta": MonetaConfig(),
     "omega": OmegaConfig(),
     "yaad": YaadConfig(),

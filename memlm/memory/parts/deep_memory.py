@@ -8,7 +8,8 @@ hidden features at about unit norm. Every token takes a step on ||M(k_t) - v_t||
 g_t is the gradient at the weights of the chunk's start (a chunk of one token is the paper's exact rule),
 cut to the norm `limit` over all layers together. Clipping is not in the paper; it bounds the state whatever
 the rates are. A masked token changes neither M nor S. Without momentum S_t = - theta_t g_t. What an error
-costs, and what stands between the layers, is a `Rule`'s.
+costs, and what stands between the layers, is a `Rule`'s; where it makes weights that are not linear in the
+gradients, `token_weights` takes each chunk.
 
 A token's gradient is an outer product per layer, so that no token needs weights of its own: with the
 matrices of `decays`, a chunk is a few products of (b, n), (n, m) and (b, b) matrices, and only the chunks'
@@ -20,7 +21,6 @@ Letters: N chunks, b tokens of a chunk, R rows times heads; n, m what a layer ta
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,93 +29,15 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm.memory.parts.decays import Decays, decays
 from memlm.memory.parts.folding import folded
 from memlm.memory.parts.memory_rules import TITANS, Rule
+from memlm.memory.parts.token_weights import read_write_chunks
 
 Weights = tuple[Tensor, ...]
 
-# exp(-40) is nothing next to 1, in float64 too. Deeper logs would cost their neighbours in the same running
-# sum digits, and a gate of exactly zero would make inf - inf.
-LEAST_LOG = -40.0
-
 # Chunks in one backward pass on a CPU: reads of all of them at once, in memory that a cache holds.
 GROUP = 8
-
-
-class Decays(NamedTuple):
-    """What the gates of a chunk come to: everything after it is linear in these.
-
-    mixing (..., b, i): share of the gradient at i in the weights at t, to be subtracted. gains (..., b, 2):
-    shares of the first weights and first momentum in the weights at t. closing (..., i, 2): shares of the
-    gradient at i in the next chunk's weights and momentum. carry (...): of the first momentum in the next.
-    Without momentum gains and closing have one share, and carry says nothing. Tokens i are the chunk's own,
-    after the c - 1 before it where a window has c.
-    """
-
-    mixing: Tensor
-    gains: Tensor
-    closing: Tensor
-    carry: Tensor
-
-
-def decays(
-    log_keep: Tensor,
-    log_momentum: Tensor | None,
-    rate: Tensor,
-    mask: Tensor | None = None,
-    window: int = 1,
-) -> Decays:
-    """From log(1 - alpha), log eta (..., b) and theta (..., b + window - 1), zero at padding.
-
-    log_momentum: None without momentum. mask (..., b) bool, False for padding.
-    """
-    if mask is not None:
-        blank = ~mask
-        log_keep = log_keep.masked_fill(blank, 0)
-        if log_momentum is not None:
-            log_momentum = log_momentum.masked_fill(blank, 0)
-    rate = rate.unsqueeze(-2)
-    kept, keep = _products(log_keep)
-    if mask is not None:
-        keep = keep.masked_fill(blank.unsqueeze(-2), 0)  # nothing is added at a masked token
-    if log_momentum is None:
-        mixing = _windows(keep, window) * rate
-        closing = mixing[..., -1, :, None]
-        return Decays(mixing, kept.unsqueeze(-1), closing, torch.zeros_like(kept[..., -1]))
-    carried, momentum = _products(log_momentum)
-    if mask is not None and window > 1:
-        momentum = momentum.masked_fill(blank.unsqueeze(-2), 0)
-    mixing = _windows(keep @ momentum, window) * rate
-    started = (keep @ carried.unsqueeze(-1)).squeeze(-1)
-    ending = (_windows(momentum[..., -1:, :], window) * rate).squeeze(-2)
-    return Decays(
-        mixing,
-        torch.stack([kept, started], dim=-1),
-        torch.stack([mixing[..., -1, :], ending], dim=-1),
-        carried[..., -1],
-    )
-
-
-def _windows(shares: Tensor, window: int) -> Tensor:
-    """From shares of the steps at i (..., b) those of the gradients in them, (..., b + window - 1).
-
-    A step takes the gradients of the last `window` tokens, each with as much of its rate.
-    """
-    if window == 1:
-        return shares
-    size = shares.shape[-1]
-    band = shares.new_full((size, size + window - 1), 1 / window).triu_().tril_(window - 1)
-    return shares @ band
-
-
-def _products(log: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of gates: up to t (..., t), and after i up to t (..., t, i), 0 where i > t."""
-    total = log.clamp_min(LEAST_LOG).cumsum(dim=-1)
-    size = log.shape[-1]
-    # Masked before exp: the other way round the backward pass meets 0 * inf.
-    future = log.new_full((size, size), -math.inf).triu_(1)
-    spans = total.unsqueeze(-1) + (-total).unsqueeze(-2)
-    return total.exp(), spans.add_(future).exp_()
 
 
 def read(q: Tensor, weights: Sequence[Tensor], rule: Rule = TITANS) -> Tensor:
@@ -249,6 +171,10 @@ def _read_write(
         split = [(None,) * groups if x is None else x.split(group) for x in (*tokens, mask)]
         outputs = []
         for q, k, v, bound, *gates in zip(*split, strict=True):
+            if not rule.linear:
+                y, states = read_write_chunks(limit, rule, q, k, v, bound, *gates, states, units)
+                outputs.append(y)
+                continue
             decay = decays(*gates, window=rule.window)
             if learning:
                 y, *states = _ReadWrite.apply(limit, rule, q, k, v, bound, *decay, *states, *units)

@@ -7,6 +7,7 @@ gradient is differentiated once more. Letters as in `deep_memory`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,9 @@ def feature_scale(width: int) -> float:
     return math.sqrt(2 / width)
 
 
+Maker = Callable[[Tensor], Tensor]
+
+
 class Activation(Protocol):
     """What stands between two layers: from z, what leaves a layer, to features h.
 
@@ -30,6 +34,10 @@ class Activation(Protocol):
 
     def of(self, z: Tensor) -> Tensor:
         """The features of z, under plain autograd."""
+        ...
+
+    def pull(self, z: Tensor, grad: Tensor) -> Tensor:
+        """The gradient by z from that by the features, under plain autograd."""
         ...
 
     def features(self, z: Tensor, kept: Tensor, out: Tensor) -> None:
@@ -65,6 +73,10 @@ class Silu:
     def of(self, z: Tensor) -> Tensor:
         return F.silu(z) * feature_scale(z.shape[-1])
 
+    def pull(self, z: Tensor, grad: Tensor) -> Tensor:
+        gate = torch.sigmoid(z)
+        return grad * feature_scale(z.shape[-1]) * gate * (1 + z * (1 - gate))
+
     def features(self, z: Tensor, kept: Tensor, out: Tensor) -> None:
         torch.sigmoid(z, out=kept)
         torch.mul(z, kept, out=out).mul_(feature_scale(z.shape[-1]))
@@ -98,6 +110,9 @@ class Gated:
         a, b = z.chunk(2, dim=-1)
         return F.silu(a) * b * feature_scale(a.shape[-1])
 
+    def pull(self, z: Tensor, grad: Tensor) -> Tensor:
+        return torch.cat([grad * slope for slope in self._slopes(z)[:2]], dim=-1)
+
     def features(self, z: Tensor, kept: Tensor, out: Tensor) -> None:
         kept.copy_(z)
         out.copy_(self.of(z))
@@ -106,7 +121,7 @@ class Gated:
         return z, self.of(z)
 
     def back(self, kept: Tensor, features: Tensor, grad: Tensor, out: Tensor) -> Tensor:
-        return torch.cat([grad * slope for slope in self._slopes(kept)[:2]], dim=-1, out=out)
+        return out.copy_(self.pull(kept, grad))
 
     def curves(self, kept: Tensor, features: Tensor, returned: Tensor) -> tuple[Tensor, ...]:
         by_a, by_b, twice_a, by_both = self._slopes(kept)
@@ -173,22 +188,19 @@ class Huber:
 
     def gradient(self, e: Tensor, bound: Tensor | None) -> Tensor:
         assert bound is not None
-        return 2 * e * self._share(e, bound)[0]
+        norm, bound = torch.linalg.vector_norm(e, dim=-1, keepdim=True), bound.unsqueeze(-1)
+        return 2 * e * (torch.minimum(norm, bound) / norm.clamp(min=torch.finfo(norm.dtype).tiny))
 
     def twice(self, e: Tensor, bound: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         assert bound is not None
-        share, beyond = self._share(e, bound)
-        # Beyond it the gradient is 2 bound u with u = e / |e|; within, u is left at zero.
-        u = torch.where(beyond, e / torch.linalg.vector_norm(e, dim=-1, keepdim=True), 0.0)
-        along = torch.linalg.vecdot(u, grad).unsqueeze(-1)
-        return 2 * share * (grad - u * along), 2 * along.squeeze(-1)
-
-    @staticmethod
-    def _share(e: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-        """min(1, bound / |e|) and where it is below 1, (..., 1)."""
         norm, bound = torch.linalg.vector_norm(e, dim=-1, keepdim=True), bound.unsqueeze(-1)
         beyond = norm > bound
-        return torch.where(beyond, bound / norm, 1.0), beyond
+        # Beyond it the gradient is 2 bound u with u = e / |e|; within, u is left at zero.
+        u = torch.where(beyond, e / norm, 0.0)
+        along = torch.linalg.vecdot(u, grad).unsqueeze(-1)
+        return 2 * torch.where(beyond, bound / norm, 1.0) * (grad - u * along), 2 * along.squeeze(
+            -1
+        )
 
 
 @dataclass(frozen=True)
@@ -223,6 +235,8 @@ class Normed:
 
     q: float
     floor: float = 0.1
+    linear = True
+    last_std = 0.02
 
     def norm(self, held: Tensor) -> Tensor:
         """|A|_q, (...)."""
@@ -242,6 +256,47 @@ class Normed:
         along = held * held.abs().pow(self.q - 2)
         return along * (-grad / norm.pow(self.q))[:, None, None], grad / unit
 
+    def maker(self, held: Tensor, unit: Tensor) -> Maker:
+        scale = self.scale(held, unit)
+        return lambda x: x * (scale if x.ndim == 3 else scale.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """W = c n softmax(A) over the n inputs of each output: weights above zero, of a constant sum."""
+
+    c: float
+    linear = False
+    last_std = 1.0
+
+    def norm(self, held: Tensor) -> Tensor:
+        """No unit is needed."""
+        return held.new_ones(held.shape[:-2])
+
+    def maker(self, held: Tensor, unit: Tensor) -> Maker:
+        mass = self.c * held.shape[-2]
+        return lambda x: mass * x.softmax(dim=-2)
+
+
+class Retention(Protocol):
+    """What weights are made of what is held, A.
+
+    linear: whether they are A times a number that stays in a chunk. last_std: how the last layer's starts.
+    """
+
+    @property
+    def linear(self) -> bool: ...
+    @property
+    def last_std(self) -> float: ...
+
+    def norm(self, held: Tensor) -> Tensor:
+        """The unit of a layer that starts with `held` (..., n, m): (...)."""
+        ...
+
+    def maker(self, held: Tensor, unit: Tensor) -> Maker:
+        """What makes weights of A, (R, n, m) or (R, b, n, m), in a chunk that starts with `held`."""
+        ...
+
 
 SILU, GATED = Silu(), Gated()
 SQUARE = Square()
@@ -256,19 +311,33 @@ class Rule:
     activation: what its hidden layers do. objective: what an error costs. window: how many tokens, the last
     of them its own, each step minimises the error of. retention: what weights are made of what is held,
     where each chunk starts; None: they are it. normed: whether an error is that of LN(M(k)), without
-    parameters, in place of M(k).
+    parameters, in place of M(k). muon: whether momentum is made orthogonal before it is added.
     """
 
     activation: Activation = SILU
     objective: Objective = SQUARE
     window: int = 1
-    retention: Normed | None = None
+    retention: Retention | None = None
     normed: bool = False
+    muon: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether an error's gradient is 2 (M(k) - v)."""
         return self.objective is SQUARE and not self.normed
+
+    @property
+    def linear(self) -> bool:
+        """Whether a token's weights are linear in the gradients of its chunk."""
+        return not self.muon and (self.retention is None or self.retention.linear)
+
+    def makers(self, held: Sequence[Tensor], units: Sequence[Tensor]) -> list[Maker]:
+        """What makes each layer's weights of what is held, (R, n, m) or (R, b, n, m), in a chunk that
+        starts with `held` (R, n, m).
+        """
+        if self.retention is None:
+            return [lambda x: x for _ in held]
+        return [self.retention.maker(w, unit) for w, unit in zip(held, units, strict=True)]
 
     def answer(self, z: Tensor) -> Tensor:
         """What the memory says, from what its last layer says, (..., m)."""

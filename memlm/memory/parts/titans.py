@@ -42,7 +42,9 @@ from memlm.memory.parts.memory_rules import (
     Normed,
     Objective,
     Power,
+    Retention,
     Rule,
+    Softmax,
 )
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
@@ -60,9 +62,10 @@ OBJECTIVES: dict[str, Callable[[TitansConfig], Objective]] = {
     "huber": lambda config: Huber(),
     "power": lambda config: Power(config.error_power),
 }
-RETENTIONS: dict[str, Callable[[TitansConfig], Normed | None]] = {
+RETENTIONS: dict[str, Callable[[TitansConfig], Retention | None]] = {
     "decay": lambda config: None,
     "norm": lambda config: Normed(config.norm_power),
+    "softmax": lambda config: Softmax(config.mass),
 }
 # How many features of keys and queries of size d, and which.
 FEATURES: dict[str, tuple[Callable[[int], int], Callable[[Tensor, Tensor], Tensor] | None]] = {
@@ -75,6 +78,8 @@ SERVING: dict[str, tuple[str, Any]] = {
     "initial_bound": ("objective", "huber"),
     "error_power": ("objective", "power"),
     "norm_power": ("retention", "norm"),
+    "mass": ("retention", "softmax"),
+    "muon": ("momentum", True),
 }
 
 
@@ -99,12 +104,15 @@ class TitansConfig(GatedConfig):
     each token sets for itself (`yaad`), or "power", the sum of its numbers to a power (`moneta`).
     initial_bound: where the bound starts, in units of sqrt(head_dim); float("inf") for the square.
     error_power: that power. retention: "decay", or "norm", where the weights are what is held, divided by
-    its norm (`moneta`). norm_power: the norm's q. residual: whether the memory is x + LN(MLP(x)) in place
-    of MLP(x), so that the last layer's length does not matter.
+    its norm (`moneta`), or "softmax", where they are its softmax (`memora`), token by token and so slower.
+    norm_power: the norm's q. mass: what the weights of an output come to, over its inputs. residual:
+    whether the memory is x + LN(MLP(x)) in place of MLP(x), so that the last layer's length does not
+    matter.
     window: how many tokens each step learns again, the last of them its own (`omega`); a token's rate is
     shared out among the steps that take it. key_features: "linear", keys and queries as they are, or
     "quadratic", with all products of two of their numbers. gated: whether hidden layers are silu(a) b, two
-    products in place of one.
+    products in place of one. muon: whether momentum is made orthogonal before it is added, for each token
+    and so many times slower.
     write_gate: "none", the paper's, or "sigmoid" or "hard": how far each head moves, over a whole segment,
     from what it was to what the segment would make of it, momentum and forgetting included. The segment's
     gate is that of its most telling token; within the segment, tokens read what was written before them in
@@ -139,9 +147,13 @@ class TitansConfig(GatedConfig):
     retention: str = "decay"
     norm_power: float = 4.0
     residual: bool = False
+    mass: float = 1.0
+    muon: bool = False
 
     # What makes a mechanism that is named after its rule that mechanism.
     own: ClassVar[Mapping[str, Any]] = {}
+    # Tokens of a chunk where chunk_length is open.
+    longest_chunk: ClassVar[int] = 64
 
     @classmethod
     def paper(cls) -> Self:
@@ -160,7 +172,7 @@ class TitansConfig(GatedConfig):
         heads, size = head_sizes(self.num_heads, self.head_dim, dims)
         chunk = self.chunk_length
         if chunk is None:
-            chunk = min(64, dims.segment_length)
+            chunk = min(self.longest_chunk, dims.segment_length)
         filled = replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
         least = dict.fromkeys(("head_dim", "depth", "expansion", "chunk_length", "window"), 1)
         zero = dict.fromkeys(("num_persistent_tokens", "conv_size", "output_std"), 0)
@@ -212,6 +224,8 @@ class TitansConfig(GatedConfig):
         for name, least in (("error_power", 1), ("norm_power", 2)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not self.mass > 0:
+            raise ValueError(f"mass={self.mass} must be above 0")
 
 
 def logit(share: float) -> Tensor:
@@ -304,6 +318,7 @@ class TitansMemory(nn.Module):
             window=config.window,
             retention=RETENTIONS[config.retention](config),
             normed=config.residual,
+            muon=config.muon,
         )
         self.norm = nn.Parameter(torch.empty(hidden))
         self.query = nn.Linear(hidden, inner, bias=False)
@@ -361,7 +376,8 @@ class TitansMemory(nn.Module):
                 self.shares.copy_(self.shares.new_tensor([1.0, 0.5]))
         for weight in self.initial[:-1]:
             nn.init.normal_(weight, std=1.0)
-        nn.init.normal_(self.initial[-1], std=0.02)
+        retention = self.rule.retention
+        nn.init.normal_(self.initial[-1], std=0.02 if retention is None else retention.last_std)
         for kernel in self.kernels:
             start_convolution(kernel)
         start_output(self.out.weight, config.output_std)
@@ -468,14 +484,10 @@ class TitansMemory(nn.Module):
 
     def _made_of(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The weights that are made of what is held."""
-        retention = self.rule.retention
-        if retention is None:
-            return held
-        return tuple(
-            w
-            * retention.scale(w.flatten(0, 1), unit.flatten().to(w.dtype)).view(*w.shape[:2], 1, 1)
-            for w, unit in zip(held, self._units(len(held[0])), strict=True)
-        )
+        rows = [w.flatten(0, 1) for w in held]
+        units = [unit.to(held[0].dtype).flatten() for unit in self._units(len(held[0]))]
+        made = (make(w) for make, w in zip(self.rule.makers(rows, units), rows, strict=True))
+        return tuple(w.view_as(old) for w, old in zip(made, held, strict=True))
 
     def _mapped(self, x: Tensor) -> Tensor:
         """Features of queries or keys (B, H, T, d) of length 1."""
