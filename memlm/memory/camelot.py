@@ -98,9 +98,10 @@ class CAMELoT(Memory):
         mask: Tensor | None,
         write: bool = True,
     ) -> tuple[Tensor, CAMELoTState]:
-        local = inner(x, parts=True)
-        found, lse = self.read(x.k, local.query, state)
-        y = mixed(share(lse, local.lse), found, lse, local.output)
+        # Without the scores, which would be held while modes are read.
+        local, local_lse, query = inner(x, parts=True)[:3]
+        found, lse = self.read(x.k, query, state)
+        y = mixed(share(lse, local_lse), found, lse, local)
         return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
 
     def read(self, k: Tensor, query: Tensor, state: CAMELoTState) -> tuple[Tensor, Tensor]:

@@ -161,10 +161,10 @@ class KNN(Memory):
         self, x: QKV, state: KNNState, inner: InnerHeads, *, mask: Tensor | None, write: bool = True
     ) -> tuple[Tensor, KNNState]:
         if self.joint:
-            parts = inner(x, parts=True)
-            local = parts.output
-            found, lse = self.read(x.q, state, parts.query)
-            weight = share(lse, parts.lse)
+            # Without the scores, which would be held while the store is searched.
+            local, local_lse, query = inner(x, parts=True)[:3]
+            found, lse = self.read(x.q, state, query)
+            weight = share(lse, local_lse)
         else:
             assert self.gate is not None
             local = inner(x)

@@ -107,9 +107,10 @@ class Landmark(Memory):
         mask: Tensor | None,
         write: bool = True,
     ) -> tuple[Tensor, LandmarkState]:
-        local = inner(x, parts=True)
-        found, lse = self.read(local.query, state)
-        y = mixed(share(lse, local.lse), found, lse, local.output)
+        # Without the scores, which would be held while blocks are read.
+        local, local_lse, query = inner(x, parts=True)[:3]
+        found, lse = self.read(query, state)
+        y = mixed(share(lse, local_lse), found, lse, local)
         return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
 
     def write(

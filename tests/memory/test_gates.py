@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from memlm import MemLMForCausalLM
 from memlm.memory import TitansMAGConfig, available_memories, memory_class
-from memlm.memory.parts.gates import GatedConfig, open_gate
+from memlm.memory.parts.gates import COSTS, GatedConfig, open_gate
 from memlm.segment import cut
 from memlm.writes import WRITTEN_ABOVE, WriteCount
 from tests.cases import CASES, SEGMENT, memory_model, tokens
@@ -25,9 +25,11 @@ gated = pytest.mark.parametrize("memory", GATED)
 
 
 def config_of(memory: str, **options: object) -> GatedConfig:
-    """Its case, with gates where it can be without."""
+    """Its case, with gates where it can be without, and with no price on anything else."""
     config = CASES[memory]
     assert isinstance(config, GatedConfig)
+    prices = {f.name for f in fields(config) if f.name.endswith("_cost")} - set(COSTS)
+    options = dict.fromkeys(prices, 0.0) | options
     if config.write_gate == "none":
         options = {"write_gate": "sigmoid", **options}
     return replace(config, **options)
