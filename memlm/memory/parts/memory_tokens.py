@@ -23,28 +23,17 @@ def check_decoder_memory(name: str, config: MemoryConfig, dims: Dims) -> None:
 
 
 def around(
-    before: Tensor,
-    x: Tensor,
-    after: Tensor | None,
-    inner: Inner,
-    mask: Tensor | None,
-    seen: Tensor | None = None,
+    before: Tensor, x: Tensor, after: Tensor | None, inner: Inner, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run `inner` on [before; x; after]: its outputs at x (B, T, D), and after it (B, n, D).
 
-    before (B, m, D), real where seen (B, m) is, or all of it; after (B, n, D), None for nothing (n = 0);
-    mask (B, T) as a memory gets it.
+    before (B, m, D); after (B, n, D), None for nothing (n = 0); mask (B, T) as a memory gets it.
     """
     start, tokens = before.shape[1], x.shape[1]
     parts = [before, x] if after is None else [before, x, after]
-    if mask is not None or seen is not None:
-        known = [seen, mask, None][: len(parts)]
+    if mask is not None:
         mask = torch.cat(
-            [
-                part.new_ones(part.shape[:2], dtype=torch.bool) if real is None else real
-                for part, real in zip(parts, known, strict=True)
-            ],
-            dim=1,
+            [mask if part is x else mask.new_ones(part.shape[:2]) for part in parts], dim=1
         )
     y = inner(torch.cat(parts, dim=1), mask=mask)
     return y[:, start : start + tokens], y[:, start + tokens :]
