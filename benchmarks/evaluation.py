@@ -3,7 +3,8 @@
     python benchmarks/evaluation.py --lengths 1k 2k 4k 8k 16k 32k 64k --samples 3
 
 The shipped model on the same samples, answers compared: CPU seconds of reading each task and length by
-itself, as batches of one cell, over those of reading all of them together. Interleaved pairs in one process.
+itself, as batches of one cell, over those of reading all of them together. Interleaved pairs in one
+process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Time and peak memory by the length of a document: a memory, a sliding window, and full attention.
 
-The same layers read one document: in segments with a memory; as a whole, each token seeing a window as long
-as a segment; and as a whole, each token seeing all before it. Each run has a process of its own. A way is
+The same layers read one document: in segments with a memory; in half segments, each token seeing at most a
+segment back and at least half of one (the evaluation's baseline "window"); and as a whole, each token
+seeing all before it. Each run has a process of its own. A way is
 not tried beyond the first length that failed or took longer than --most-seconds. Writes JSON and a plot.
 
     python benchmarks/long_context.py [--lengths 4k,16k,64k,256k --memory armt]
@@ -21,6 +22,7 @@ from timing import in_fresh_process, peak_growth, seconds
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from memlm import MemLMForCausalLM
+from memlm.memory import TransformerXLConfig
 from memlm.segment import cut
 from memlm.tasks.lengths import format_length, parse_length
 
@@ -40,18 +42,21 @@ def measure(way: str, memory: str, length: int, sizes: dict[str, Any]) -> dict[s
         num_attention_heads=max(1, sizes["hidden"] // 64),
         num_key_value_heads=max(1, sizes["hidden"] // 64),
         max_position_embeddings=max(length, 4 * segment),
-        sliding_window=segment if way == "window" else None,
+        sliding_window=None,
     )
     kind = getattr(torch, sizes["dtype"])
     base = AutoModelForCausalLM.from_config(config, dtype=kind).to(device).eval()
     model: Any = base
-    if way == "memory":
-        model = MemLMForCausalLM.from_base(base, memory=memory, segment_length=segment).to(device)
+    if way == "window":
+        segment //= 2
+    if way != "full":
+        chosen = memory if way == "memory" else TransformerXLConfig(memory_length=segment)
+        model = MemLMForCausalLM.from_base(base, memory=chosen, segment_length=segment).to(device)
     ids = torch.randint(sizes["vocab"], (1, length), device=device)
 
     @torch.no_grad()
     def read(ids: torch.Tensor) -> None:
-        if way == "memory":
+        if way != "full":
             model.read(cut(ids, None, None, segment))
         else:
             model(ids, use_cache=False, logits_to_keep=1)

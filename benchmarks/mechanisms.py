@@ -6,9 +6,11 @@ round it and the mechanism run directly after each other; the ratio is taken pai
 (GPU: device-synchronised seconds), so that a machine whose speed drifts does not decide the result.
 Training is forward and backward through all segments. The row `none` shows what noise there is.
 
-Bound: the multiplications of the comparison over those of the mechanism, in products of matrices, as torch
-counts what runs (scans and other products element by element are not in it, so it is an upper bound). Share
-of peak: the mechanism's multiplications per second over those of one large product here.
+Bound: the multiplications of the comparison over those of the mechanism, in products of matrices, as they
+are counted when it runs (`timing.multiplications`; what is done element by element is not in it). Where the
+mechanism's equations are in `equations.py`, `needed` is the share of those multiplications that they ask
+for. Of bound: the throughput over the bound. Share of peak: the mechanism's multiplications per second over
+those of one large product here.
 
 Peak memory comes from a process of its own per mechanism and task: how far resident memory (GPU: allocated
 memory) rises over that of the model just built, gradients included. Parameters and, on a CPU, what Python
@@ -28,6 +30,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from equations import needed
 from record import ON_PLAIN_BASES, write_result
 from shapes import Shape, base_model, tokens, with_memory
 from timing import (
@@ -134,6 +137,7 @@ def main(
                         min(p[0] for p in pairs) / min(p[1] for p in pairs), 3
                     ),
                     "bound": round(counts[bare] / counts[model], 3),
+                    "needed": share_needed(name, model, task, counts[model], shape),
                     "share_of_peak": round(counts[model] / usual / per_second, 3),
                     "tokens_per_second": round(ids.numel() / usual),
                     "state_bytes_per_row": model.init_state(1).nbytes,
@@ -151,10 +155,20 @@ def main(
     )
 
 
+def share_needed(
+    name: str, model: MemLMForCausalLM, task: str, counted: int, shape: Shape
+) -> float | None:
+    """What the equations need of the multiplications that were counted; None where no line says."""
+    if task != "forward":
+        return None
+    found = needed(name, model, shape.segment, shape.batch, shape.segments)
+    return None if found is None else round(found / counted, 3)
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    one = "bound | of peak | peak, MiB"
+    one = "bound | of bound | of peak | peak, MiB"
     print(f"| memory | state, KiB per row | forward | {one} | forward+backward | {one} |")
-    print("|---|--:" + "|--:" * 8 + "|")
+    print("|---|--:" + "|--:" * 10 + "|")
     for name in dict.fromkeys(row["memory"] for row in rows):
         own = [row for row in rows if row["memory"] == name]
         cells = [f"{own[0]['state_bytes_per_row'] / 1024:,.0f}"]
@@ -162,7 +176,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             cells.append(
                 f"{row['relative_throughput']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
             )
-            cells += [f"{row['bound']:.2f}", f"{row['share_of_peak']:.0%}"]
+            share = row["relative_throughput"] / row["bound"]
+            cells += [f"{row['bound']:.2f}", f"{share:.0%}", f"{row['share_of_peak']:.0%}"]
             cells.append("-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}")
         print(f"| {name} | {' | '.join(cells)} |")
 

@@ -221,7 +221,7 @@ class Scheduler:
 
         The state after the last segment is always given.
         """
-        if not how.write or self._in_sequence(segments):
+        if not how.write or self._in_sequence(how, segments):
             yield from sequential(how.step, segments, state, recompute=how.recompute)
             return
         for part in alike(segments):
@@ -333,7 +333,7 @@ class Scheduler:
         self, how: How, segments: list[Segment], state: MemoryState
     ) -> list[Kind] | None:
         """The layers by kind where `segments` are to run under the wavefront, else None."""
-        if self._in_sequence(segments):
+        if self._in_sequence(how, segments):
             return None
         measures, known = self.config.schedule == "auto", None
         if measures and (known := self._known(how, segments[0])) is not None:
@@ -357,14 +357,15 @@ class Scheduler:
                 return None
         return kinds
 
-    def _in_sequence(self, segments: Sequence[Segment]) -> bool:
+    def _in_sequence(self, how: How, segments: Sequence[Segment]) -> bool:
         """Whether this is one after the other without looking further."""
         asked = self.config.schedule
         if asked != "auto":
             return asked == "sequential" or len(segments) < 2
         # Processes that measured for themselves would not agree; a compiler cannot look into measuring.
         apart = torch.distributed.is_initialized() or torch.compiler.is_compiling()
-        return apart or len(segments) < LEAST_SEGMENTS
+        # Who recomputes wants memory, and diagonals keep the hidden states that enter them as well.
+        return apart or how.recompute or len(segments) < LEAST_SEGMENTS
 
     def _known(self, how: How, segment: Segment) -> dict[str, Any] | None:
         """What was measured at this shape."""

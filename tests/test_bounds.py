@@ -1,0 +1,68 @@
+"""What the benchmarks count as multiplications is what the equations say, for bases and mechanisms."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The modules of the benchmarks, found as when a script of theirs is run."""
+    sys.path.insert(0, str(ROOT))
+    threads = torch.get_num_threads()
+    try:
+        yield {
+            n: importlib.import_module(n) for n in ("timing", "equations", "shapes", "mechanisms")
+        }
+    finally:
+        sys.path.remove(str(ROOT))
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("kind", ["causal", "mask", "all"])
+def test_fused_attention_is_counted_pair_by_pair(bench: Any, kind: str, learning: bool) -> None:
+    q = torch.randn(2, 3, 5, 4, requires_grad=learning)
+    k, v = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    mask = torch.zeros(2, 1, 5, 7, dtype=torch.bool)
+    mask[..., :2] = True
+    if kind == "causal":
+        k, v = k[:, :, :5], v[:, :, :5]
+    given = {"causal": {"is_causal": True}, "mask": {"attn_mask": mask}, "all": {}}[kind]
+    pairs = {"causal": 5 * 6 // 2, "mask": 5 * 2, "all": 5 * 7}[kind]
+
+    def run() -> None:
+        out = F.scaled_dot_product_attention(q, k, v, **given)
+        if learning:
+            out.sum().backward()
+
+    found = bench["timing"].multiplications(run)
+    assert found == 2 * 3 * pairs * 4 * (6 if learning else 2)
+
+
+@pytest.mark.parametrize("name", ["none", "armt", "rmt", "infini", "transformer-xl"])
+def test_equations_need_what_is_counted(bench: Any, name: str) -> None:
+    """To the multiplication: a product more in the code, or less in the equations, is seen."""
+    shape = bench["shapes"].Shape(32, 2, 16, 3, 2, 64, "cpu", "float32", 1)
+    model = bench["shapes"].with_memory(bench["shapes"].base_model(shape), name, shape)
+    run = partial(bench["mechanisms"].step, "forward", model, bench["shapes"].tokens(shape), 16)
+    counted = bench["timing"].multiplications(run)
+    assert bench["equations"].needed(name, model, 16, 2, 3) == counted
+
+
+def test_every_mechanism_with_equations_is_compared(bench: Any) -> None:
+    marks = test_equations_need_what_is_counted.pytestmark  # type: ignore[attr-defined]
+    assert set(marks[0].args[1]) == set(bench["equations"].NEEDS)
+    shape = bench["shapes"].Shape(32, 1, 16, 1, 1, 64, "cpu", "float32", 1)
+    model = bench["shapes"].with_memory(bench["shapes"].base_model(shape), "lact", shape)
+    assert bench["equations"].needed("lact", model, 16, 1, 1) is None
