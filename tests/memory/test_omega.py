@@ -171,6 +171,35 @@ def test_a_window_reaches_into_the_segment_before() -> None:
     assert all((after[n] - changed[n]).abs().max() > 1e-6 for n in weights)
 
 
+@torch.no_grad()
+def test_what_a_segment_was_not_to_write_no_later_window_writes() -> None:
+    """Handed-on rates are multiplied by the segment's gate, those that are older by their own's alone."""
+    sizes = {"num_heads": 2, "chunk_length": 3, "window": 5}
+    plain = memory_model("llama", OmegaConfig(**sizes))
+    model = memory_model("llama", OmegaConfig(**sizes, write_gate="sigmoid"))
+    model.load_state_dict(plain.state_dict(), strict=False)
+    model.config.segment_length = plain.config.segment_length = 2
+    ids = tokens(2, 2)
+    before = model(tokens(2, 4, seed=5)).memory_state
+    after = model(ids, memory_state=before).memory_state
+    name = next(n for n in after.tensors if n.endswith("recent.2"))
+    model.set_memory_options(write_threshold=float("inf"))
+    silent = model(ids, memory_state=before).memory_state
+    # Of four rates the two older ones are as they were, the two new ones not to be written.
+    assert torch.equal(silent[name][..., :2], before[name][..., 2:])
+    assert torch.equal(after[name][..., :2], before[name][..., 2:])
+    assert (silent[name][..., 2:] == 0).all() and (after[name][..., 2:] > 0).all()
+    # In the first layer both models read the same; its gates then are what is between them.
+    state = plain(ids).memory_state
+    gated = model.init_state(2)
+    model.set_memory_options(write_threshold=0.0)
+    opened = model(ids, memory_state=gated).memory_state
+    share = (opened[name] / state[name])[..., 2:]
+    torch.testing.assert_close(share[..., 0], share[..., 1])
+    mean = opened[name.replace("recent.2", "written")]
+    torch.testing.assert_close(share[..., 0].mean(dim=1), mean)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

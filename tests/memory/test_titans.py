@@ -261,6 +261,45 @@ def test_the_memory_remembers_what_it_was_told(kind: str) -> None:
     assert found[-1] < 0.75 * found[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_memory_that_starts_again_forgets_all_but_its_convolutions(kind: str) -> None:
+    """Every third segment is read as by a fresh memory, and the two after it as after that one."""
+    memory = cell(kind, chunk_length=4, window=3, reset_every=3)
+    fresh = cell(kind, chunk_length=4, window=3)
+    fresh.load_state_dict(memory.state_dict())
+    x = torch.randn(7, ROWS, T, D, dtype=torch.float64)
+    state, after = memory.init_state(ROWS), fresh.init_state(ROWS)
+    for i, part in enumerate(x):
+        if i % 3 == 0:
+            after = fresh.init_state(ROWS)
+        y, state = memory(part, state, attention, mask=None)
+        expected, after = fresh(part, after, attention, mask=None)
+        torch.testing.assert_close(y, expected, **EXACT)
+        assert state.age.tolist() == [(i + 1) % 3] * ROWS
+    # Rows start again each at a time of its own.
+    mixed = state._replace(age=torch.tensor([0, 2]))
+    y, new = memory(x[0], mixed, attention, mask=None)
+    assert new.age.tolist() == [1, 0]
+    first, _ = fresh(x[0], fresh.init_state(ROWS), attention, mask=None)
+    second, _ = fresh(x[0], after, attention, mask=None)
+    torch.testing.assert_close(y, torch.stack([first[0], second[1]]), **EXACT)
+
+
+@torch.no_grad()
+def test_a_local_memory_beside_one_that_never_starts_again() -> None:
+    """TNT's pair: the local one alone says nothing of a segment before it started again."""
+    local = TitansMAGConfig(num_heads=2, chunk_length=2, reset_every=1)
+    ids = tokens(1, 3 * SEGMENT)
+    other = ids.clone()
+    other[0, 2] = (other[0, 2] - 2) % 50 + 3
+    moved = []
+    for memory in (local, [TitansMAGConfig(num_heads=2, chunk_length=6), local]):
+        model = memory_model("llama", memory)
+        moved.append((model(ids).logits - model(other).logits)[:, -SEGMENT:].abs().max())
+    assert moved[0] < 1e-12 and moved[1] > 1e-7
+
+
 def test_combinations_there_are_not_are_refused() -> None:
     for config in (TitansMACConfig, TitansMAGConfig):
         with pytest.raises(
@@ -361,6 +400,8 @@ def test_mac_needs_a_mask_for_each_query() -> None:
         ({"initial_momentum": 1.0}, "initial_momentum=1.0"),
         ({"initial_forgetting": 0.0}, "initial_forgetting=0.0"),
         ({"max_surprise": 0.0}, "max_surprise=0.0"),
+        ({"reset_every": 0}, "reset_every=0 must be at least 1, or None"),
+        ({"reset_every": 2, "write_gate": "hard"}, "reset_every=2 forgets what write_gate='hard'"),
         ({"layers": (2,)}, r"layers=\(2,\)"),
     ],
 )

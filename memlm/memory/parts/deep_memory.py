@@ -82,12 +82,17 @@ def read_write(
     layers = len(weights)
     states = (*weights, *momentum)
     options = {"log_momentum": log_momentum, "bound": bound, "mask": mask}
-    options = {name: value for name, value in options.items() if value is not None}
+    there = {name: value for name, value in options.items() if value is not None}
 
     def on_rows(*given: Tensor) -> tuple[Tensor, ...]:
-        tokens, rest = given[:5], iter(given[5 + len(states) :])
+        q, k, v, log_keep, rate = given[:5]
+        rest = iter(given[5 + len(states) :])
         y, new_weights, new_momentum = _read_write(
-            *tokens,
+            q,
+            k,
+            v,
+            log_keep,
+            rate,
             weights=given[5 : 5 + layers],
             momentum=given[5 + layers : 5 + len(states)],
             chunk=chunk,
@@ -95,11 +100,11 @@ def read_write(
             rule=rule,
             recent=[next(rest) for _ in recent],
             units=[next(rest) for _ in units],
-            **dict(zip(options, rest, strict=True)),
+            **{name: next(rest) for name in options if name in there},  # type: ignore[arg-type]
         )
         return y, *new_weights, *new_momentum
 
-    rest = (*recent, *units, *options.values())
+    rest = (*recent, *units, *there.values())
     y, *new = folded(on_rows, q, k, v, log_keep, rate, *states, *rest)
     return y, tuple(new[:layers]), tuple(new[layers:])
 
@@ -143,7 +148,8 @@ def _read_write(
             mask = torch.ones(batch, length, dtype=torch.bool, device=q.device)
         if mask is not None:
             rate = rate.masked_fill(~mask.unsqueeze(1), 0)
-        k_before, v_before, rate_before, bound_before = *recent, *(None,) * (4 - len(recent))
+        before: list[Tensor | None] = [*recent, *[None] * (4 - len(recent))]
+        k_before, v_before, rate_before, bound_before = before
         given = [
             (q, None),
             (k, k_before),
@@ -170,12 +176,13 @@ def _read_write(
         groups = -(-chunks // group)
         split = [(None,) * groups if x is None else x.split(group) for x in (*tokens, mask)]
         outputs = []
-        for q, k, v, bound, *gates in zip(*split, strict=True):
+        for q, k, v, bound, log_keep, log_momentum, rate, real in zip(*split, strict=True):
+            gates = log_keep, log_momentum, rate, real
             if not rule.linear:
                 y, states = read_write_chunks(limit, rule, q, k, v, bound, *gates, states, units)
                 outputs.append(y)
                 continue
-            decay = decays(*gates, window=rule.window)
+            decay = decays(*gates, rule.window)
             if learning:
                 y, *states = _ReadWrite.apply(limit, rule, q, k, v, bound, *decay, *states, *units)
             else:
@@ -260,7 +267,7 @@ def _forward(
     every = range(last + 1)
     parts = decay.gains.shape[-1]
     widths = [s.shape[1] // parts for s in initial]
-    act, retention = rule.activation, rule.retention
+    act, retention = rule.activation, rule.scaling
 
     states = [s.new_empty(chunks + 1, *s.shape) for s in initial]
     for stack, s in zip(states, initial, strict=True):
@@ -426,7 +433,7 @@ def _back_writes(
     d_v = torch.empty_like(grads.errors[-1])
     d_bound = None if bound is None else torch.empty_like(bound)
     d_units = [torch.zeros_like(unit) for unit in units]
-    act, retention = rule.activation, rule.retention
+    act, retention = rule.activation, rule.scaling
     curves = [
         act.curves(below.kept, above.keys, below.returned)
         for below, above in itertools.pairwise(layers)
@@ -449,7 +456,7 @@ def _back_writes(
             weight = [w * layer.scale[i] for w, layer in zip(held, layers, strict=True)]
         x = [layer.keys[i] for layer in layers]
         error = [layer.errors[i] for layer in layers]
-        curve = [[c[i] for c in one] for one in curves]
+        curve = [tuple(c[i] for c in one) for one in curves]
 
         # new = [kept W + added S; carry S] + [x c_1, x c_2]^T error
         share = closing[i]
@@ -523,7 +530,7 @@ class _ReadWrite(torch.autograd.Function):
     def forward(ctx: Any, limit: float | None, rule: Rule, *inputs: Tensor) -> tuple[Tensor, ...]:
         q, k, v, bound = inputs[:4]
         decay, rest = Decays(*inputs[4:8]), inputs[8:]
-        ctx.layers = len(rest) if rule.retention is None else len(rest) // 2
+        ctx.layers = len(rest) if rule.scaling is None else len(rest) // 2
         units = rest[ctx.layers :]
         y, states, made = _forward(limit, rule, q, k, v, bound, decay, rest[: ctx.layers], units)
         ctx.limit, ctx.rule = limit, rule

@@ -331,6 +331,11 @@ class Rule:
         """Whether a token's weights are linear in the gradients of its chunk."""
         return not self.muon and (self.retention is None or self.retention.linear)
 
+    @property
+    def scaling(self) -> Normed | None:
+        """The retention that is a factor which stays in a chunk."""
+        return self.retention if isinstance(self.retention, Normed) else None
+
     def makers(self, held: Sequence[Tensor], units: Sequence[Tensor]) -> list[Maker]:
         """What makes each layer's weights of what is held, (R, n, m) or (R, b, n, m), in a chunk that
         starts with `held` (R, n, m).

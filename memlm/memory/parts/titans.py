@@ -3,7 +3,8 @@
 Tokens become queries, keys and values per head; the memory, an MLP per head and row, is trained on
 keys and values while it is read (`deep_memory`), and what it answers goes back to the model's width through
 a norm, a gate and a projection. What differs between MAC, MAG and MAL is where the block stands; what
-differs between them and `yaad` is how the memory learns, and every such rule may stand at all three places.
+differs between MAG and Yaad, Moneta, Memora or Omega is how the memory learns (`titans_config`), and every
+such rule may stand at all three places.
 
 Legend: H heads of the memory, d their size, C tokens per chunk.
 """
@@ -11,10 +12,9 @@ Legend: H heads of the memory, d their size, C tokens per chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,26 +27,24 @@ from memlm.memory.base import (
     Inner,
     Site,
     accumulator_dtype,
-    option,
     was_loaded,
 )
-from memlm.memory.parts.checks import check_least, head_sizes
 from memlm.memory.parts.deep_memory import read, read_write
-from memlm.memory.parts.feature_maps import quadratic
-from memlm.memory.parts.gates import GatedConfig, GatedMemory
+from memlm.memory.parts.gates import GatedMemory
 from memlm.memory.parts.memory_rules import (
     GATED,
     SILU,
-    SQUARE,
-    Huber,
-    Normed,
-    Objective,
-    Power,
-    Retention,
     Rule,
-    Softmax,
 )
 from memlm.memory.parts.starts import start_convolution, start_output
+from memlm.memory.parts.titans_config import (
+    COMBINATIONS,
+    FEATURES,
+    OBJECTIVES,
+    RETENTIONS,
+    TitansBranchConfig,
+    TitansConfig,
+)
 from memlm.memory.parts.tokens import (
     latest_tokens,
     real_first_order,
@@ -55,177 +53,17 @@ from memlm.memory.parts.tokens import (
     tokens_in,
 )
 
+__all__ = [
+    "COMBINATIONS",
+    "Titans",
+    "TitansBranch",
+    "TitansBranchConfig",
+    "TitansConfig",
+    "TitansMemory",
+    "TitansState",
+]
+
 EPSILON = 1e-6
-
-OBJECTIVES: dict[str, Callable[[TitansConfig], Objective]] = {
-    "square": lambda config: SQUARE,
-    "huber": lambda config: Huber(),
-    "power": lambda config: Power(config.error_power),
-}
-RETENTIONS: dict[str, Callable[[TitansConfig], Retention | None]] = {
-    "decay": lambda config: None,
-    "norm": lambda config: Normed(config.norm_power),
-    "softmax": lambda config: Softmax(config.mass),
-}
-# How many features of keys and queries of size d, and which.
-FEATURES: dict[str, tuple[Callable[[int], int], Callable[[Tensor, Tensor], Tensor] | None]] = {
-    "linear": (lambda d: d, None),
-    "quadratic": (lambda d: d + d * (d + 1) // 2, quadratic),
-}
-# Options that are read only where another one has a certain value.
-SERVING: dict[str, tuple[str, Any]] = {
-    "initial_momentum": ("momentum", True),
-    "initial_bound": ("objective", "huber"),
-    "error_power": ("objective", "power"),
-    "norm_power": ("retention", "norm"),
-    "mass": ("retention", "softmax"),
-    "muon": ("momentum", True),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TitansConfig(GatedConfig):
-    """Options of every memory whose weights are its state.
-
-    num_heads: heads of the memory, None for the base's attention heads; head_dim: their size, None for
-    hidden size / heads. depth: layers of the MLP that is the memory; expansion: width of its hidden layers
-    in head sizes. chunk_length: tokens whose surprise is taken at the same weights; None picks 64, or the
-    segment where that is shorter; 1 is the paper's rule, token by token. num_persistent_tokens: learned
-    tokens before each segment. conv_size: width of the short causal convolutions after the query,
-    key and value projections; 0 for none, 4 as in the paper.
-    max_rate: largest learning rate, as the share of a token's error that its gradient step takes back in
-    the end, momentum included; with coupled_rate=False in that step alone, the rate being a gate of its
-    own, as in the paper. initial_rate, initial_momentum, initial_forgetting: where the three gates start.
-    max_surprise: largest gradient norm of one token, in units of sqrt(head_dim), so that no rate can make
-    the memory diverge; None for no limit. output_std: scale of the output projection at the start; 0
-    leaves the stage as it was.
-    momentum: whether a step carries on those before it; the learning rate is then coupled to nothing.
-    objective: what an error costs, "square", or "huber", whose pull grows no further beyond a bound that
-    each token sets for itself (`yaad`), or "power", the sum of its numbers to a power (`moneta`).
-    initial_bound: where the bound starts, in units of sqrt(head_dim); float("inf") for the square.
-    error_power: that power. retention: "decay", or "norm", where the weights are what is held, divided by
-    its norm (`moneta`), or "softmax", where they are its softmax (`memora`), token by token and so slower.
-    norm_power: the norm's q. mass: what the weights of an output come to, over its inputs. residual:
-    whether the memory is x + LN(MLP(x)) in place of MLP(x), so that the last layer's length does not
-    matter.
-    window: how many tokens each step learns again, the last of them its own (`omega`); a token's rate is
-    shared out among the steps that take it. key_features: "linear", keys and queries as they are, or
-    "quadratic", with all products of two of their numbers. gated: whether hidden layers are silu(a) b, two
-    products in place of one. muon: whether momentum is made orthogonal before it is added, for each token
-    and so many times slower.
-    write_gate: "none", the paper's, or "sigmoid" or "hard": how far each head moves, over a whole segment,
-    from what it was to what the segment would make of it, momentum and forgetting included. The segment's
-    gate is that of its most telling token; within the segment, tokens read what was written before them in
-    any case. What goes with it: as in `GatedConfig`. initial_gate: its logit at the start.
-    """
-
-    write_gate: str = "none"
-    initial_gate: float = option(0.0)
-
-    num_heads: int | None = None
-    head_dim: int | None = None
-    depth: int = 2
-    expansion: int = 2
-    chunk_length: int | None = None
-    num_persistent_tokens: int = 0
-    conv_size: int = 0
-    max_rate: float = 1.0
-    coupled_rate: bool = True
-    initial_rate: float = option(0.05)
-    initial_momentum: float = option(0.9)
-    initial_forgetting: float = option(0.01)
-    max_surprise: float | None = 4.0
-    output_std: float = option(0.0)
-
-    momentum: bool = True
-    objective: str = "square"
-    initial_bound: float = option(1.0)
-    window: int = 1
-    key_features: str = "linear"
-    gated: bool = False
-    error_power: float = 3.0
-    retention: str = "decay"
-    norm_power: float = 4.0
-    residual: bool = False
-    mass: float = 1.0
-    muon: bool = False
-
-    # What makes a mechanism that is named after its rule that mechanism.
-    own: ClassVar[Mapping[str, Any]] = {}
-    # Tokens of a chunk where chunk_length is open.
-    longest_chunk: ClassVar[int] = 64
-
-    @classmethod
-    def paper(cls) -> Self:
-        """Convolutions of 4, three gates of their own, no limit to a token's gradient.
-
-        Nothing then bounds a step; if training diverges, give max_surprise. Not known, and so at the
-        defaults: heads, depth and width of the memory, how many persistent tokens, how long a chunk, the
-        largest rate, where the gates start.
-        """
-        return cls(conv_size=4, coupled_rate=False, max_surprise=None)
-
-    def resolved(self, dims: Dims) -> Self:
-        """Fill what is open from `dims`; ValueError for what cannot be."""
-        self.check_gates(("none", "sigmoid", "hard"))
-        self._check_rule()
-        heads, size = head_sizes(self.num_heads, self.head_dim, dims)
-        chunk = self.chunk_length
-        if chunk is None:
-            chunk = min(self.longest_chunk, dims.segment_length)
-        filled = replace(self, num_heads=heads, head_dim=size, chunk_length=chunk)
-        least = dict.fromkeys(("head_dim", "depth", "expansion", "chunk_length", "window"), 1)
-        zero = dict.fromkeys(("num_persistent_tokens", "conv_size", "output_std"), 0)
-        check_least(filled, least | zero)
-        if chunk > dims.segment_length:
-            raise ValueError(
-                f"chunk_length={chunk} is longer than segment_length={dims.segment_length}; use at most "
-                "a segment"
-            )
-        if not 0 < self.initial_rate < self.max_rate:
-            raise ValueError(
-                f"initial_rate={self.initial_rate} must lie between 0 and max_rate={self.max_rate}"
-            )
-        for name in ("initial_momentum", "initial_forgetting"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
-        if self.max_surprise is not None and self.max_surprise <= 0:
-            raise ValueError(f"max_surprise={self.max_surprise} must be above 0, or None")
-        return filled
-
-    def _check_rule(self) -> None:
-        """Refuse a rule that is unknown, another mechanism's, or has options that nothing reads."""
-        for name, value in self.own.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not the rule of {type(self).__name__}, which is "
-                    f"{name}={value!r}; use TitansMAGConfig for rules of your own"
-                )
-        choices: dict[str, Mapping[str, Any]] = {
-            "objective": OBJECTIVES,
-            "retention": RETENTIONS,
-            "key_features": FEATURES,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; use {' or '.join(map(repr, known))}"
-                )
-        if self.gated and self.depth == 1:
-            raise ValueError("gated=True needs a hidden layer, but depth=1; use depth=2 or more")
-        for name, (other, value) in SERVING.items():
-            given = getattr(self, name)
-            if given != getattr(TitansConfig, name) and getattr(self, other) != value:
-                raise ValueError(
-                    f"{name}={given} is read with {other}={value!r} alone; leave it out, or give that"
-                )
-        if not self.initial_bound > 0:
-            raise ValueError(f"initial_bound={self.initial_bound} must be above 0")
-        for name, least in (("error_power", 1), ("norm_power", 2)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not self.mass > 0:
-            raise ValueError(f"mass={self.mass} must be above 0")
 
 
 def logit(share: float) -> Tensor:
@@ -255,7 +93,8 @@ class TitansState(NamedTuple):
     momentum: () without it. tails: the last conv_size - 1 inputs of each convolution, (B, conv_size - 1,
     H d) each. written, opened (B,): the mean gate of the last segment over heads, and the largest; ()
     without gates. recent: keys and values (B, H, window - 1, d), rates and, with a bounded objective,
-    bounds (B, H, window - 1) of the last tokens; () for a window of 1.
+    bounds (B, H, window - 1) of the last tokens; () for a window of 1. age (B,): segments since the memory
+    started again; () where it never does.
     """
 
     weights: tuple[Tensor, ...]
@@ -264,41 +103,7 @@ class TitansState(NamedTuple):
     written: Tensor | tuple[()] = ()
     opened: Tensor | tuple[()] = ()
     recent: tuple[Tensor, ...] = ()
-
-
-def gated(y: Tensor, answer: Tensor) -> Tensor:
-    """y * 2 sigmoid(answer): an answer of zero leaves y as it was."""
-    return y * (2 * torch.sigmoid(answer))
-
-
-COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "multiply": gated}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TitansBranchConfig(TitansConfig):
-    """Options of a Titans memory that answers beside an attention.
-
-    combine: how its answer meets what attention returns, "add", or "multiply", where it is a gate from 0 to
-    2 for each channel, 1 where the memory says nothing.
-    """
-
-    combine: str = option("add")
-
-    @classmethod
-    def paper(cls) -> Self:
-        """As `TitansConfig.paper`, and multiplied: o = y (x) M(.), through a sigmoid.
-
-        The paper norms both and names a nonlinearity; which, it leaves open.
-        """
-        return replace(super().paper(), combine="multiply")
-
-    def resolved(self, dims: Dims) -> Self:
-        """As `TitansConfig.resolved`."""
-        if self.combine not in COMBINATIONS:
-            raise ValueError(
-                f"combine={self.combine!r} is unknown; use {' or '.join(map(repr, COMBINATIONS))}"
-            )
-        return super().resolved(dims)
+    age: Tensor | tuple[()] = ()
 
 
 class TitansMemory(nn.Module):
@@ -359,7 +164,7 @@ class TitansMemory(nn.Module):
         for linear in (self.query, self.key, self.value, self.out_gate):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.normal_(self.gates.weight, std=0.1 * self.gates.in_features**-0.5)
-        starts = {
+        starts: dict[str, Any] = {
             "rate": logit(config.initial_rate / config.max_rate),
             "momentum": logit(config.initial_momentum),
             "forgetting": logit(config.initial_forgetting),
@@ -397,6 +202,27 @@ class TitansMemory(nn.Module):
             tuple(torch.zeros_like(weight) for weight in weights if self.config.momentum),
             tuple(before for _ in self.kernels),
             recent=tuple(self.norm.new_zeros(shape, dtype=dtype) for shape in recent),
+            age=self.norm.new_zeros(batch_size, dtype=torch.long)
+            if self.config.reset_every
+            else (),
+        )
+
+    def begun(self, state: TitansState) -> TitansState:
+        """`state`, in its rows that start again what they start with; inputs of convolutions stay."""
+        if isinstance(state.age, tuple):
+            return state
+        start, again = self.init_state(len(state.age)), state.age == 0
+
+        def either(new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(
+                torch.where(again.view(-1, *[1] * (b.ndim - 1)), a, b)
+                for a, b in zip(new, old, strict=True)
+            )
+
+        return state._replace(
+            weights=either(start.weights, state.weights),
+            momentum=either(start.momentum, state.momentum),
+            recent=either(start.recent, state.recent),
         )
 
     def retrieve(self, x: Tensor, state: TitansState, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -404,6 +230,7 @@ class TitansMemory(nn.Module):
 
         Also the tail of the query's convolution after `x`, the last of the state's tails.
         """
+        state = self.begun(state)
         order, real = real_first_order(mask)
         x = tokens_in(order, x)
         x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
@@ -419,6 +246,7 @@ class TitansMemory(nn.Module):
         self, x: Tensor, state: TitansState, mask: Tensor | None
     ) -> tuple[Tensor, TitansState]:
         """Write `x` (B, T, D) token by token; read at each what is known there, itself included."""
+        state = self.begun(state)
         order, real = real_first_order(mask)
         x = tokens_in(order, x)
         x = F.rms_norm(x, self.norm.shape, self.norm.to(x.dtype), EPSILON)
@@ -467,7 +295,10 @@ class TitansMemory(nn.Module):
             read_out = self._normed(y).to(x.dtype)
         y = self.out(read_out * torch.sigmoid(self.out_gate(x)))
         tails = (*(tail for _, tail in streams), *state.tails[3:]) if self.kernels else ()
-        new = TitansState(tuple(weights), tuple(carried), tails, recent=recent)
+        age, every = state.age, self.config.reset_every
+        if every is not None and not isinstance(age, tuple):
+            age = (age + 1) % every
+        new = TitansState(tuple(weights), tuple(carried), tails, recent=recent, age=age)
         return tokens_back_from(order, y), new
 
     def _beside(self, x: Tensor, answer: Tensor) -> Tensor:
@@ -530,10 +361,10 @@ class Titans(GatedMemory):
 
     @property
     def continues(self) -> Continues:  # type: ignore[override]
-        # Within a chunk, surprise is taken at the weights of its start; a gate is a whole segment's.
-        return (
-            Continues("whole") if self.gate is not None else Continues("write", self.memory.chunk)
-        )
+        # Within a chunk, surprise is taken at the weights of its start; a gate is a whole segment's, and so
+        # is the age.
+        whole = self.gate is not None or self.config.reset_every is not None
+        return Continues("whole") if whole else Continues("write", self.memory.chunk)
 
     @classmethod
     def resolve(cls, config: TitansConfig, dims: Dims) -> TitansConfig:

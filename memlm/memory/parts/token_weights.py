@@ -4,7 +4,7 @@
 queries and keys. That ends where weights are a softmax of what is held (Memora), or where momentum is made
 orthogonal before it is added (Muon). Here they are made, (b, n, m) numbers for each row and layer: exact at
 every token, and many times slower. Gradients are still taken at the chunk's start; with chunks of one token
-that is the rule as printed. The backward pass is autograd's.
+that is the rule as printed. The backward pass is autograd's, and computes each chunk again.
 
 Letters as in `deep_memory`.
 """
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memlm.memory.parts.decays import decays, gate_products, gradients_of
 from memlm.memory.parts.memory_rules import Rule
@@ -56,9 +57,14 @@ def read_write_chunks(
     outputs, states = [], list(states)
     for i in range(len(q)):
         own, momentum, real = (None if x is None else x[i] for x in optional)
-        y, states = _chunk(
-            limit, rule, q[i], k[i], v[i], own, log_keep[i], momentum, rate[i], real, states, units
-        )
+        given = (q[i], k[i], v[i], own, log_keep[i], momentum, rate[i], real, states, units)
+        if torch.is_grad_enabled():
+            # Computed again in the backward pass: of all chunks' weights no more are kept than their first.
+            y, states = checkpoint(
+                _chunk, limit, rule, *given, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y, states = _chunk(limit, rule, *given)
         outputs.append(y)
     return torch.stack(outputs), states
 
