@@ -25,6 +25,12 @@ def test_the_readme_names_every_mechanism() -> None:
     assert re.findall(row, (ROOT / "README.md").read_text(), re.MULTILINE) == sorted(MECHANISMS)
 
 
+def test_the_frame_has_a_row_for_every_mechanism() -> None:
+    text = (ROOT / "docs/regression.md").read_text()
+    cells = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|", text, re.MULTILINE)
+    assert sorted(re.findall(r"`([\w-]+)`", " ".join(cells))) == sorted(MECHANISMS)
+
+
 def test_generation_says_how_every_mechanism_goes_on() -> None:
     text = (ROOT / "docs/generation.md").read_text()
     for name in MECHANISMS:
