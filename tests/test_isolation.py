@@ -232,11 +232,12 @@ def test_a_thousand_documents_in_a_pool_are_each_as_alone() -> None:
             for piece in pieces[turn : turn + 1]:
                 stream.write(piece)
         pool.run()
-    for stream, pieces in zip(streams, texts, strict=True):
+    for number, (stream, pieces) in enumerate(zip(streams, texts, strict=True)):
         alone = DocumentStream(model, words)
         for piece in pieces:
             alone.write(piece)
         for name, value in alone._state.tensors.items():
             torch.testing.assert_close(stream._state[name], value, **TOLERANCE, msg=name)
         assert (stream._open_ids, stream._text) == (alone._open_ids, alone._text)
-        assert stream.ask("bird?", max_new_tokens=2) == alone.ask("bird?", max_new_tokens=2)
+        if number % 20 == 0:  # Answers follow from what was compared, at twenty times its price.
+            assert stream.ask("bird?", max_new_tokens=2) == alone.ask("bird?", max_new_tokens=2)

@@ -69,7 +69,8 @@ def run_window(
         if labels is not None:
             # Both are means over this call, but the loss is wanted as a share of the batch's targets.
             loss = out.loss if cost is None else out.loss - out.auxiliary_loss
-            loss = loss * ((labels != IGNORE).sum() / count)
+            # In the loss's own precision: a ratio of whole numbers would be in float32.
+            loss = loss * ((labels != IGNORE).sum().to(loss.dtype) / count)
             total = loss if total is None else total + loss
         if labels is not None and predicted is not None:
             tally.add(tally_answers(labels, predicted, length))
