@@ -49,11 +49,22 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def answer(weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The MLP that is the memory, for one head: x (d,) -> (d,)."""
+def answer(weights: list[torch.Tensor], x: torch.Tensor, gated: bool = False) -> torch.Tensor:
+    """The MLP that is the memory, for one head: x (n,) -> (d,)."""
     for weight in weights[:-1]:
-        x = F.silu(x @ weight) * (2 / weight.shape[-1]) ** 0.5
+        z = x @ weight
+        a, b = z.chunk(2) if gated else (z, 1.0)
+        x = F.silu(a) * b * (2 / len(a)) ** 0.5
     return x @ weights[-1]
+
+
+def monomials(x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """x (d,) and the products of two of its numbers, in these shares (2,) of its length."""
+    pairs = [
+        x[i] * x[j] * (1 if i == j else 2**0.5) for i in range(len(x)) for j in range(i, len(x))
+    ]
+    a, b = shares / shares.norm()
+    return torch.cat([a * x, b * torch.stack(pairs)])
 
 
 class Block:
@@ -64,6 +75,8 @@ class Block:
         self.weights = [[w[h].clone() for w in self.own.initial] for h in range(self.own.heads)]
         self.carried = [[torch.zeros_like(w) for w in head] for head in self.weights]
         self.past: list[list[torch.Tensor]] = [[] for _ in range(4)]
+        # What a window may still take: key, value, rate and gates of each token, by head.
+        self.seen: list[list[tuple]] = [[] for _ in range(self.own.heads)]
 
     def project(self, x: torch.Tensor, linear, stream: int) -> torch.Tensor:
         z = linear(norm(x) * self.own.norm)
@@ -78,16 +91,48 @@ class Block:
         read = torch.cat([norm(y) for y in heads]) * self.own.out_norm
         return self.own.out(read * torch.sigmoid(self.own.out_gate(norm(x) * self.own.norm)))
 
+    def say(self, weights: list[torch.Tensor], x: torch.Tensor, h: int) -> torch.Tensor:
+        """What one head's memory says to x (d,)."""
+        config, features = self.config, x
+        if config.key_features == "quadratic":
+            features = monomials(x, self.own.shares[h])
+        told = answer(weights, features, config.gated)
+        if not config.residual:
+            return told
+        centred = told - told.mean()
+        return x + centred / (centred.square().mean() + 1e-6).sqrt()
+
+    def lengths(self, h: int) -> list[float]:
+        """W over A where W is A under a norm, for each layer of a head."""
+        q, starts = self.config.norm_power, [w[h] for w in self.own.initial]
+        if self.config.retention != "norm":
+            return [1.0] * len(starts)
+        sizes = [
+            held.abs().pow(q).sum().pow(1 / q) / start.abs().pow(q).sum().pow(1 / q)
+            for held, start in zip(self.weights[h], starts, strict=True)
+        ]
+        return [1 / float(size.detach()) ** (q - 2) for size in sizes]
+
+    def made(self, h: int, lengths: list[float]) -> list[torch.Tensor]:
+        """The weights of a head, of what is held."""
+        if self.config.retention == "softmax":
+            return [self.config.mass * len(w) * w.softmax(0) for w in self.weights[h]]
+        return [w * length for w, length in zip(self.weights[h], lengths, strict=True)]
+
     def ask(self, x: torch.Tensor) -> torch.Tensor:
         """What the memory says to one token, nothing written."""
         q = F.normalize(self.project(x, self.own.query, 3), dim=-1)
-        heads = [answer(self.weights[h], q[h]) for h in range(self.own.heads)]
+        every = range(self.own.heads)
+        heads = [self.say(self.made(h, self.lengths(h)), q[h], h) for h in every]
         return torch.cat([norm(y) for y in heads]) * self.own.out_norm
 
     def cost(self, error: torch.Tensor, gate: dict[str, torch.Tensor]) -> torch.Tensor:
         """What one head's error comes to."""
         if self.config.objective == "square":
             return error.square().sum()
+        if self.config.objective == "power":
+            p, e = self.config.error_power, error.detach()
+            return (error * p * (10 * e).tanh() * (e**2 + 1e-6) ** ((p - 1) / 2)).sum()
         bound = self.own.size**0.5 * (1 + gate["bound"].exp()).log()
         size = error.norm()
         return size**2 if size <= bound else 2 * bound * size - bound**2
@@ -97,7 +142,9 @@ class Block:
         config, out = self.config, []
         for t, x in enumerate(inputs):
             if t % config.chunk_length == 0:
-                start = [[w.detach().clone() for w in head] for head in self.weights]
+                lengths = [self.lengths(h) for h in range(self.own.heads)]
+                made = [self.made(h, one) for h, one in enumerate(lengths)]
+                start = [[w.detach().clone() for w in head] for head in made]
             q = F.normalize(self.project(x, self.own.query, 0), dim=-1)
             k = F.normalize(self.project(x, self.own.key, 1), dim=-1)
             v = self.project(x, self.own.value, 2)
@@ -111,21 +158,24 @@ class Block:
                 alpha = torch.sigmoid(gates["forgetting"][h])
                 theta = config.max_rate / 2 * torch.sigmoid(gates["rate"][h])
                 theta = theta * (1 - eta) if config.coupled_rate else theta
+                self.seen[h].append((k[h], v[h], theta, {n: g[h] for n, g in gates.items()}))
                 at = [w.requires_grad_() for w in start[h]]
-                loss = self.cost(answer(at, k[h]) - v[h], {n: g[h] for n, g in gates.items()})
-                surprise = torch.autograd.grad(loss, at)
-                size = torch.stack([g.square().sum() for g in surprise]).sum().sqrt()
-                if config.max_surprise is not None:
-                    limit = config.max_surprise * self.own.size**0.5
-                    surprise = [g * min(1.0, float(limit / size)) for g in surprise]
-                self.carried[h] = [
-                    eta * s - theta * g for s, g in zip(self.carried[h], surprise, strict=True)
-                ]
+                step = [torch.zeros_like(w) for w in at]
+                for key, value, rate, own in self.seen[h][-config.window :]:
+                    loss = self.cost(self.say(at, key, h) - value, own)
+                    surprise = torch.autograd.grad(loss, at)
+                    size = torch.stack([g.square().sum() for g in surprise]).sum().sqrt()
+                    if config.max_surprise is not None:
+                        limit = config.max_surprise * self.own.size**0.5
+                        surprise = [g * min(1.0, float(limit / size)) for g in surprise]
+                    share = rate / config.window
+                    step = [s + share * g for s, g in zip(step, surprise, strict=True)]
+                self.carried[h] = [eta * s - g for s, g in zip(self.carried[h], step, strict=True)]
                 self.weights[h] = [
                     (1 - alpha) * w + s
                     for w, s in zip(self.weights[h], self.carried[h], strict=True)
                 ]
-                heads.append(answer(self.weights[h], q[h]))
+                heads.append(self.say(self.made(h, lengths[h]), q[h], h))
             out.append(self.finish(heads, x))
         return torch.stack(out)
 
@@ -166,6 +216,20 @@ def reference(kind: str, memory: Titans, block: Block, x: torch.Tensor) -> torch
         return met(memory, y, block.segment(x))
     z = x + block.segment(x)
     return torch.stack([single(z[t], [*leading, *z[: t + 1]]) for t in range(len(z))])
+
+
+# Rules of other papers, which MAC asks before it writes and after.
+RULES = [
+    {"objective": "power", "retention": "norm", "residual": True, "momentum": False},
+    {"window": 3, "key_features": "quadratic", "gated": True, "residual": True},
+    {"retention": "softmax", "residual": True, "momentum": False, "conv_size": 3},
+    {"objective": "huber", "initial_bound": 0.3, "window": 2, "gated": True, "depth": 3},
+]
+
+
+@pytest.mark.parametrize("options", RULES)
+def test_other_rules_equal_their_recurrences(options: dict) -> None:
+    test_equals_the_recurrence_token_by_token("mac", {"chunk_length": 3, **options}, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,7 +40,8 @@ def quadratic(x: Tensor, shares: Tensor) -> Tensor:
     """
     rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     # What stands beside the diagonal stands for two.
-    pairs = x[..., rows] * x[..., columns] * torch.where(rows == columns, 1.0, 2**0.5).to(x.dtype)
+    weight = torch.where(rows == columns, x.new_ones(()), x.new_full((), 2**0.5))
+    pairs = x[..., rows] * x[..., columns] * weight
     first, second = F.normalize(shares, dim=-1).split(1, dim=-1)
     return torch.cat([first * x, second * pairs], dim=-1)
 
