@@ -70,11 +70,11 @@ def finish_replacing(directory: str | os.PathLike[str]) -> list[str]:
         for name in _superseded(pending):
             (pending.parent / name).unlink(missing_ok=True)
         for path in _files(pending):
-            name = path.relative_to(pending)
+            place = path.relative_to(pending)
             with suppress(FileNotFoundError):  # Another process was faster.
-                (pending.parent / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, pending.parent / name)
-                moved.append(name.as_posix())
+                (pending.parent / place).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, pending.parent / place)
+                moved.append(place.as_posix())
         shutil.rmtree(pending, ignore_errors=True)
     except OSError as error:
         raise OSError(

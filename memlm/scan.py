@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Literal, TypeVar
 
-from memlm.segment import Segment
 from memlm.state import MemoryState
 
 Out = TypeVar("Out")
+# A segment, or what stands for several that are read together.
+Piece = TypeVar("Piece")
 # Where windows are counted from: back from the last segment, or forward from the first.
 Anchor = Literal["end", "start"]
 
@@ -33,8 +34,8 @@ def first_window(count: int, bptt_depth: int, anchor: Anchor = "end") -> int:
 
 
 def scan(
-    run_window: Callable[[list[Segment], MemoryState], tuple[Out, MemoryState]],
-    segments: Iterable[Segment],
+    run_window: Callable[[list[Piece], MemoryState], tuple[Out, MemoryState]],
+    segments: Iterable[Piece],
     state: MemoryState,
     bptt_depth: int,
     first: int | None = None,

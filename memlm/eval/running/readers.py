@@ -408,9 +408,8 @@ class Mixed:
         reading, rest = self.select(texts, state), self.select(resting, state)
         writes = WriteCount()
         state = self.model.read(segments, reading, writes)
-        for name, size, count in zip(
-            texts, sizes, writes.rows() or [None] * len(texts), strict=True
-        ):
+        counts: Sequence[int | None] = writes.rows() or [None] * len(texts)
+        for name, size, count in zip(texts, sizes, counts, strict=True):
             self._done[name] += size
             if count is not None:
                 self._writes[name] = self._writes.get(name, 0) + count

@@ -54,19 +54,19 @@ def read_write_chunks(
 ) -> tuple[Tensor, list[Tensor]]:
     """Chunks (N, R, b, .) from states (R, P n, m), the first n of them what is held: outputs and states."""
     optional = [bound, log_momentum, mask]
-    outputs, states = [], list(states)
+    outputs, held = [], list(states)
     for i in range(len(q)):
         own, momentum, real = (None if x is None else x[i] for x in optional)
-        given = (q[i], k[i], v[i], own, log_keep[i], momentum, rate[i], real, states, units)
+        given = (q[i], k[i], v[i], own, log_keep[i], momentum, rate[i], real, held, units)
         if torch.is_grad_enabled():
             # Computed again in the backward pass: of all chunks' weights no more are kept than their first.
-            y, states = checkpoint(
+            y, held = checkpoint(
                 _chunk, limit, rule, *given, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            y, states = _chunk(limit, rule, *given)
+            y, held = _chunk(limit, rule, *given)
         outputs.append(y)
-    return torch.stack(outputs), states
+    return torch.stack(outputs), held
 
 
 def _chunk(
