@@ -34,7 +34,7 @@ from memlm.rolling import RollingMemory
 from memlm.saving import SavingMixin, finish_save
 from memlm.scan import Anchor, first_window, scan
 from memlm.scheduling import How, Read, Scheduler
-from memlm.segment import IGNORE, Alignment, Segment, cut
+from memlm.segment import IGNORE, Alignment, Segment, cut, masked_auxiliary
 from memlm.state import MemoryState
 from memlm.watch import Watch
 from memlm.windowed import windows
@@ -279,6 +279,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         max_length_k: Tensor | int | None = None,
         head: Callable[[Tensor], Tensor] | None = None,
         segment_alignment: Alignment = "left",
+        auxiliary_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MemLMOutput | tuple[Any, ...]:
         """Read input_ids (B, N) from where `memory_state` left off; the last segment ends with the call.
@@ -297,6 +298,9 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         num_items_in_batch: what the summed loss is divided by; None is the number of labels. When it is
         given, the auxiliary loss, a mean already, is weighted by the share of those items that are in this
         call, so that the calls of a batch add up to one mean.
+
+        auxiliary_mask (B, S) bool: rows of each of the call's S segments whose auxiliary losses count, such
+        as the price of writing where nothing is worth it; None is all. Their mean is still over all rows.
 
         logits_to_keep: 0 for all logits, n for the last n positions, a tensor (n,) for these positions,
         None for none. "auto" is 0, but None where labels are given for more than one segment: the loss does
@@ -355,6 +359,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         watch = Watch(self.memory)
         run_window = self._window(write, keep, watch)
         segments = list(cut(batch.ids, batch.mask, rest, self.config.segment_length))
+        if auxiliary_mask is not None:
+            segments = masked_auxiliary(segments, auxiliary_mask)
         depth = len(segments) if bptt_depth is None else bptt_depth
         first = first_window(len(segments), depth, bptt_anchor)
         for (loss, cost), after in scan(run_window, segments, state, depth, first):
@@ -414,7 +420,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 if segment.active is not None:
                     new = new.where(segment.active, state)
                 if self.training and torch.is_grad_enabled():
-                    cost = self.memory.auxiliary_loss(before, after, segment.active)
+                    cost = self.memory.auxiliary_loss(before, after, segment.counted)
             if router_loss is not None:
                 # The rows of a segment pass through the routers together; `forward` divides by all rows.
                 cost = router_loss * segment.rows + (0.0 if cost is None else cost)

@@ -252,7 +252,7 @@ class Scheduler:
                 loss = checkpoint(how.finish, segment, hidden, use_reentrant=False)
             else:
                 loss = how.finish(segment, hidden)
-            yield Read(loss, hidden, *self._noted(notes, segment.active)), after
+            yield Read(loss, hidden, *self._noted(notes, segment.counted)), after
             del hidden, notes
 
     def _line(
@@ -309,7 +309,7 @@ class Scheduler:
         return found
 
     def _noted(
-        self, notes: Mapping[str, Mapping[str, Tensor]], active: Tensor | None
+        self, notes: Mapping[str, Mapping[str, Tensor]], counted: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(cost, sizes, gate) of a segment from what was noted of its cells."""
         labels = [label for label in self.memory.labels() if label in notes]
@@ -319,8 +319,8 @@ class Scheduler:
         for label in labels:
             if "cost" in notes[label]:
                 one = notes[label]["cost"]
-                if active is not None:
-                    one = one.masked_fill(~active, 0.0)
+                if counted is not None:
+                    one = one.masked_fill(~counted, 0.0)
                 one = one.sum() / self.memory.count_of(label)
                 cost = one if cost is None else cost + one
         return (

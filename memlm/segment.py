@@ -37,12 +37,14 @@ class Segment:
     ids (B, T) long. mask (B, T) bool, True on real tokens, real tokens first; None when every token is
     real, which spares the attention a mask. labels (B, T) long, already shifted, -100 where there is
     no target; None when no loss is wanted. num_targets: how many targets there are, where that is known.
+    auxiliary (B,) bool: rows whose auxiliary losses count here; None when they do in all.
     """
 
     ids: Tensor
     mask: Tensor | None = None
     labels: Tensor | None = None
     num_targets: int | None = None
+    auxiliary: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("mask", "labels"):
@@ -57,6 +59,13 @@ class Segment:
     def active(self) -> Tensor | None:
         """(B,) bool: rows with at least one real token here; None when that is all of them."""
         return None if self.mask is None else self.mask.any(dim=1)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """(B,) bool: rows with a real token whose auxiliary losses count; None when that is all of them."""
+        if self.auxiliary is None:
+            return self.active
+        return self.auxiliary if self.mask is None else self.auxiliary & self.mask.any(dim=1)
 
     @property
     def rows(self) -> Tensor | int:
@@ -236,6 +245,18 @@ def cut(
             None if labels is None else labels[:, at],
             None if labels is None else targets[number],
         )
+
+
+def masked_auxiliary(segments: Sequence[Segment], mask: Tensor) -> list[Segment]:
+    """`segments`, each with its column of `mask` (B, S) as `auxiliary`. ValueError for other shapes."""
+    wanted = (segments[0].ids.shape[0], len(segments))
+    if mask.shape != wanted:
+        raise ValueError(
+            f"auxiliary_mask has shape {tuple(mask.shape)}, but the call has {wanted[0]} rows and "
+            f"{wanted[1]} segments; give a flag for each"
+        )
+    real = mask.to(torch.bool)
+    return [replace(one, auxiliary=real[:, index]) for index, one in enumerate(segments)]
 
 
 def joined_mask(segments: Sequence[Segment]) -> Tensor | None:

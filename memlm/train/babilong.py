@@ -217,21 +217,27 @@ class _Teller:
         self.ahead: list[np.ndarray] = []
         self.width = 0
         self.pending: list[tuple[int, Any]] = []
+        # Where facts begin and end that are told but not read to their end.
+        self.spans: list[tuple[int, int]] = []
         self.regime, self.sentence, self.gap, self.owed = 0, 0, 0.0, 0.0
 
     def piece(self, segments: int) -> Piece:
         """The next `segments` segments, with questions after every `ask_every`-th and the last."""
         parts: list[np.ndarray] = []
         questions: list[Question] = []
+        silent: list[bool] = []
         for index in range(segments):
             aligned = self.options.layout == "aligned"
-            parts.append(self._aligned() if aligned else self._flowing())
+            ids, told = self._aligned() if aligned else self._flowing()
+            parts.append(ids)
+            silent.append(not told)
             if (index + 1) % self.options.ask_every == 0 or index + 1 == segments:
                 questions += self._ask(index)
         return Piece(
             np.concatenate(parts),
             questions=tuple(questions),
             segment_length=self.options.segment_length,
+            silent=() if self.options.price_facts else tuple(silent),
         )
 
     def _ask(self, index: int) -> list[Question]:
@@ -284,7 +290,8 @@ class _Teller:
         self.at = (self.at + count) % len(self.text)
         return np.take(self.text, at, mode="wrap")
 
-    def _aligned(self) -> np.ndarray:
+    def _aligned(self) -> tuple[np.ndarray, bool]:
+        """The next segment, and whether a fact is told in it."""
         left, told = self.length, []
         for _ in range(int(self.rng.choice(self.options.facts_per_segment))):
             event, ids = self._tell()
@@ -295,9 +302,10 @@ class _Teller:
             told.append(ids)
             left -= len(ids)
         places = np.sort(self.rng.integers(0, left + 1, size=len(told)))
-        return _interleave(self._noise(left), told, places)
+        return _interleave(self._noise(left), told, places), bool(told)
 
-    def _flowing(self) -> np.ndarray:
+    def _flowing(self) -> tuple[np.ndarray, bool]:
+        """The next segment, and whether a fact, or a part of one, is told in it."""
         while self.width < self.length:
             self._flow()
         flat = np.concatenate(self.ahead)
@@ -307,7 +315,14 @@ class _Teller:
             if end <= self.length:
                 self.story.note(event)
         self.pending = [(end - self.length, e) for end, e in self.pending if end > self.length]
-        return flat[: self.length]
+        told = any(begin < self.length for begin, _ in self.spans)
+        behind = (
+            (begin - self.length, end - self.length)
+            for begin, end in self.spans
+            if end > self.length
+        )
+        self.spans = list(behind)
+        return flat[: self.length], told
 
     def _flow(self) -> None:
         """Tell one more haystack sentence, or one more fact."""
@@ -325,6 +340,7 @@ class _Teller:
                 self.sentence = int(rng.integers(len(self.offsets) - 1))
             event, ids = self._tell()
             self.pending.append((self.width + len(ids), event))
+            self.spans.append((self.width, self.width + len(ids)))
             self.regime -= 1
             self.owed = float(self.rng.exponential(self.gap)) if self.gap else 0.0
         self.ahead.append(ids)

@@ -40,12 +40,15 @@ class Piece:
     targets: the token to predict after each of `ids`, -100 for none; None for none at all. Shifted
     already, so that the last token of a piece may have the first of the next for its target.
     segment_length: None is the model's own; a shorter one makes each of its segments end early.
+    silent: for each segment, whether nothing in it is worth remembering: writing has its price in these
+    alone. Empty: in all of them.
     """
 
     ids: np.ndarray
     targets: np.ndarray | None = None
     questions: tuple[Question, ...] = ()
     segment_length: int | None = None
+    silent: tuple[bool, ...] = ()
 
 
 def shifted(labels: np.ndarray) -> np.ndarray:
@@ -134,6 +137,7 @@ class Windows:
                     if first <= question.segment < last
                 ),
                 piece.segment_length,
+                piece.silent[first:last],
             )
             first, last = last, last + self.window
 
@@ -172,6 +176,12 @@ class Collator:
         (length,) = lengths
         if length is not None:
             batch["segment_length"] = length
+        if any(piece.silent for piece in pieces):
+            count = max(len(piece.silent) for piece in pieces)
+            priced = torch.ones(len(pieces), count, dtype=torch.bool)
+            for row, piece in enumerate(pieces):
+                priced[row, : len(piece.silent)] = torch.tensor(piece.silent)
+            batch["auxiliary_mask"] = priced
         asked = [(row, q) for row, piece in enumerate(pieces) for q in piece.questions]
         if asked:
             question_ids, question_mask = self._pad([q.ids for _, q in asked])

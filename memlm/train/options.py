@@ -19,6 +19,7 @@ READ_BY = {
     "end_probability": ("aligned", "flowing"),
     "distinct_actors": ("aligned", "flowing"),
     "line_breaks": ("aligned", "flowing"),
+    "price_facts": ("aligned", "flowing"),
     "lessons": ("aligned", "flowing"),
 }
 RECALLING = ("retrieval_size", "retrieval_hops", "retrieval_tokens")
@@ -68,6 +69,11 @@ class BabilongOptions:
         "aligned, flowing: share of facts that begin a line, where others follow a space: to most "
         "tokenizers their first word is then another token",
         0.0,
+    )
+    price_facts: bool = described(
+        "aligned, flowing: whether writing has its price (write_cost, open_cost) in segments that tell "
+        "facts as well; false: only where nothing is told, so that no price stands against learning them",
+        True,
     )
     max_facts: int | None = described("story: most facts a story may have; null: no limit", None)
     gap_tokens: tuple[float, float] = described(

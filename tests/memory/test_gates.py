@@ -145,6 +145,31 @@ def test_a_price_is_paid_for_the_mean_gate_and_for_the_largest(
     assert any("gate" in name or "b_proj" in name for name in moved)
 
 
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_a_price_can_be_left_out_of_rows_and_segments(schedule: str) -> None:
+    config = config_of("gated-delta", write_cost=0.5)
+    model = memory_model("llama", config).train()
+    model.schedule = schedule
+    ids = tokens(2, 3 * SEGMENT)
+    counted = torch.tensor([[True, False, True], [False, False, True]])
+    alone, state = 0.0, None
+    for index in range(3):
+        for row in range(2):
+            part = ids[row : row + 1, index * SEGMENT : (index + 1) * SEGMENT]
+            before = None if state is None else state.select([row])
+            cost = model(part, memory_state=before).auxiliary_loss
+            alone += cost.item() * bool(counted[row, index])
+        whole = ids[:, index * SEGMENT : (index + 1) * SEGMENT]
+        state = model(whole, memory_state=state).memory_state
+    paid = model(ids, auxiliary_mask=counted).auxiliary_loss
+    # A mean over all rows of all segments, those left out included.
+    assert paid.item() == pytest.approx(alone / 6, rel=1e-9) and alone > 0
+    none = model(ids, auxiliary_mask=torch.zeros_like(counted)).auxiliary_loss
+    assert none.item() == 0
+    with pytest.raises(ValueError, match=r"auxiliary_mask has shape \(2, 2\).*3 segments"):
+        model(ids, auxiliary_mask=counted[:, :2])
+
+
 def test_prices_add_up() -> None:
     costs = {"write_cost": 0.5, "open_cost": 0.25}
     model = memory_model("llama", config_of("armt", **costs)).train()

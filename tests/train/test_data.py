@@ -390,6 +390,27 @@ def test_questions_are_put_as_the_template_says(haystack: TokenHaystack) -> None
 
 
 @pytest.mark.parametrize("layout", ["aligned", "flowing"])
+def test_segments_that_tell_nothing_are_known(haystack: TokenHaystack, layout: str) -> None:
+    how: dict[str, Any] = {"layout": layout, "facts_per_segment": (0, 1), "gap_tokens": (40, 80)}
+    stage = Stage(min_segments=12, max_segments=12)
+    (plain,) = islice(source_of(haystack, **how).document(0, stage), 1)
+    (piece,) = islice(source_of(haystack, **how, price_facts=False).document(0, stage), 1)
+    assert plain.silent == () and np.array_equal(plain.ids, piece.ids)
+    texts = [haystack.tokenizer.decode(ids) for ids in np.split(piece.ids, 12)]
+    people = re.compile(r"(?: |^)(?:Daniel|John|Mary|Sandra) ")
+    told = [bool(people.search(text)) for text in texts]
+    assert 0 < sum(piece.silent) < 12 and len(piece.silent) == 12
+    # A border may leave the end of a fact alone in a segment.
+    assert not any(silent and fact for silent, fact in zip(piece.silent, told, strict=True))
+    if layout == "aligned":
+        assert [not fact for fact in told] == list(piece.silent)
+    batch = Collator()([plain, piece])
+    assert batch["auxiliary_mask"][0].all()
+    assert batch["auxiliary_mask"][1].tolist() == list(piece.silent)
+    assert "auxiliary_mask" not in Collator()([plain])
+
+
+@pytest.mark.parametrize("layout", ["aligned", "flowing"])
 def test_facts_may_begin_a_line(haystack: TokenHaystack, layout: str) -> None:
     how = {"layout": layout, "facts_per_segment": (2,), "no_gap": 1.0}
     stage, begun = Stage(min_segments=8, max_segments=8), {}

@@ -144,9 +144,20 @@ def cut_batch(batch: dict[str, Any], length: int) -> list[AskedSegment]:
             f"a question follows segment {max(asked)}, but the batch has {count} segments; "
             f"give 0 to {count - 1}"
         )
+    priced = batch.get("auxiliary_mask")
+    if priced is not None and priced.shape != (ids.shape[0], count):
+        raise ValueError(
+            f"auxiliary_mask has shape {tuple(priced.shape)}, but the batch has {ids.shape[0]} rows of "
+            f"{count} segments; give a flag for each"
+        )
     return [
         AskedSegment(
-            segment.ids, segment.mask, segment.labels, segment.num_targets, asked.get(index)
+            segment.ids,
+            segment.mask,
+            segment.labels,
+            segment.num_targets,
+            None if priced is None else priced[:, index],
+            asked.get(index),
         )
         for index, segment in enumerate(cut(ids, mask, targets, length))
     ]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memlm.segment import IGNORE, shift_labels
@@ -52,6 +53,7 @@ def run_window(
     whole = length == model_length
     for segments in split_calls(window, whole):
         ids, mask, labels = join_segments(segments)
+        priced = [one.auxiliary for one in segments if one.auxiliary is not None]
         with collect_predictions(None if labels is None else head) as predicted:
             out = model(
                 input_ids=ids,
@@ -59,6 +61,7 @@ def run_window(
                 shift_labels=labels,
                 memory_state=state,
                 logits_to_keep=None,
+                auxiliary_mask=torch.stack(priced, dim=1) if priced else None,
             )
         state = out.memory_state
         # A segment without targets still has the memories' auxiliary loss.
