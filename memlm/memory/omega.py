@@ -19,8 +19,11 @@ from memlm.memory.parts.titans import TitansBranch, TitansBranchConfig
 class OmegaConfig(TitansBranchConfig):
     """Options of Omega: those of `TitansBranchConfig`, with a window, quadratic features and gates.
 
-    With window=1, key_features="linear", gated=False and momentum=True it is titans-mag.
+    With window=1, key_features="linear", gated=False and momentum=True it is titans-mag. Features grow with
+    the square of a head, so that heads have 16 numbers at most where num_heads and head_dim are open.
     """
+
+    widest_head: ClassVar[int] = 16
 
     momentum: bool = False
     window: int = 4

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.memory import OmegaConfig, TitansMAGConfig
+from memlm.memory.base import Dims
 from memlm.memory.parts.deep_memory import read
 from memlm.memory.parts.feature_maps import quadratic
 from memlm.memory.parts.memory_rules import GATED, Huber, Rule
@@ -138,6 +139,21 @@ def test_features_make_a_polynomial_of_the_product() -> None:
     part = torch.tensor([0.36, 0.5], dtype=torch.float64)[:, None]
     same([(a * b).sum(-1)], [part * product + (1 - part) * product**2], 1e-14)
     same([a.norm(dim=-1)], [torch.ones_like(product)], 1e-14)
+
+
+def test_heads_are_small_where_they_are_left_open() -> None:
+    """Sixteen numbers at most, as many heads as it takes to be as wide as the base."""
+    for heads, head, expected in (
+        (2, 64, (8, 16)),
+        (3, 10, (3, 10)),
+        (2, 40, (8, 10)),
+        (1, 17, (17, 1)),
+    ):
+        dims = Dims(heads * head, heads * head, 1, heads, heads, head, 32)
+        filled = OmegaConfig().resolved(dims)
+        assert (filled.num_heads, filled.head_dim) == expected
+    filled = OmegaConfig(num_heads=2).resolved(Dims(128, 128, 1, 4, 4, 32, 32))
+    assert (filled.num_heads, filled.head_dim) == (2, 64)
 
 
 @torch.no_grad()

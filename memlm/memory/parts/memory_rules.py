@@ -236,7 +236,6 @@ class Normed:
     q: float
     floor: float = 0.1
     linear = True
-    last_std = 0.02
 
     def norm(self, held: Tensor) -> Tensor:
         """|A|_q, (...)."""
@@ -267,7 +266,6 @@ class Softmax:
 
     c: float
     linear = False
-    last_std = 1.0
 
     def norm(self, held: Tensor) -> Tensor:
         """No unit is needed."""
@@ -281,13 +279,11 @@ class Softmax:
 class Retention(Protocol):
     """What weights are made of what is held, A.
 
-    linear: whether they are A times a number that stays in a chunk. last_std: how the last layer's starts.
+    linear: whether they are A times a number that stays in a chunk.
     """
 
     @property
     def linear(self) -> bool: ...
-    @property
-    def last_std(self) -> float: ...
 
     def norm(self, held: Tensor) -> Tensor:
         """The unit of a layer that starts with `held` (..., n, m): (...)."""

@@ -181,8 +181,8 @@ class TitansMemory(nn.Module):
                 self.shares.copy_(self.shares.new_tensor([1.0, 0.5]))
         for weight in self.initial[:-1]:
             nn.init.normal_(weight, std=1.0)
-        retention = self.rule.retention
-        nn.init.normal_(self.initial[-1], std=0.02 if retention is None else retention.last_std)
+        # Under a norm answers are long from the start, and a step is the larger the shorter they were.
+        nn.init.normal_(self.initial[-1], std=1.0 if config.residual else 0.02)
         for kernel in self.kernels:
             start_convolution(kernel)
         start_output(self.out.weight, config.output_std)

@@ -127,6 +127,8 @@ class TitansConfig(GatedConfig):
     own: ClassVar[Mapping[str, Any]] = {}
     # Tokens of a chunk where chunk_length is open.
     longest_chunk: ClassVar[int] = 64
+    # Numbers of a head where num_heads and head_dim are open; None: as many as a head of the base has.
+    widest_head: ClassVar[int | None] = None
 
     @classmethod
     def paper(cls) -> Self:
@@ -143,6 +145,11 @@ class TitansConfig(GatedConfig):
         self.check_gates(("none", "sigmoid", "hard"))
         self._check_rule()
         heads, size = head_sizes(self.num_heads, self.head_dim, dims)
+        if self.num_heads is None and self.head_dim is None and self.widest_head is not None:
+            parts = next(
+                p for p in range(1, size + 1) if not size % p and size // p <= self.widest_head
+            )
+            heads, size = heads * parts, size // parts
         chunk = self.chunk_length
         if chunk is None:
             chunk = min(self.longest_chunk, dims.segment_length)
