@@ -1,6 +1,9 @@
 """The laws as a table, mechanism by law: runs the suite of laws and writes docs/laws.md.
 
-python -m tests.law_table
+python -m tests.law_table [--default] [NAME ...]
+
+With names, only these mechanisms are run, and the other rows stay as they are. --default: what `make
+test` runs, without the long documents and the other architectures; letters that a row has already stay.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ INITIALS = {
     "falcon_h1": "F",
     "qwen3_next": "N",
 }
+ORDER = "".join(INITIALS.values()) + "x"
 TEXT = """# The laws, mechanism by mechanism
 
 One letter per architecture on which all checks of the law passed ({families}), an x where
@@ -85,13 +89,28 @@ learns ([results](results.md)).
 """
 
 
-def main() -> int:
+def rows_before() -> dict[str, dict[str, str]]:
+    """name -> law -> letters, as the file has them."""
+    table = [line for line in OUT.read_text().splitlines() if line.startswith("| ")]
+    laws = [cell.strip() for cell in table[0].strip("|").split("|")][1:]
+    found = {}
+    for line in table[1:]:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        found[name.strip("`")] = dict(zip(laws, cells, strict=True))
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    default = "--default" in arguments
+    chosen = [name for name in arguments if name != "--default"] or list(available_memories())
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "laws.xml"
-        laws = "tests/memory/test_laws.py"
         # Every architecture and the long documents too, which the default run leaves out.
-        command = [sys.executable, "-m", "pytest", laws, "-m", "not gpu", f"--junitxml={report}"]
-        code = subprocess.run(command, check=False).returncode
+        marks = "not gpu and not slow" if default else "not gpu"
+        command = [sys.executable, "-m", "pytest", "tests/memory/test_laws.py", "-m", marks]
+        if len(chosen) < len(available_memories()):
+            command += ["-k", " or ".join(chosen)]
+        code = subprocess.run([*command, f"--junitxml={report}"], check=False).returncode
         cases = list(ElementTree.parse(report).iter("testcase"))
     found: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
     for case in cases:
@@ -107,13 +126,16 @@ def main() -> int:
             families = families_of(name)
             family = next((f for f in families if f"-{f}-" in f"-{label}-"), families[0])
             found[name, law, family].append(good)
+    before = rows_before()
     lines = [f"| memory | {' | '.join(LAWS)} |", "|---" * (len(LAWS) + 1) + "|"]
     for name in available_memories():
         cells = []
-        for law in LAWS.values():
+        for title, law in LAWS.items():
             results = [(f, found[name, law, f]) for f in families_of(name) if found[name, law, f]]
-            marks = (INITIALS[f] if all(good) else "x" for f, good in results)
-            cells.append("".join(marks) or "-")
+            letters = {INITIALS[f] if all(good) else "x" for f, good in results}
+            if name not in chosen or default:
+                letters |= set(before.get(name, {}).get(title, "-")) - {"-"}
+            cells.append("".join(sorted(letters, key=ORDER.index)) or "-")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     text = TEXT.format(
         families=", ".join(f"{letter} {family}" for family, letter in INITIALS.items()),
@@ -127,4 +149,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
