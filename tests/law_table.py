@@ -59,8 +59,8 @@ some failed. All in float64 unless the law is about numbers. A dash: the mechani
 or the law says nothing about it. A memory that carries the base's own recurrent state stands on bases that
 have one. Written by `python -m tests.law_table`
 (torch {torch}, transformers {transformers}); `make test` runs the same checks on Llama, and on the other
-architectures for one mechanism per site. Where L stands alone, no more than that was run since; other letters may
-be from an earlier whole run.
+architectures for one mechanism per site. Where L stands alone, no more than that was run; other
+letters may be from an earlier whole run.
 
 {table}
 
