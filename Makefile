@@ -13,7 +13,7 @@ JOBS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() or 1, 4))")
 help:
 	@echo "make test    run the test suite"
 	@echo "make test-min  the same with the oldest versions that pyproject.toml allows"
-	@echo "make demo    train a small memory model and question it at a million tokens (about 15 minutes)"
+	@echo "make demo    train a small memory model and question it at a million tokens (about 10 minutes)"
 	@echo "make lint    style, types and layering"
 	@echo "make wheel   build the wheel, install it elsewhere and import every public name"
 	@echo "make bench   side-by-side measurements, written to benchmarks/results"
