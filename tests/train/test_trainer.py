@@ -781,3 +781,31 @@ def test_options_of_a_stage_that_no_memory_has_are_refused_at_once(tmp_path: Pat
     stages = Stage(max_segments=1, steps=2), Stage(max_segments=1, memory={"writethreshold": 1})
     with pytest.raises(ValueError, match=r"writethreshold=1.*write_threshold"):
         trainer(model, tmp_path, stream(Endless(pieces=1), *stages), max_steps=3)
+
+
+def test_a_window_pays_only_where_it_is_said_to() -> None:
+    """The flags of a batch reach the model, segment by segment, and the trainer's sum."""
+    from memlm.memory import GatedDeltaConfig
+    from memlm.train.trainer.plan import cut_batch
+    from memlm.train.trainer.window import run_window
+    from tests.cases import SEGMENT, memory_model, tokens
+
+    model = memory_model("llama", GatedDeltaConfig(num_heads=2, chunk_length=4, write_cost=0.5))
+    model.train()
+    ids, counted = tokens(2, 2 * SEGMENT), torch.tensor([[True, False], [False, False]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    paid = {}
+    for name, flags in (("all", None), ("one", counted), ("none", torch.zeros_like(counted))):
+        segments = cut_batch(
+            batch if flags is None else {**batch, "auxiliary_mask": flags}, SEGMENT
+        )
+        lengths = {"length": SEGMENT, "model_length": SEGMENT}
+        state = model.init_state(2)
+        result = run_window(model, segments, state, count=ids.numel(), head=None, **lengths)
+        paid[name] = result.auxiliary.item()
+    first = model(ids[:1, :SEGMENT]).auxiliary_loss.item()
+    assert (
+        paid["none"] == 0 and paid["one"] == pytest.approx(first, rel=1e-9) and paid["all"] > first
+    )
+    with pytest.raises(ValueError, match=r"auxiliary_mask has shape \(2, 1\).*2 segments"):
+        cut_batch({**batch, "auxiliary_mask": counted[:, :1]}, SEGMENT)
