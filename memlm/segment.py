@@ -259,6 +259,12 @@ def masked_auxiliary(segments: Sequence[Segment], mask: Tensor) -> list[Segment]
     return [replace(one, auxiliary=real[:, index]) for index, one in enumerate(segments)]
 
 
+def auxiliary_flags(segments: Sequence[Segment]) -> Tensor | None:
+    """The reverse of `masked_auxiliary`: (B, S) bool; None where the segments have no flags."""
+    flags = [segment.auxiliary for segment in segments if segment.auxiliary is not None]
+    return torch.stack(flags, dim=1) if flags else None
+
+
 def joined_mask(segments: Sequence[Segment]) -> Tensor | None:
     """The masks of segments side by side, (B, n) bool; None when none of them has padding."""
     if all(segment.mask is None for segment in segments):

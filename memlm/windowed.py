@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from memlm.arguments import Batch, packed
 from memlm.output import MemLMOutput
 from memlm.scan import Anchor, first_window, scan
-from memlm.segment import BORDERS, IGNORE, Alignment, Segment, cut, joined_mask
+from memlm.segment import (
+    BORDERS,
+    IGNORE,
+    Alignment,
+    Segment,
+    auxiliary_flags,
+    cut,
+    joined_mask,
+    masked_auxiliary,
+)
 from memlm.state import MemoryState
 
 
@@ -38,15 +47,17 @@ def windows(
     bptt_anchor: Anchor = "end",
     num_items_in_batch: Tensor | int | None = None,
     segment_alignment: Alignment = "left",
+    auxiliary_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Iterator[MemLMOutput]:
     """Read documents window by window: one call of `model`, and one `MemLMOutput`, per window.
 
     model: a `MemLMForCausalLM`, or a module around one (DDP, FSDP, peft, torch.compile), which is then
-    called. input_ids, attention_mask and labels (B, N), memory_state, bptt_anchor and segment_alignment are
-    as its `forward` takes them; so are position_ids, seq_idx or cu_seq_lens_q, for rows of several
-    documents, and `kwargs`, which go to every call. bptt_depth: segments per window. A memory learns what
-    to write from later segments of the same window, so with 1 it does not learn that.
+    called. input_ids, attention_mask and labels (B, N), memory_state, bptt_anchor, segment_alignment and
+    auxiliary_mask (B, S), for all S segments, are as its `forward` takes them; so are position_ids,
+    seq_idx or cu_seq_lens_q, for rows of several documents, and `kwargs`, which go to every call.
+    bptt_depth: segments per window. A memory learns what to write from later segments of the same window,
+    so with 1 it does not learn that.
 
     Call backward on each window's loss before the next window is asked for:
 
@@ -76,17 +87,21 @@ def windows(
         **borders,
     )
     segments = list(cut(batch.ids, batch.mask, batch.targets, inner.segment_length))
+    if auxiliary_mask is not None:
+        segments = masked_auxiliary(segments, auxiliary_mask)
     first = first_window(len(segments), bptt_depth, bptt_anchor)
     shares = _Shares(batch, segments, num_items_in_batch)
 
     def call(window: list[Segment], state: MemoryState) -> tuple[MemLMOutput, MemoryState]:
         whole = _joined(window)
+        counted = auxiliary_flags(window)
         out = model(
             input_ids=whole.ids,
             attention_mask=whole.mask,
             shift_labels=whole.labels,
             memory_state=state,
             segment_alignment=segment_alignment,
+            auxiliary_mask=counted,
             **kwargs,
         )
         return shares.weigh(out, whole, window, inner.training), out.memory_state

@@ -164,6 +164,10 @@ def test_a_price_can_be_left_out_of_rows_and_segments(schedule: str) -> None:
     paid = model(ids, auxiliary_mask=counted).auxiliary_loss
     # A mean over all rows of all segments, those left out included.
     assert paid.item() == pytest.approx(alone / 6, rel=1e-9) and alone > 0
+    shares = [
+        out.auxiliary_loss for out in model.windows(ids, bptt_depth=2, auxiliary_mask=counted)
+    ]
+    assert len(shares) == 2 and sum(shares).item() == pytest.approx(paid.item(), rel=1e-9)
     none = model(ids, auxiliary_mask=torch.zeros_like(counted)).auxiliary_loss
     assert none.item() == 0
     with pytest.raises(ValueError, match=r"auxiliary_mask has shape \(2, 2\).*3 segments"):

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from memlm.segment import IGNORE, shift_labels
+from memlm.segment import IGNORE, auxiliary_flags, shift_labels
 from memlm.state import MemoryState
 from memlm.train.trainer.plan import AskedSegment, Questions, join_segments, split_calls
 from memlm.train.trainer.tally import Tally, tally_answers
@@ -53,7 +52,6 @@ def run_window(
     whole = length == model_length
     for segments in split_calls(window, whole):
         ids, mask, labels = join_segments(segments)
-        priced = [one.auxiliary for one in segments if one.auxiliary is not None]
         with collect_predictions(None if labels is None else head) as predicted:
             out = model(
                 input_ids=ids,
@@ -61,7 +59,7 @@ def run_window(
                 shift_labels=labels,
                 memory_state=state,
                 logits_to_keep=None,
-                auxiliary_mask=torch.stack(priced, dim=1) if priced else None,
+                auxiliary_mask=auxiliary_flags(segments),
             )
         state = out.memory_state
         # A segment without targets still has the memories' auxiliary loss.
