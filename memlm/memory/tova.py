@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memlm.memory.base import QKV, Continues, Dims, InnerHeads, Memory, MemoryConfig, Site
-from memlm.memory.parts.cache import cleared, held, pick
+from memlm.memory.parts.cache import cleared, held, length_kept, pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +55,7 @@ class TOVA(Memory):
 
     @classmethod
     def resolve(cls, config: TOVAConfig, dims: Dims) -> TOVAConfig:
-        if config.memory_length is None:
-            spare = dims.spare_positions
-            length = dims.segment_length if spare is None else min(dims.segment_length, spare)
-            return replace(config, memory_length=max(1, length))
-        if config.memory_length < 1:
-            raise ValueError(
-                f"memory_length={config.memory_length} is no memory; give at least 1 token, or "
-                "memory='none'"
-            )
-        return config
+        return replace(config, memory_length=length_kept(config.memory_length, dims))
 
     @classmethod
     def num_extra_positions(cls, config: Any) -> int:

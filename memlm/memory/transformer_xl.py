@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory.base import QKV, Continues, Dims, InnerHeads, Memory, MemoryConfig, Site
-from memlm.memory.parts.cache import held, push
+from memlm.memory.parts.cache import held, length_kept, push
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +65,7 @@ class TransformerXL(Memory):
 
     @classmethod
     def resolve(cls, config: TransformerXLConfig, dims: Dims) -> TransformerXLConfig:
-        if config.memory_length is None:
-            spare = dims.spare_positions
-            length = dims.segment_length if spare is None else min(dims.segment_length, spare)
-            return replace(config, memory_length=max(1, length))
-        if config.memory_length < 1:
-            raise ValueError(
-                f"memory_length={config.memory_length} is no memory; give at least 1 token, or "
-                "memory='none'"
-            )
-        return config
+        return replace(config, memory_length=length_kept(config.memory_length, dims))
 
     @classmethod
     def num_extra_positions(cls, config: Any) -> int:

@@ -12,6 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memlm.memory.base import Dims
+
+
+def length_kept(asked: int | None, dims: Dims) -> int:
+    """Tokens that a cache keeps: those asked for, or a segment's where the places suffice. ValueError."""
+    if asked is None:
+        spare = dims.spare_positions
+        return max(1, dims.segment_length if spare is None else min(dims.segment_length, spare))
+    if asked < 1:
+        raise ValueError(
+            f"memory_length={asked} is no memory; give at least 1 token, or memory='none'"
+        )
+    return asked
+
 
 def held(length: Tensor, size: int) -> Tensor:
     """(B, size) bool: which places of a right-aligned buffer hold something."""
