@@ -59,14 +59,13 @@ def test_no_package_outweighs_the_others(monkeypatch: Any) -> None:
     assert sizes["mpmath", "docs"] == 5_000 and sizes["mpmath", "code"] == 700
 
 
-def test_a_run_records_what_it_was_taken_from(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["installed", "made+installed"])
+def test_a_run_records_what_it_was_taken_from(tokenizer: Any, tmp_path: Path, source: str) -> None:
     expected = {"package": "tqdm", "version": version("tqdm")}
     (found,) = installed.manifest("eval")
     assert expected.items() <= found.items() and len(found["sha256"]) == 64
     assert identity("installed") == {"installed": installed.manifest()}
     model = SolvingModel(tokenizer)
-    evaluate(
-        model, tokenizer, ["qa1"], [300], 1, haystack="installed", out=tmp_path, progress=False
-    )
+    evaluate(model, tokenizer, ["qa1"], [300], 1, haystack=source, out=tmp_path, progress=False)
     settings = json.loads((tmp_path / "summary.json").read_text())["settings"]
-    assert settings["haystack"] == "installed" and settings["haystack_manifest"] == [found]
+    assert settings["haystack"] == source and settings["haystack_manifest"] == [found]
