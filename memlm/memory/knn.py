@@ -42,12 +42,11 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.cache import block_means, held, push, push_blocks
 from memlm.memory.parts.checks import check_known, check_least
-from memlm.memory.parts.retrieved import attend, entries_of, mixed, none, share
+from memlm.memory.parts.nearest import nearest, queries_at_once
+from memlm.memory.parts.retrieved import attend, entries_of, mixed, share
 
 SIMILARITIES = ("cosine", "dot")
 COMBINATIONS = ("gate", "joint")
-# Numbers of a search's scores held at once: 64 MiB in float32.
-SCORES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +207,10 @@ class KNN(Memory):
             first = torch.arange(batch * groups, device=q.device)
             first = rearrange(first, "(B G) -> B G 1 1", G=groups)
             searched, there = self._searched(state, keys)
-            empty = torch.where(there, 0.0, -torch.inf).to(searched.dtype)
-            empty = empty.unsqueeze(1).expand(-1, groups, -1)
-            rows = max(1, SCORES // max(1, batch * groups * searched.shape[2]))
+            rows, count = queries_at_once(searched), self.top_k // self.chunk
             parts = []
             for s, w in zip(search.split(rows, 2), weigh.split(rows, 2), strict=True):
-                index, real = self._search(s, searched, empty)
+                index, real = nearest(s, searched, there, count, self.min_similarity)
                 if self.chunk > 1:
                     index, inside = entries_of(index, self.chunk, state.length)
                     index, real = (t.flatten(3) for t in (index, real.unsqueeze(-1) & inside))
@@ -241,18 +238,3 @@ class KNN(Memory):
         if self.log_scale is None:
             return search, q * q.shape[-1] ** -0.5
         return search, search * rearrange(self.log_scale.to(wide).exp(), "H -> H 1 1")
-
-    @torch.no_grad()
-    def _search(self, q: Tensor, keys: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest of `keys` to queries (B, G, R, dh): places (B, G, R, k), and which are real."""
-        scores = torch.baddbmm(
-            rearrange(empty, "B G N -> (B G) 1 N"),
-            rearrange(q.to(keys.dtype), "B G R dh -> (B G) R dh"),
-            rearrange(keys, "B G N dh -> (B G) dh N"),
-        )
-        near, index = scores.topk(self.top_k // self.chunk, dim=-1, sorted=False)
-        least = none(near) if self.min_similarity is None else self.min_similarity
-        places, real = (
-            rearrange(t, "(B G) R k -> B G R k", G=keys.shape[1]) for t in (index, near >= least)
-        )
-        return places, real

@@ -14,6 +14,7 @@ from memlm import MemLMForCausalLM
 from memlm.memory import QKV, KNNConfig, knn
 from memlm.memory.base import Attended, Dims
 from memlm.memory.knn import KNN
+from memlm.memory.parts import nearest
 from memlm.segment import cut
 from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, tokens
 
@@ -95,12 +96,12 @@ def expected(memory: KNN, x: QKV, store: list, row: int, head: int, t: int) -> n
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("least", [None, 0.6])
 @pytest.mark.parametrize("groups", [1, G, H])
-@pytest.mark.parametrize("scores", [1, 200, knn.SCORES])
+@pytest.mark.parametrize("scores", [1, 200, nearest.SCORES])
 @torch.no_grad()
 def test_equals_the_formulas_query_by_query(
     combine: str, similarity: str, least: float | None, groups: int, scores: int, monkeypatch
 ) -> None:
-    monkeypatch.setattr(knn, "SCORES", scores)
+    monkeypatch.setattr(nearest, "SCORES", scores)
     memory = cell(groups, combine=combine, similarity=similarity, min_similarity=least)
     state = memory.init_state(B)
     store = [[[] for _ in range(groups)] for _ in range(B)]
@@ -133,7 +134,7 @@ def test_chunks_are_found_by_their_mean_keys(
     combine: str, similarity: str, chunk: int, least: float | None, groups: int, monkeypatch
 ) -> None:
     """As in LongMem; the last chunk may be open, and the oldest leaves as a whole."""
-    monkeypatch.setattr(knn, "SCORES", 200)
+    monkeypatch.setattr(nearest, "SCORES", 200)
     memory = cell(
         groups, chunk_length=chunk, combine=combine, similarity=similarity, min_similarity=least
     )
@@ -181,8 +182,6 @@ def test_the_search_equals_faiss(similarity: str) -> None:
         warnings.simplefilter("ignore")
         import faiss
     size, count, k = 16, 500, 20
-    config = KNNConfig(capacity=count, top_k=k, similarity=similarity)
-    memory = KNN(config, Dims(size, size, 1, 1, 1, size, T))
     generator = torch.Generator().manual_seed(0)
     keys, q = (torch.randn(1, 1, n, size, generator=generator) for n in (count, 50))
     index = faiss.IndexFlatIP(size)
@@ -193,7 +192,7 @@ def test_the_search_equals_faiss(similarity: str) -> None:
         keys, q = (torch.nn.functional.normalize(t, dim=-1) for t in (keys, q))
     index.add(stored)
     _, theirs = index.search(asked, k)
-    ours, real = memory._search(q, keys, torch.zeros(1, 1, count))
+    ours, real = nearest.nearest(q, keys, torch.ones(1, count, dtype=torch.bool), k)
     assert real.all()
     assert [set(row) for row in ours[0, 0].tolist()] == [set(row) for row in theirs.tolist()]
 
@@ -327,15 +326,15 @@ def test_the_layers_of_the_papers() -> None:
 
 @torch.no_grad()
 def test_a_search_holds_a_bounded_number_of_scores(monkeypatch) -> None:
-    monkeypatch.setattr(knn, "SCORES", 64)
+    monkeypatch.setattr(nearest, "SCORES", 64)
     sizes = []
-    search = KNN._search
+    search = nearest.nearest
 
-    def spy(self, q, keys, empty):
+    def spy(q, keys, *args):
         sizes.append(q.shape[0] * q.shape[1] * q.shape[2] * keys.shape[2])
-        return search(self, q, keys, empty)
+        return search(q, keys, *args)
 
-    monkeypatch.setattr(KNN, "_search", spy)
+    monkeypatch.setattr(knn, "nearest", spy)
     memory = cell(capacity=6)
     memory(segments(1)[0], memory.init_state(B), local, mask=None)
     assert len(sizes) == 5 and max(sizes) <= 64
