@@ -8,9 +8,10 @@ segments, so a model without memory guesses.
 A task is learnt in stages of growing difficulty, the same for all memories; a stage ends when it is solved
 or its steps are used up, and those that are reported are asked about fresh documents then. A memory has
 its own sizes and initial scales, and nothing else of its own. A cell (memory, task, seed) that is in the
-JSON with the same settings is not run again.
+JSON with the same settings and these or more stages is not run again.
 
-    python benchmarks/learning.py [--memories armt,rmt] [--tasks recall,qa1] [--seed 0] [--table]
+    python benchmarks/learning.py [--memories armt,rmt] [--tasks recall,qa1] [--seed 0] [--upto recall-4]
+        [--table]
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from memlm.memory import (
 from memlm.segment import IGNORE
 from memlm.tasks import babi
 
-# Sizes and initial scales; what is not named is the mechanism's default.
+# Sizes and initial scales; what is not named is the mechanism's default. Who has a "name" is a second form
+# of that mechanism.
 MEMORIES: dict[str, dict[str, Any]] = {
     "armt": {"num_memory_tokens": 4, "d_mem": 32, "value_std": 0.1, "token_std": 0.02},
     "block-recurrent": {"num_states": 8, "initial_scale": 4.0, "output_std": 0.1},
@@ -56,6 +58,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "hmt": {"queue_size": 20},
     "infini": {"initial_gate": 1.0},
     "knn": {"capacity": 256, "layers": [0, 1]},
+    "knn-chunks": {"name": "knn", "capacity": 256, "chunk_length": 4, "layers": [0, 1]},
     "lact": {"output_std": 0.1},
     "landmark": {"num_blocks": 20, "block_length": 8},
     "lm2": {"num_slots": 20, "forget_bias": 3.0, "output_std": 0.1},
@@ -290,8 +293,12 @@ def train_cell(
     seed: int = 0,
     recipe: Recipe | None = None,
     log: Callable[[str], None] | None = None,
+    upto: str = "",
 ) -> dict[str, Any]:
-    """Train one memory on one task from scratch, and question it about documents it has not seen."""
+    """Train one memory on one task from scratch, and question it about documents it has not seen.
+
+    upto: the last accuracy that is reported, and what is trained for; "" for the last of the task.
+    """
     recipe = recipe or Recipe()
     started = time.process_time()
     torch.manual_seed(seed)
@@ -307,7 +314,7 @@ def train_cell(
     step, over = 0, False
     stages: list[dict[str, Any]] = []
     found: dict[str, dict[str, Any]] = {}
-    for stage in data.stages:
+    for stage in stages_of(data, upto):
         model.config.segment_length = kept = stage.length
         recent: list[float] = []
         stopped, index = ("seconds", 0) if over else ("steps", 0)
@@ -362,17 +369,29 @@ def train_cell(
         "state_bytes": model.init_state(1).nbytes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "memory": list(model.memory.configs),
-        "settings": settings(memory_config, task, recipe),
+        "settings": settings(memory_config, task, recipe, upto),
     }
 
 
-def settings(memory: Any, task: str, recipe: Recipe) -> dict[str, Any]:
+def stages_of(task: Task, upto: str) -> list[Stage]:
+    """The stages of `task`, none after the one that is reported as `upto`; all of them where none is."""
+    reported = [stage.report for stage in task.stages]
+    return task.stages[: reported.index(upto) + 1] if upto in reported else task.stages
+
+
+def settings(memory: Any, task: str, recipe: Recipe, upto: str = "") -> dict[str, Any]:
     """What a result depends on; a finished cell with other settings is run again."""
     return {
         "memory": [config_to_dict(config) for config in resolve_memories(memory)],
-        "stages": [asdict(stage) for stage in TASKS[task](0).stages],
+        "stages": [asdict(stage) for stage in stages_of(TASKS[task](0), upto)],
         "recipe": asdict(recipe),
     }
+
+
+def covers(done: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether what was run is what is asked for, or went on from there."""
+    stages = asked["stages"]
+    return {**done, "stages": done["stages"][: len(stages)]} == asked
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -442,6 +461,9 @@ def main(
     memories: Annotated[str, typer.Option(help="names with commas between, or all")] = "all",
     tasks: Annotated[str, typer.Option(help="names with commas between, or all")] = "all",
     seed: int = 0,
+    upto: Annotated[
+        str, typer.Option(help="the last accuracy to train for, such as recall-4")
+    ] = "",
     only_table: Annotated[bool, typer.Option("--table", help="print what is there")] = False,
     quiet: Annotated[bool, typer.Option(help="no line for every hundred steps")] = False,
     out: Annotated[Path, typer.Option(help="the JSON with the finished cells")] = Path(
@@ -450,15 +472,22 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     # The base of this benchmark has no recurrent state of its own.
-    known = (n for n in available_memories() if n == "none" or memory_class(n).site != "recurrence")
+    known = [n for n in available_memories() if n == "none" or memory_class(n).site != "recurrence"]
+    known += [name for name in MEMORIES if name not in known]
     chosen = names(memories, tuple(known), "memories")
     asked = names(tasks, tuple(TASKS), "tasks")
+    known_reports = {s.report for task in asked for s in TASKS[task](seed).stages if s.report}
+    if upto and upto not in known_reports:
+        raise typer.BadParameter(
+            f"--upto={upto!r} is unknown; use {' or '.join(sorted(known_reports))}"
+        )
     recipe = Recipe()
     for task in () if only_table else asked:
         for name in chosen:
             key, config = f"{name}/{task}/{seed}", config_of(name)
             done = read(out).get(key)
-            if done and done["settings"] == json.loads(json.dumps(settings(config, task, recipe))):
+            wanted = json.loads(json.dumps(settings(config, task, recipe, upto)))
+            if done and covers(done["settings"], wanted):
                 continue
             result = train_cell(
                 config,
@@ -466,6 +495,7 @@ def main(
                 seed,
                 recipe,
                 None if quiet else partial(print, flush=True),
+                upto,
             )
             write(out, {**read(out), key: result})
             print(f"{key}: {result['found']}", flush=True)

@@ -97,7 +97,7 @@ def test_every_mechanism_has_a_case() -> None:
 def test_carry(memory: str, family: str) -> None:
     model, ids = memory_model(family, memory), tokens(2, 4 * SEGMENT + 3)
     whole = model(ids)
-    for grouping in ([1, 1, 1, 1, 1], [2, 3], [3, 1, 1]):
+    for grouping in ([1, 1, 1, 1, 1], [2, 3]):
         state, logits, start = None, [], 0
         for count in grouping:
             out = model(ids[:, start : start + count * SEGMENT], memory_state=state)
@@ -166,9 +166,8 @@ def test_rows_of_a_ragged_batch_equal_rows_alone(memory: str, family: str, side:
     permuted = model(ids[order], attention_mask=mask[order])
     torch.testing.assert_close(permuted.logits, out.logits[order], **EXACT)
     assert same_state(permuted.memory_state, out.memory_state.select(order))
-    for keep in (1, 5):
-        last = model(ids, attention_mask=mask, logits_to_keep=keep).logits
-        torch.testing.assert_close(last, out.logits[:, -keep:], **EXACT)
+    last = model(ids, attention_mask=mask, logits_to_keep=5).logits
+    torch.testing.assert_close(last, out.logits[:, -5:], **EXACT)
 
 
 # (depth, anchor): the windows of four segments, the last of them short.

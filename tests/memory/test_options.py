@@ -90,11 +90,11 @@ LAWS: dict[str, Callable[..., None]] = {
     "causality": laws.test_causality,
     "reach": laws.test_the_first_segment_reaches_the_last,
     "rows": partial(laws.test_rows_of_a_ragged_batch_equal_rows_alone, side="holes"),
-    "depth": laws.test_bptt_depth_cuts_exactly_there,
+    "depth": partial(laws.test_bptt_depth_cuts_exactly_there, windows=(3, "end")),
     "recomputing": laws.test_recomputing_segments_changes_no_gradient,
     "gradients": laws.test_every_memory_parameter_gets_a_gradient,
     "purity": laws.test_purity,
-    "size": partial(laws.test_constant_size, segments=40),
+    "size": partial(laws.test_constant_size, segments=20),
     "neutral": laws.test_neutral_at_the_start,
     "numbers": laws.test_bfloat16_stays_close,
 }
@@ -136,4 +136,4 @@ def test_round_trips(memory: str, tmp_path) -> None:
     ],
 )
 def test_silence(memory: str, skips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    laws.test_silence_leaves_the_state_as_it_was(memory, 30, skips, monkeypatch)
+    laws.test_silence_leaves_the_state_as_it_was(memory, 10, skips, monkeypatch)

@@ -65,8 +65,8 @@ def skipped(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def sparse_model(config: MemoryConfig) -> tuple[MemLMForCausalLM, torch.Tensor, torch.Tensor]:
     """A model, and a ragged batch of which some segments are silent in all rows, and some in one alone."""
-    ids, mask = tokens(3, 9 * SEGMENT), torch.ones(3, 9 * SEGMENT, dtype=torch.bool)
-    mask[1, 6 * SEGMENT + 2 :] = False
+    ids, mask = tokens(3, 7 * SEGMENT), torch.ones(3, 7 * SEGMENT, dtype=torch.bool)
+    mask[1, 5 * SEGMENT + 2 :] = False
     mask[2, 3::4] = False
     model = memory_model("llama", config)
     opened = []
