@@ -10,11 +10,10 @@ from transformers import GenerationConfig
 
 from memlm.memory import TitansMAGConfig, available_memories
 from tests.cases import CASES, SEGMENT, memory_model, tokens
-from tests.memory.test_laws import with_none
+from tests.memory.test_laws import grid, once_per_site
 
 # Past the end of two segments from some lengths, of one from all.
 NEW = SEGMENT + 4
-memories = pytest.mark.parametrize("memory", available_memories())
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 
@@ -27,8 +26,7 @@ def by_rereading(model, ids: torch.Tensor, steps: int, state=None) -> torch.Tens
     return ids
 
 
-@with_none
-@pytest.mark.parametrize("length", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT + 2])
+@grid(available_memories(), "length", (SEGMENT + 1, 1, SEGMENT - 1, SEGMENT, 3 * SEGMENT + 2))
 @torch.no_grad()
 def test_greedy_equals_reading_the_whole(memory: str, family: str, length: int) -> None:
     model, ids = memory_model(family, memory), tokens(2, length)
@@ -41,13 +39,13 @@ def test_greedy_equals_reading_the_whole(memory: str, family: str, length: int) 
     )
 
 
-@memories
-def test_greedy_equals_rereading_the_prefix(memory: str) -> None:
-    model, ids = memory_model("llama", memory), tokens(2, SEGMENT - 1)
+@once_per_site
+def test_greedy_equals_rereading_the_prefix(memory: str, family: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, SEGMENT - 1)
     assert torch.equal(model.generate(ids, **GREEDY), by_rereading(model, ids, NEW))
 
 
-@with_none
+@once_per_site
 def test_ragged_prompts_equal_prompts_alone(memory: str, family: str) -> None:
     model = memory_model(family, memory)
     rows = [tokens(1, n, seed=n)[0] for n in (2 * SEGMENT + 1, 1, SEGMENT, 5)]
@@ -62,9 +60,9 @@ def test_ragged_prompts_equal_prompts_alone(memory: str, family: str) -> None:
         assert torch.equal(out[i], alone)
 
 
-@memories
-def test_generation_goes_on_after_a_state(memory: str) -> None:
-    model, ids = memory_model("llama", memory), tokens(2, 4 * SEGMENT + 2)
+@once_per_site
+def test_generation_goes_on_after_a_state(memory: str, family: str) -> None:
+    model, ids = memory_model(family, memory), tokens(2, 4 * SEGMENT + 2)
     state = model(ids[:, : 3 * SEGMENT], logits_to_keep=None).memory_state
     kept = state.fork()
     tail = ids[:, 3 * SEGMENT :]
@@ -73,11 +71,11 @@ def test_generation_goes_on_after_a_state(memory: str) -> None:
     assert all(torch.equal(kept[n], state[n]) for n in kept.tensors)
 
 
-@memories
+@once_per_site
 @torch.no_grad()
-def test_beam_search_carries_each_beams_own_memory(memory: str) -> None:
+def test_beam_search_carries_each_beams_own_memory(memory: str, family: str) -> None:
     """A beam's score is the log-probability of its tokens, however beams were exchanged."""
-    model, ids = memory_model("llama", memory), tokens(2, SEGMENT + 2)
+    model, ids = memory_model(family, memory), tokens(2, SEGMENT + 2)
     out = model.generate(
         ids,
         num_beams=4,

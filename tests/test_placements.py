@@ -22,11 +22,9 @@ from memlm import MemLMForCausalLM
 from memlm.backbone import find_attention, works_on
 from memlm.memory import available_memories
 from tests.cases import CASES, SEGMENT, base_model, memory_model, randomise, tokens
-from tests.memory.test_laws import EXACT, same_state
+from tests.memory.test_laws import EXACT, PER_SITE, same_state
 
 CPU = torch.device("cpu")
-# Their gradients take seconds; `titans-mag` stands for them by default.
-SLOW = ("titans-mac", "titans-mal")
 
 
 def hooked(base: nn.Module, folder: str) -> None:
@@ -176,7 +174,10 @@ def wrap_attention(base: nn.Module, **how: object) -> None:
     ("what", "memory"),
     [
         *(
-            pytest.param("layers", memory, marks=[pytest.mark.slow] * (memory in SLOW))
+            # tests/memory/test_laws.py recomputes the layers of every mechanism's base.
+            pytest.param(
+                "layers", memory, marks=() if memory in ("none", *PER_SITE) else pytest.mark.slow
+            )
             for memory in available_memories()
         ),
         *((what, memory) for what in ("before", "attention") for memory in ("armt", "infini")),

@@ -73,7 +73,7 @@ def test_a_small_learning_rate_moves_every_weight() -> None:
 def test_gradients_and_states_are_those_of_a_wide_model(
     memory: str, dtype: torch.dtype, autocast: bool
 ) -> None:
-    model, ids = half_model(memory, dtype).train(), tokens(2, 5 * SEGMENT)
+    model, ids = half_model(memory, dtype).train(), tokens(2, 3 * SEGMENT)
     wide = MemLMForCausalLM.from_base(
         base_for(memory, torch.float64), memory=CASES[memory], segment_length=SEGMENT
     ).train()
@@ -115,7 +115,7 @@ def test_a_memory_that_says_nothing_leaves_the_base_to_the_bit() -> None:
 @memories
 @torch.no_grad()
 def test_files_keep_each_precision(memory: str, tmp_path) -> None:
-    model, ids = half_model(memory), tokens(2, 3 * SEGMENT)
+    model, ids = half_model(memory), tokens(2, 2 * SEGMENT)
     expected = model(ids).logits
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()

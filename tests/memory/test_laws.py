@@ -56,20 +56,25 @@ memories = pytest.mark.parametrize("memory", MEMORIES)
 
 
 def grid(
-    names: Sequence[str], argument: str | None = None, values: Sequence[object] = (None,)
+    names: Sequence[str],
+    argument: str | None = None,
+    values: Sequence[object] = (None,),
+    *,
+    each: bool = True,
 ) -> pytest.MarkDecorator:
     """Every mechanism of `names` on every architecture, with every value of `argument`.
 
     The default run takes all of them on the first architecture with the first value, which asks most of a
     mechanism; those of PER_SITE, and none, on each other architecture and with each other value too. The
-    rest is marked slow.
+    rest is marked slow. each=False: for what follows from the laws, mechanism by mechanism; the others are
+    not run by default.
     """
     cases = []
     for value in values:
         for memory in names:
             for family in families_of(memory):
                 others = (family != families_of(memory)[0]) + (value != values[0])
-                by_default = others == 0 or (others == 1 and memory in ("none", *PER_SITE))
+                by_default = others <= (1 if memory in ("none", *PER_SITE) else 0 if each else -1)
                 case = (memory, family) if argument is None else (memory, family, value)
                 told = value if isinstance(value, tuple) else () if argument is None else (value,)
                 label = "-".join(map(str, (memory, family, *told)))
@@ -80,6 +85,7 @@ def grid(
 
 with_memory = grid(MEMORIES)
 with_none = grid(available_memories())
+once_per_site = grid(available_memories(), each=False)
 
 
 def same_state(a: MemoryState, b: MemoryState) -> bool:
