@@ -8,9 +8,9 @@ numbers: one document of random tokens, so many segments after each other, read 
 (recorded with it). After 10^3, 10^4, ... tokens: the largest magnitude and the norm of every tensor of the
 state, the largest it had after any window of eight segments since the mark before, and whether the logits
 after it are finite. A stream (memory, dtype, text) that is in the JSON is not read again unless more tokens
-are asked for, and then from its beginning. With --seconds a stream is left in the middle when they are
-over, and the same command goes on with it. A tensor grows where its norm at the last mark and the largest
-it had before are both more than half as much again as at the mark before.
+are asked for. Where it ended is kept in the folder --left, or where it was when --seconds were over, and
+the next run goes on from there. A tensor grows where its norm at the last mark and the largest it had
+before are both more than half as much again as at the mark before.
 load: documents of random sizes written, asked about, saved, loaded and dropped, one after the other.
 Recorded: resident memory and open files after the first tenth and at the end, which have to be alike.
 """
@@ -108,7 +108,7 @@ def numbers(
     until: when, on the monotonic clock, to write what was reached to the file `left` and raise `TimeUp`.
     """
     model = tiny(memory, getattr(torch, dtype), segment)
-    asked = {"memory": memory, "dtype": dtype, "text": text, "segment": segment, "limit": tokens}
+    asked = {"memory": memory, "dtype": dtype, "text": text, "segment": segment}
     state, done = model.init_state(1), {"asked": asked, "read": 0, "cpu": 0.0, "marks": []}
     if left.exists():
         kept, extra = MemoryState.load_with_extra(left)
@@ -124,15 +124,19 @@ def numbers(
         return ids if text == "random" else torch.full_like(ids, 7)
 
     began = time.process_time() - done["cpu"]
+
+    def leave() -> None:
+        done.update(read=read, cpu=time.process_time() - began, marks=marks, peaks=peaks)
+        left.parent.mkdir(parents=True, exist_ok=True)
+        state.save(left, {"done": json.dumps(done)})
+
     powers = [10**power for power in range(3, 10) if 10**power < tokens]
+    reached = marks[-1]["tokens"] if marks else 0
     try:
-        for mark in [*powers, tokens][len(marks) :]:
+        for mark in (mark for mark in [*powers, tokens] if mark > reached):
             while read < mark:
                 if time.monotonic() > until:
-                    spent = time.process_time() - began
-                    done.update(read=read, cpu=spent, marks=marks, peaks=peaks)
-                    left.parent.mkdir(parents=True, exist_ok=True)
-                    state.save(left, {"done": json.dumps(done)})
+                    leave()
                     raise TimeUp
                 pieces = []
                 while read < mark and len(pieces) < WINDOW:
@@ -153,9 +157,9 @@ def numbers(
                 }
             )
             peaks = {}
+        leave()
     except FloatingPointError as error:
         failed = f"at {read} tokens: {error}"
-    left.unlink(missing_ok=True)
     row: dict[str, Any] = {
         "memory": memory,
         "dtype": dtype,
@@ -286,7 +290,7 @@ def main() -> None:
         "--left",
         type=Path,
         default=Path(tempfile.gettempdir()) / "memlm-soak",
-        help="folder for a stream that is left in the middle",
+        help="folder for the states of streams",
     )
     parser.add_argument("--table", action="store_true", help="print what is in the JSON")
     parser.add_argument("--minutes", type=float, default=60.0)
