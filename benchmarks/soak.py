@@ -1,10 +1,16 @@
 """What hours of reading do to a process and to a memory: millions of tokens, thousands of documents.
 
 python benchmarks/soak.py numbers --tokens 10_000_000 --memory armt --dtype bfloat16
+python benchmarks/soak.py numbers --table
 python benchmarks/soak.py load --minutes 60
 
-numbers: one document of so many random tokens, read by a tiny model segment by segment. Recorded every so
-often: the largest magnitude in the state, whether all of it is finite, and that of the logits after it.
+numbers: one document of random tokens, so many segments after each other, read by a model of one tiny layer
+(recorded with it). After 10^3, 10^4, ... tokens: the largest magnitude and the norm of every tensor of the
+state, the largest it had after any window of eight segments since the mark before, and whether the logits
+after it are finite. A stream (memory, dtype, text) that is in the JSON is not read again unless more tokens
+are asked for. Where it ended is kept in the folder --left, or where it was when --seconds were over, and
+the next run goes on from there. A tensor grows where its norm at the last mark and the largest it had
+before are both more than half as much again as at the mark before.
 load: documents of random sizes written, asked about, saved, loaded and dropped, one after the other.
 Recorded: resident memory and open files after the first tenth and at the end, which have to be alike.
 """
@@ -13,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import random
 import shutil
 import tempfile
@@ -22,70 +29,212 @@ from typing import Any
 
 import psutil
 import torch
-from record import ON_PLAIN_BASES, write_result
+from record import write_result
+from torch import Tensor
 
-from memlm import DocumentStream, MemLMForCausalLM
+from memlm import DocumentStream, MemLMForCausalLM, MemoryState
+from memlm.files import read_json
+from memlm.memory import (
+    available_memories,
+    config_to_dict,
+    memory_class,
+    resolve_memories,
+)
 from memlm.pretrained import load_pretrained
 from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.segment import Segment
 
 RESULTS = Path(__file__).parent / "results"
+# Sizes that are smaller than the defaults, where those are what a stream costs; they are full within the
+# first hundred thousand tokens either way.
+SIZES: dict[str, dict[str, Any]] = {
+    "camelot": {"num_modes": 64},
+    "hmt": {"queue_size": 20},
+    "knn": {"capacity": 512, "layers": [0]},
+    "landmark": {"num_blocks": 20},
+    "memoryllm": {"pool_size": 64, "num_written": 16},
+    "tova": {"memory_length": 64},
+}
+WINDOW = 8
+VOCAB = 256
+# How much larger than a decade before counts as growth.
+GROWTH = 1.5
 
 
 def tiny(memory: str, dtype: torch.dtype, segment: int) -> MemLMForCausalLM:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Mamba2Config
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=4 * segment,
-    )  # fmt: skip
-    model = MemLMForCausalLM.from_base(config, memory=memory, segment_length=segment, dtype=dtype)
+    shared = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1}
+    config = (
+        Mamba2Config(**shared, num_heads=2, head_dim=16, state_size=8, n_groups=1, chunk_size=64)
+        if memory != "none" and memory_class(memory).site == "recurrence"
+        else LlamaConfig(
+            **shared,
+            intermediate_size=16,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            max_position_embeddings=4 * segment,
+        )
+    )
+    chosen: Any = {"name": memory, **SIZES[memory]} if memory in SIZES else memory
+    model = MemLMForCausalLM.from_base(config, memory=chosen, segment_length=segment, dtype=dtype)
     with torch.no_grad():
-        # A memory that starts at zero would prove nothing.
+        # As in the tests: weights large enough to matter, and nothing of a memory at zero.
+        for parameter in model.base.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
         for parameter in model.memory.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+def sizes_of(state: MemoryState) -> dict[str, tuple[float, float]]:
+    """Largest magnitude and norm of every tensor that is not empty, counters included."""
+    found = {name: value.double() for name, value in state.tensors.items() if value.numel()}
+    return {name: (float(v.abs().amax()), float(v.norm())) for name, v in found.items()}
+
+
+class TimeUp(Exception):
+    """The seconds are over; where the stream was left is on disk."""
 
 
 @torch.no_grad()
 def numbers(
-    memory: str, dtype: str, tokens: int, segment: int, rows: int, minutes: float
+    memory: str, dtype: str, tokens: int, segment: int, text: str, until: float, left: Path
 ) -> dict[str, Any]:
-    """Read until `tokens` are read or the time is up; each of `rows` is a document of its own."""
+    """Read one document of `tokens` random tokens, or of one token again and again.
+
+    until: when, on the monotonic clock, to write what was reached to the file `left` and raise `TimeUp`.
+    """
     model = tiny(memory, getattr(torch, dtype), segment)
-    generator = torch.Generator().manual_seed(1)
-    state, read, marks = model.init_state(rows), 0, []
-    began, cpu, mark_at = time.monotonic(), time.process_time(), segment
-    while read < tokens and time.monotonic() - began < 60 * minutes:
-        pieces = [
-            Segment(torch.randint(256, (rows, segment), generator=generator), None)
-            for _ in range(8)
-        ]
-        state = model.read(pieces, state)
-        read += 8 * segment
-        if read >= mark_at or read >= tokens:
-            mark_at = 2 * read
-            largest = state.largest()
-            ids = torch.randint(256, (rows, segment), generator=generator)
-            logits = model(ids, memory_state=state, write=False).logits
+    asked = {"memory": memory, "dtype": dtype, "text": text, "segment": segment}
+    state, done = model.init_state(1), {"asked": asked, "read": 0, "cpu": 0.0, "marks": []}
+    if left.exists():
+        kept, extra = MemoryState.load_with_extra(left)
+        if (found := json.loads(extra["done"]))["asked"] == asked:
+            state, done = kept, found
+    read, marks, failed = done["read"], done["marks"], None
+    peaks: dict[str, float] = done.get("peaks", {})
+
+    def draw() -> Tensor:
+        # By its place, so that a stream that was left goes on as it would have.
+        generator = torch.Generator().manual_seed(read)
+        ids = torch.randint(VOCAB, (1, segment), generator=generator)
+        return ids if text == "random" else torch.full_like(ids, 7)
+
+    began = time.process_time() - done["cpu"]
+
+    def leave() -> None:
+        done.update(read=read, cpu=time.process_time() - began, marks=marks, peaks=peaks)
+        left.parent.mkdir(parents=True, exist_ok=True)
+        state.save(left, {"done": json.dumps(done)})
+
+    powers = [10**power for power in range(3, 10) if 10**power < tokens]
+    reached = marks[-1]["tokens"] if marks else 0
+    try:
+        for mark in (mark for mark in [*powers, tokens] if mark > reached):
+            while read < mark:
+                if time.monotonic() > until:
+                    leave()
+                    raise TimeUp
+                pieces = []
+                while read < mark and len(pieces) < WINDOW:
+                    pieces.append(Segment(draw(), None))
+                    read += segment
+                state = model.read(pieces, state)
+                for name, (largest, _) in sizes_of(state).items():
+                    peaks[name] = max(peaks.get(name, 0.0), largest)
+            logits = model(draw(), memory_state=state, write=False, logits_to_keep=8).logits
             marks.append(
                 {
                     "tokens": read,
-                    "largest": float(largest.max()) if largest.numel() else 0.0,
-                    "finite": bool(largest.isfinite().all() and logits.isfinite().all()),
-                    "largest_logit": float(logits.abs().max()),
+                    "logits_finite": bool(logits.isfinite().all()),
+                    "state": {
+                        name: {"largest": largest, "norm": norm, "peak": peaks[name]}
+                        for name, (largest, norm) in sizes_of(state).items()
+                    },
                 }
             )
-            print(memory, dtype, marks[-1], flush=True)
-    return {
+            peaks = {}
+        leave()
+    except FloatingPointError as error:
+        failed = f"at {read} tokens: {error}"
+    row: dict[str, Any] = {
         "memory": memory,
         "dtype": dtype,
-        "tokens_in_a_document": read,
-        "documents": rows,
-        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "text": text,
+        "tokens": read,
+        "segment": segment,
+        "config": [config_to_dict(one) for one in resolve_memories(model.config.memory)],
+        "state": {k: [str(v.dtype)[6:], list(v.shape)] for k, v in state.tensors.items()},
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "failed": failed,
+        "grows": growing(marks),
         "marks": marks,
     }
+    print(shown(row), flush=True)
+    return row
+
+
+def growing(marks: list[dict[str, Any]]) -> dict[str, float]:
+    """Of each tensor that grew from the decade before the last to the last: by what factor.
+
+    By norm and by peak: of a thousand windows the largest is larger than of a hundred, whatever they are.
+    """
+    if len(marks) < 2:
+        return {}
+    before, last = marks[-2]["state"], marks[-1]["state"]
+    found = {
+        name: min(last[name][what] / before[name][what] for what in ("norm", "peak"))
+        for name in last
+        if min(before[name]["norm"], before[name]["peak"]) > 0
+    }
+    return {name: round(ratio, 2) for name, ratio in found.items() if ratio > GROWTH}
+
+
+def shown(row: dict[str, Any]) -> str:
+    """One line: how far it went, the largest magnitude that is no counter's at each mark, and what grew."""
+    values = [name for name, (dtype, _) in row["state"].items() if "float" in dtype]
+    sizes = [
+        max(
+            (mark["state"][name]["largest"] for name in values if name in mark["state"]),
+            default=0.0,
+        )
+        for mark in row["marks"]
+    ]
+    largest = ", ".join(f"{size:.3g}" for size in sizes)
+    grows = ", ".join(f"{name} x{ratio}" for name, ratio in row["grows"].items()) or "nothing"
+    finite = all(mark["logits_finite"] for mark in row["marks"])
+    return (
+        f"{row['memory']} {row['dtype']} {row['text']}: {row['tokens']:,} tokens, {row['cpu_seconds']} s; "
+        f"largest {largest}; grows: {grows}; finite: {finite and not row['failed']}"
+        + (f" ({row['failed']})" if row["failed"] else "")
+    )
+
+
+def all_numbers(given: argparse.Namespace, out: Path) -> None:
+    """Read what is not in `out` yet, float32 first, for about --seconds; written after every stream."""
+    rows = read_json(out)["rows"] if out.exists() else []
+    if given.table:
+        print("\n".join(map(shown, rows)))
+        return
+    until = time.monotonic() + given.seconds
+    for dtype in given.dtype:
+        for memory in given.memory:
+            key = {"memory": memory, "dtype": dtype, "text": given.text}
+            known = [row for row in rows if key.items() <= row.items()]
+            if any(row["tokens"] >= given.tokens or row["failed"] for row in known):
+                continue
+            left = given.left / f"{memory}-{dtype}-{given.text}.safetensors"
+            try:
+                row = numbers(memory, dtype, given.tokens, given.segment, given.text, until, left)
+            except TimeUp:
+                print("time is up; run again to go on")
+                return
+            rows = [*(other for other in rows if other not in known), row]
+            settings = {"window_of_peaks": WINDOW, "growth": GROWTH}
+            write_result(out, (__doc__ or "").splitlines()[0], settings, rows)
 
 
 def load(minutes: float, seed: int) -> dict[str, Any]:
@@ -127,28 +276,34 @@ def load(minutes: float, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["numbers", "load"])
-    parser.add_argument("--memory", nargs="+", default=list(ON_PLAIN_BASES))
+    parser.add_argument("--memory", nargs="+", default=list(available_memories()))
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--text", choices=["random", "one-token"], default="random")
     parser.add_argument("--tokens", type=int, default=10_000_000)
-    parser.add_argument("--segment", type=int, default=128)
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--segment", type=int, default=1024)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument(
+        "--left",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "memlm-soak",
+        help="folder for the states of streams",
+    )
+    parser.add_argument("--table", action="store_true", help="print what is in the JSON")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     out = given.out or RESULTS / f"soak_{given.what}.json"
-    if given.what == "load":
-        rows = [load(given.minutes, given.seed)]
-    else:
-        rows = [
-            numbers(memory, dtype, given.tokens, given.segment, given.rows, given.minutes)
-            for memory in given.memory
-            for dtype in given.dtype
-        ]
-    settings = {key: value for key, value in vars(given).items() if key != "out"}
+    if given.what == "numbers":
+        all_numbers(given, out)
+        return
+    rows = [load(given.minutes, given.seed)]
+    settings = {"minutes": given.minutes, "seed": given.seed}
     write_result(out, (__doc__ or "").splitlines()[0], settings, rows)
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -333,6 +334,45 @@ def test_an_index_is_built_added_to_searched_and_asked(folder, tmp_path, capsys)
     assert main(["ask", str(folder), "--index", library, *question]) == 0
     assert "from " in capsys.readouterr().out
     assert main(["ask", str(folder), str(tmp_path / "a.txt"), "--recall", "1", *question]) == 0
+
+
+def test_what_is_asked_without_saving_leaves_nothing_in_a_store(
+    folder, book, tmp_path, monkeypatch
+) -> None:
+    from memlm.retrieval import ChunkIndex, HashingEmbedder
+    from memlm.retrieval.embedded import EmbeddedStore
+
+    library = ChunkIndex(HashingEmbedder())
+    library.add(["The brave baker keeps the golden lamp under the stairs."])
+    # Chunks in this process, taken for a store that goes on without it.
+    monkeypatch.setattr(EmbeddedStore, "outlives_process", True)
+    monkeypatch.setattr(ChunkIndex, "load", lambda *_, **__: library)
+    ask = [
+        "ask",
+        str(folder),
+        str(book),
+        "--index",
+        "library",
+        "-q",
+        "Who?",
+        "--max-new-tokens",
+        "1",
+    ]
+    there = []
+
+    def asked(*_: Any, **__: Any) -> Any:
+        there.append(len(library))
+        raise KeyboardInterrupt
+
+    assert main(ask) == 0 and len(library) == 1
+    assert main([*ask, "--save", str(tmp_path / "stream")]) == 0
+    saved = len(library)
+    assert saved > 1
+    again = [*ask[:3], "--load", str(tmp_path / "stream"), *ask[5:]]
+    assert main(again) == 0 and len(library) == saved
+    monkeypatch.setattr("memlm.DocumentStream.ask", asked)
+    assert main(again) == 130 and len(library) == saved
+    assert main(ask) == 130 and len(library) == saved
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,7 @@ def add_to(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the files, print the answers, and keep the stream where one is asked for."""
-    from tqdm import tqdm
-
-    from memlm.text import check_text_file, read_text
+    from memlm.text import check_text_file
 
     files = [check_text_file(path) for path in arguments.files]
     named = any(name is not None for name in (arguments.load, arguments.index, arguments.store))
@@ -77,6 +75,20 @@ def run(arguments: argparse.Namespace) -> None:
         stream = DocumentStream.load(arguments.load, model, tokenizer, store=store_of(arguments))
     else:
         stream = DocumentStream(model, tokenizer, retriever)
+    try:
+        read_and_ask(arguments, files, stream)
+    finally:
+        # What is in a store stays there, and no stream would find it again. What was saved stays.
+        if stream.retriever is not None and stream.retriever.index.outlives_process:
+            stream.retriever.withdraw()
+
+
+def read_and_ask(arguments: argparse.Namespace, files: list[Path], stream: Any) -> None:
+    """Write the files into the stream, print the answers, and save it where that is asked for."""
+    from tqdm import tqdm
+
+    from memlm.text import read_text
+
     total = sum(path.stat().st_size for path in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=1, leave=False) as bar:
         for path in files:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from memlm.retrieval.arguments import Absent, ChunkEntry, Value
 from memlm.retrieval.codes import Floats, Precision
@@ -36,6 +36,8 @@ class ChunkStore(ABC):
 
     factory: str
     precision: Precision | None
+    # Whether what is put here stays when this process ends, saved or not.
+    outlives_process: ClassVar[bool] = False
 
     @abstractmethod
     def __len__(self) -> int: ...

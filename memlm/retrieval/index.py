@@ -127,6 +127,11 @@ class ChunkIndex:
     def __repr__(self) -> str:
         return f"ChunkIndex(factory={self.factory!r}, metric={self.metric!r}, chunks={len(self)})"
 
+    @property
+    def outlives_process(self) -> bool:
+        """Whether chunks stay where they are when this process ends, saved or not: in a `store` they do."""
+        return self._store.outlives_process
+
     def get(self, id: str | int) -> Hit:
         """The chunk of an id, with score 0. KeyError when there is none."""
         with self._lock:

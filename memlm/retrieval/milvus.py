@@ -127,6 +127,7 @@ class MilvusChunks(ChunkStore):
     """A collection of Milvus. Its count, ids and hits are asked for every time: others may write to it."""
 
     precision = "float32"
+    outlives_process = True
 
     def __init__(self, place: MilvusStore, settings: StoreSettings) -> None:
         self._place = place

@@ -85,6 +85,8 @@ class Retriever:
         self.document: str | None = None
         self._owners = [_new_owner()]
         self._written = 0
+        # Chunks before this number are somebody else's as well: a fork's, or a saved stream's.
+        self._shared = 0
         self._chunker = self._new_chunker()
         self._queued: list[tuple[str, str, dict[str, Any]]] = []
 
@@ -154,6 +156,20 @@ class Retriever:
             self.index.add(list(texts), ids=list(ids), metadata=list(metadata))
             self._queued = []
 
+    def withdraw(self) -> None:
+        """Take what was written out of the index again: for a stream that ends without being saved.
+
+        What a fork or a saved stream has in common with this one stays.
+        """
+        waiting, self._queued = [name for name, _, _ in self._queued], []
+        mine = [self._chunk_id(n) for n in range(self._shared, self._written - len(waiting))]
+        # An `add` that failed may have left some of them.
+        mine += [name for name in waiting if name in self.index]
+        if mine:
+            self.index.remove(mine)
+        self._written = self._shared
+        self._chunker = self._new_chunker()
+
     def fork(self) -> Retriever:
         """A retriever that knows what this one knows; neither sees what the other writes from now on."""
         self.flush()
@@ -162,11 +178,14 @@ class Retriever:
         other._owners = [*self._owners, _new_owner()]
         other._chunker = Chunker.restore(self._chunker.state())
         self._owners = [*self._owners, _new_owner()]
+        self._shared = other._shared = self._written
         return other
 
     def state(self) -> dict[str, Any]:
         """What is needed to go on, beside the index; fit for JSON."""
         self.flush()
+        # Whoever goes on from here needs them.
+        self._shared = self._written
         return {
             "document": self.document,
             "owners": self._owners,
@@ -198,6 +217,7 @@ class Retriever:
                 "Retriever.state returned"
             )
         retriever.document, retriever._written, retriever._owners = document, written, owners[:]
+        retriever._shared = written
         # An index may have been saved later than the state; the stream has not read these.
         ahead = itertools.takewhile(
             index.__contains__, map(retriever._chunk_id, itertools.count(state["written"]))

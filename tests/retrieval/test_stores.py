@@ -202,6 +202,40 @@ def test_streams_of_one_index_see_nothing_of_each_other(make: Make) -> None:
     assert all("library" in told(some, question) for some in (one, two, fork))
 
 
+def test_a_stream_takes_back_what_it_alone_wrote(make: Make) -> None:
+    index, text = make(), "Mary hid the golden lamp in the cellar. " * 40
+    index.add(["w1 a library"], ids=["library"])
+    one, other = Retriever(index), Retriever(index)
+    other.write(text)
+    other.flush()
+    kept = ids(index)
+    one.write(text)
+    one.flush()
+    assert ids(index) > kept
+    one.write(text)  # some of it waits
+    one.withdraw()
+    assert ids(index) == kept
+    one.write(text)
+    fork = one.fork()
+    both = ids(index)
+    for retriever in (one, fork):
+        retriever.write(text)
+        retriever.flush()
+        assert ids(index) > both
+        retriever.withdraw()
+        assert ids(index) == both
+    fork.write(text)
+    state, more = fork.state(), ids(index)
+    fork.withdraw()
+    assert ids(index) == more > both
+    again = Retriever.restore(index, state)
+    again.write(text)
+    again.flush()
+    assert ids(index) > more
+    again.withdraw()
+    assert ids(index) == more
+
+
 @pytest.mark.parametrize("kind", STORES)
 def test_a_saved_index_opens_again_with_its_embedder(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
