@@ -10,8 +10,8 @@ state, the largest it had after any window of eight segments since the mark befo
 after it are finite. A stream (memory, dtype, text) that is in the JSON is not read again unless more tokens
 are asked for. Where it ended is kept in the folder --left, or where it was when --seconds were over, and
 the next run goes on from there. A tensor grows where its norm at the last mark and the largest it had
-before are both more than half as much again as at the mark before. It is dead where it is all zero, and was
-not before. --defaults takes every memory with its default sizes and scales.
+before are both more than half as much again as at the mark before. It is dead where next to nothing is left
+of it. --defaults takes every memory with its default sizes and scales.
 load: documents of random sizes written, asked about, saved, loaded and dropped, one after the other.
 Recorded: resident memory and open files after the first tenth and at the end, which have to be alike.
 """
@@ -64,6 +64,7 @@ WINDOW = 8
 VOCAB = 256
 # How much larger than a decade before counts as growth.
 GROWTH = 1.5
+DEAD = 1e-12
 
 
 def tiny(memory: str, dtype: torch.dtype, segment: int, defaults: bool) -> MemLMForCausalLM:
@@ -201,12 +202,12 @@ def growing(marks: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def dead(marks: list[dict[str, Any]]) -> list[str]:
-    """The tensors that were not zero at a mark and are at the last."""
+    """The tensors of which less than a share of `DEAD` is left of what they were at an earlier mark."""
     last = marks[-1]["state"] if marks else {}
     return [
         name
         for name, sizes in last.items()
-        if not sizes["norm"] and any(mark["state"].get(name, sizes)["norm"] for mark in marks)
+        if any(sizes["norm"] < DEAD * mark["state"][name]["norm"] for mark in marks)
     ]
 
 
@@ -251,7 +252,7 @@ def all_numbers(given: argparse.Namespace, out: Path) -> None:
                 print("time is up; run again to go on")
                 return
             rows = [*(other for other in rows if other not in known), row]
-            settings = {"window_of_peaks": WINDOW, "growth": GROWTH}
+            settings = {"window_of_peaks": WINDOW, "growth": GROWTH, "dead": DEAD}
             write_result(out, (__doc__ or "").splitlines()[0], settings, rows)
 
 
