@@ -10,7 +10,8 @@ state, the largest it had after any window of eight segments since the mark befo
 after it are finite. A stream (memory, dtype, text) that is in the JSON is not read again unless more tokens
 are asked for. Where it ended is kept in the folder --left, or where it was when --seconds were over, and
 the next run goes on from there. A tensor grows where its norm at the last mark and the largest it had
-before are both more than half as much again as at the mark before.
+before are both more than half as much again as at the mark before. It is dead where next to nothing is left
+of it. --defaults takes every memory with its default sizes and scales.
 load: documents of random sizes written, asked about, saved, loaded and dropped, one after the other.
 Recorded: resident memory and open files after the first tenth and at the end, which have to be alike.
 """
@@ -45,23 +46,28 @@ from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.segment import Segment
 
 RESULTS = Path(__file__).parent / "results"
+# Neural memories that decay by their default of 1% per token are all zero after some thousand tokens of an
+# untrained model, and prove nothing.
+SLOW = {"initial_forgetting": 1e-3}
 # Sizes that are smaller than the defaults, where those are what a stream costs; they are full within the
 # first hundred thousand tokens either way.
-SIZES: dict[str, dict[str, Any]] = {
+CHOSEN: dict[str, dict[str, Any]] = {
     "camelot": {"num_modes": 64},
     "hmt": {"queue_size": 20},
     "knn": {"capacity": 512, "layers": [0]},
     "landmark": {"num_blocks": 20},
     "memoryllm": {"pool_size": 64, "num_written": 16},
     "tova": {"memory_length": 64},
+    **dict.fromkeys(("omega", "titans-mac", "titans-mag", "titans-mal", "yaad"), SLOW),
 }
 WINDOW = 8
 VOCAB = 256
 # How much larger than a decade before counts as growth.
 GROWTH = 1.5
+DEAD = 1e-12
 
 
-def tiny(memory: str, dtype: torch.dtype, segment: int) -> MemLMForCausalLM:
+def tiny(memory: str, dtype: torch.dtype, segment: int, defaults: bool) -> MemLMForCausalLM:
     from transformers import LlamaConfig, Mamba2Config
 
     torch.manual_seed(0)
@@ -77,7 +83,7 @@ def tiny(memory: str, dtype: torch.dtype, segment: int) -> MemLMForCausalLM:
             max_position_embeddings=4 * segment,
         )
     )
-    chosen: Any = {"name": memory, **SIZES[memory]} if memory in SIZES else memory
+    chosen: Any = memory if defaults else {"name": memory, **CHOSEN.get(memory, {})}
     model = MemLMForCausalLM.from_base(config, memory=chosen, segment_length=segment, dtype=dtype)
     with torch.no_grad():
         # As in the tests: weights large enough to matter, and nothing of a memory at zero.
@@ -101,18 +107,21 @@ class TimeUp(Exception):
 
 @torch.no_grad()
 def numbers(
-    memory: str, dtype: str, tokens: int, segment: int, text: str, until: float, left: Path
+    asked: dict[str, Any], tokens: int, segment: int, until: float, left: Path
 ) -> dict[str, Any]:
     """Read one document of `tokens` random tokens, or of one token again and again.
 
-    until: when, on the monotonic clock, to write what was reached to the file `left` and raise `TimeUp`.
+    asked: memory, dtype, text, and whether it is to have its defaults. until: when, on the monotonic clock,
+    to write what was reached to the file `left` and raise `TimeUp`.
     """
-    model = tiny(memory, getattr(torch, dtype), segment)
-    asked = {"memory": memory, "dtype": dtype, "text": text, "segment": segment}
+    dtype = getattr(torch, asked["dtype"])
+    model = tiny(asked["memory"], dtype, segment, asked["defaults"])
     state, done = model.init_state(1), {"asked": asked, "read": 0, "cpu": 0.0, "marks": []}
+    done["segment"] = segment
     if left.exists():
         kept, extra = MemoryState.load_with_extra(left)
-        if (found := json.loads(extra["done"]))["asked"] == asked:
+        found = json.loads(extra["done"])
+        if (found["asked"], found["segment"]) == (asked, segment):
             state, done = kept, found
     read, marks, failed = done["read"], done["marks"], None
     peaks: dict[str, float] = done.get("peaks", {})
@@ -121,7 +130,7 @@ def numbers(
         # By its place, so that a stream that was left goes on as it would have.
         generator = torch.Generator().manual_seed(read)
         ids = torch.randint(VOCAB, (1, segment), generator=generator)
-        return ids if text == "random" else torch.full_like(ids, 7)
+        return ids if asked["text"] == "random" else torch.full_like(ids, 7)
 
     began = time.process_time() - done["cpu"]
 
@@ -161,9 +170,7 @@ def numbers(
     except FloatingPointError as error:
         failed = f"at {read} tokens: {error}"
     row: dict[str, Any] = {
-        "memory": memory,
-        "dtype": dtype,
-        "text": text,
+        **asked,
         "tokens": read,
         "segment": segment,
         "config": [config_to_dict(one) for one in resolve_memories(model.config.memory)],
@@ -171,6 +178,7 @@ def numbers(
         "cpu_seconds": round(time.process_time() - began, 1),
         "failed": failed,
         "grows": growing(marks),
+        "dead": dead(marks),
         "marks": marks,
     }
     print(shown(row), flush=True)
@@ -193,6 +201,16 @@ def growing(marks: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(ratio, 2) for name, ratio in found.items() if ratio > GROWTH}
 
 
+def dead(marks: list[dict[str, Any]]) -> list[str]:
+    """The tensors of which less than a share of `DEAD` is left of what they were at an earlier mark."""
+    last = marks[-1]["state"] if marks else {}
+    return [
+        name
+        for name, sizes in last.items()
+        if any(sizes["norm"] < DEAD * mark["state"][name]["norm"] for mark in marks)
+    ]
+
+
 def shown(row: dict[str, Any]) -> str:
     """One line: how far it went, the largest magnitude that is no counter's at each mark, and what grew."""
     values = [name for name, (dtype, _) in row["state"].items() if "float" in dtype]
@@ -207,8 +225,9 @@ def shown(row: dict[str, Any]) -> str:
     grows = ", ".join(f"{name} x{ratio}" for name, ratio in row["grows"].items()) or "nothing"
     finite = all(mark["logits_finite"] for mark in row["marks"])
     return (
-        f"{row['memory']} {row['dtype']} {row['text']}: {row['tokens']:,} tokens, {row['cpu_seconds']} s; "
-        f"largest {largest}; grows: {grows}; finite: {finite and not row['failed']}"
+        f"{row['memory']}{' (defaults)' * row['defaults']} {row['dtype']} {row['text']}: "
+        f"{row['tokens']:,} tokens, {row['cpu_seconds']} s; largest {largest}; grows: {grows}; "
+        f"dead: {', '.join(row['dead']) or 'nothing'}; finite: {finite and not row['failed']}"
         + (f" ({row['failed']})" if row["failed"] else "")
     )
 
@@ -222,18 +241,18 @@ def all_numbers(given: argparse.Namespace, out: Path) -> None:
     until = time.monotonic() + given.seconds
     for dtype in given.dtype:
         for memory in given.memory:
-            key = {"memory": memory, "dtype": dtype, "text": given.text}
+            key = {"memory": memory, "dtype": dtype, "text": given.text, "defaults": given.defaults}
             known = [row for row in rows if key.items() <= row.items()]
             if any(row["tokens"] >= given.tokens or row["failed"] for row in known):
                 continue
-            left = given.left / f"{memory}-{dtype}-{given.text}.safetensors"
+            left = given.left / ("-".join(map(str, key.values())) + ".safetensors")
             try:
-                row = numbers(memory, dtype, given.tokens, given.segment, given.text, until, left)
+                row = numbers(key, given.tokens, given.segment, until, left)
             except TimeUp:
                 print("time is up; run again to go on")
                 return
             rows = [*(other for other in rows if other not in known), row]
-            settings = {"window_of_peaks": WINDOW, "growth": GROWTH}
+            settings = {"window_of_peaks": WINDOW, "growth": GROWTH, "dead": DEAD}
             write_result(out, (__doc__ or "").splitlines()[0], settings, rows)
 
 
@@ -283,6 +302,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", default=list(available_memories()))
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--text", choices=["random", "one-token"], default="random")
+    parser.add_argument("--defaults", action="store_true")
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--segment", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=float("inf"))

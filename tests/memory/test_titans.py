@@ -327,6 +327,21 @@ def test_the_memory_remembers_what_it_was_told(kind: str) -> None:
     assert found[-1] < 0.75 * found[0]
 
 
+@pytest.mark.parametrize("kind", ["mag", "omega", "yaad"])
+@torch.no_grad()
+def test_a_memory_that_has_forgotten_all_its_weights_learns_nothing_more(kind: str) -> None:
+    """As docs/methods/titans-mac.md warns: at zero there is no gradient."""
+    plain = REMEMBERING[kind]
+    cls, dims = memory_class(name_of(plain)), Dims(32, 32, 1, 2, 2, 16, 64)
+    memory = cls(cls.resolve(plain, dims), dims)
+    memory.reset_parameters(1.0)
+    x, state = torch.randn(1, 64, 32), memory.init_state(1)
+    told = memory.memory(x, state, None)[1]
+    empty = state._replace(weights=tuple(torch.zeros_like(w) for w in state.weights))
+    after = memory.memory(x, empty, None)[1]
+    assert all(w.any() for w in told.weights) and not any(w.any() for w in after.weights)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_memory_that_starts_again_forgets_all_but_its_convolutions(kind: str) -> None:
