@@ -1,9 +1,10 @@
 """The laws as a table, mechanism by law: runs the suite of laws and writes docs/laws.md.
 
-python -m tests.law_table [--default] [NAME ...]
+python -m tests.law_table [--default] [--on=gpt2,qwen3] [NAME ...]
 
 With names, only these mechanisms are run, and the other rows stay as they are. --default: what `make
-test` runs, without the long documents and the other architectures; letters that a row has already stay.
+test` runs, without the long documents and the other architectures. --on: these architectures alone, without
+the long documents. With either, letters that a row has already stay.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ One letter per architecture on which all checks of the law passed ({families}), 
 some failed. All in float64 unless the law is about numbers. A dash: the mechanism does not promise it,
 or the law says nothing about it. A memory that carries the base's own recurrent state stands on bases that
 have one. Written by `python -m tests.law_table`
-(torch {torch}, transformers {transformers}); `make test` runs the same checks on Llama, and on the other
-architectures for one mechanism per site. Where L stands alone, no more than that was run; other
-letters may be from an earlier whole run.
+(torch {torch}, transformers {transformers}); `make test` runs on Llama what asks most of a
+mechanism, and for one mechanism per site the other cases (padding on one side, other windows of gradients,
+greedy search) and the other architectures. Where L stands alone, no more than that was run; other letters
+may be from an earlier whole run.
 
 {table}
 
@@ -103,14 +105,20 @@ def rows_before() -> dict[str, dict[str, str]]:
 
 def main(arguments: list[str]) -> int:
     default = "--default" in arguments
-    chosen = [name for name in arguments if name != "--default"] or list(available_memories())
+    wanted = [f for a in arguments if a.startswith("--on=") for f in a[5:].split(",")]
+    unknown = [f for f in wanted if f not in INITIALS]
+    if unknown:
+        raise SystemExit(f"--on={unknown[0]} is unknown; use {', '.join(INITIALS)}")
+    chosen = [a for a in arguments if not a.startswith("--")] or list(available_memories())
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "laws.xml"
         # Every architecture and the long documents too, which the default run leaves out.
         marks = "not gpu and not slow" if default else "not gpu"
         command = [sys.executable, "-m", "pytest", "tests/memory/test_laws.py", "-m", marks]
-        if len(chosen) < len(available_memories()):
-            command += ["-k", " or ".join(chosen)]
+        groups = [chosen] if len(chosen) < len(available_memories()) else []
+        groups += [wanted] if wanted else []
+        if groups:
+            command += ["-k", " and ".join(f"({' or '.join(group)})" for group in groups)]
         code = subprocess.run([*command, f"--junitxml={report}"], check=False).returncode
         cases = list(ElementTree.parse(report).iter("testcase"))
     found: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
@@ -134,7 +142,7 @@ def main(arguments: list[str]) -> int:
         for title, law in LAWS.items():
             results = [(f, found[name, law, f]) for f in families_of(name) if found[name, law, f]]
             letters = {INITIALS[f] if all(good) else "x" for f, good in results}
-            if name not in chosen or default:
+            if name not in chosen or default or wanted:
                 letters |= set(before.get(name, {}).get(title, "-")) - {"-"}
             cells.append("".join(sorted(letters, key=ORDER.index)) or "-")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")

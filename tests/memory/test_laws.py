@@ -169,11 +169,9 @@ def test_rows_of_a_ragged_batch_equal_rows_alone(memory: str, family: str, side:
         summed, count = summed + float(alone.loss) * (len(row) - 1), count + len(row) - 1
     assert abs(float(out.loss) - summed / count) < 1e-10
     order = [2, 0, 3, 1]
-    permuted = model(ids[order], attention_mask=mask[order])
-    torch.testing.assert_close(permuted.logits, out.logits[order], **EXACT)
+    permuted = model(ids[order], attention_mask=mask[order], logits_to_keep=5)
+    torch.testing.assert_close(permuted.logits, out.logits[order, -5:], **EXACT)
     assert same_state(permuted.memory_state, out.memory_state.select(order))
-    last = model(ids, attention_mask=mask, logits_to_keep=5).logits
-    torch.testing.assert_close(last, out.logits[:, -5:], **EXACT)
 
 
 # (depth, anchor): the windows of four segments, the last of them short.
@@ -240,7 +238,7 @@ def test_an_answer_at_the_end_teaches_writing(
 
 @with_none
 def test_recomputing_segments_changes_no_gradient(memory: str, family: str) -> None:
-    model, ids = memory_model(family, memory), tokens(2, 3 * SEGMENT + 1)
+    model, ids = memory_model(family, memory), tokens(2, 2 * SEGMENT + 1)
     model.train()
 
     def gradients() -> list[torch.Tensor]:
@@ -450,7 +448,7 @@ def test_round_trips(memory: str, family: str, tmp_path) -> None:
 @with_none
 @torch.no_grad()
 def test_bfloat16_stays_close(memory: str, family: str) -> None:
-    model, ids = memory_model(family, memory), tokens(2, 3 * SEGMENT + 1)
+    model, ids = memory_model(family, memory), tokens(2, 2 * SEGMENT + 1)
     # Weights of ordinary size: the law is about rounding, not about a chaotic network.
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -471,7 +469,7 @@ def test_bfloat16_stays_close(memory: str, family: str) -> None:
 
 @pytest.mark.parametrize(("memory", "skips"), SILENCES)
 # Writing that is not quite silent shows in the first segment; the long one is what the docs promise.
-@pytest.mark.parametrize("segments", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("segments", [7, pytest.param(1000, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_silence_leaves_the_state_as_it_was(
     memory: str, segments: int, skips: bool, monkeypatch: pytest.MonkeyPatch

@@ -136,4 +136,4 @@ def test_round_trips(memory: str, tmp_path) -> None:
     ],
 )
 def test_silence(memory: str, skips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    laws.test_silence_leaves_the_state_as_it_was(memory, 10, skips, monkeypatch)
+    laws.test_silence_leaves_the_state_as_it_was(memory, 7, skips, monkeypatch)
