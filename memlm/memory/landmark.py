@@ -36,8 +36,8 @@ from memlm.memory.parts.retrieved import attend_in_all, attend_to_copies, mixed,
 
 # Numbers that a read holds at once: 16 MiB in float32, which a large cache holds.
 NUMBERS = 2**22
-# How many times what a query reads the store may be, for products with all of it to cost less than a copy of
-# what is read. Measured on one core at 64 numbers a key (docs/log.md).
+# How many times what a query reads the store may be, for products with all of it to cost less than a copy
+# of what is read. Measured on one core at 64 numbers a key (docs/log.md).
 COPIED = 24
 
 

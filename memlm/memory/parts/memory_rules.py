@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -22,21 +21,37 @@ def feature_scale(width: int) -> float:
     return math.sqrt(2 / width)
 
 
+Shaped = tuple[Tensor, Tensor | None]
+
+
 @dataclass(frozen=True)
 class Maker:
-    """Weights from what is held: `shape` of it times `factor`, a number or (R, 1, 1)."""
+    """Weights from what is held: `shape` of it times `factor`, a number or (R, 1, 1).
 
-    shape: Callable[[Tensor], Tensor]
+    shape: from (..., n, m) to numbers of this shape, and what each output is divided by, (..., m) or None.
+    """
+
+    shape: Callable[[Tensor], Shaped]
     factor: Tensor | float = 1.0
 
     def __call__(self, held: Tensor) -> Tensor:
         """The weights of what is held, (R, n, m)."""
-        return self.shape(held) * self.factor
+        shaped, divisor = self.shape(held)
+        return self.factor * (shaped if divisor is None else shaped / divisor.unsqueeze(-2))
 
 
-def unshaped(held: Tensor) -> Tensor:
+def unshaped(held: Tensor) -> Shaped:
     """Weights that are what is held."""
-    return held
+    return held, None
+
+
+def shares(held: Tensor) -> Shaped:
+    """The softmax over inputs, not divided yet: an output can be divided for less than its weights."""
+    # Not by torch's own, which along this dimension takes twice as long. No gradient goes through the
+    # largest: it changes no share.
+    shifted = held - held.detach().amax(dim=-2, keepdim=True)
+    shaped = shifted.exp() if shifted.requires_grad else shifted.exp_()
+    return shaped, shaped.sum(dim=-2)
 
 
 class Activation(Protocol):
@@ -286,7 +301,7 @@ class Softmax:
         return held.new_ones(held.shape[:-2])
 
     def maker(self, held: Tensor, unit: Tensor) -> Maker:
-        return Maker(partial(torch.softmax, dim=-2), self.c * held.shape[-2])
+        return Maker(shares, self.c * held.shape[-2])
 
 
 class Retention(Protocol):

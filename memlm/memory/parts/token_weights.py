@@ -104,7 +104,9 @@ def _chunk(
     y = q
     for j, (make, w) in enumerate(zip(makers, tokens, strict=True)):
         # What enters is multiplied, not the weights of every token.
-        y = ((y * make.factor).unsqueeze(-2) @ make.shape(w)).squeeze(-2)
+        shaped, divisor = make.shape(w)
+        y = ((y * make.factor).unsqueeze(-2) @ shaped).squeeze(-2)
+        y = y if divisor is None else y / divisor
         y = rule.activation.of(y) if j < len(makers) - 1 else y
     last = [w[:, -1] for w in tokens]
     return y, [torch.cat(pair, dim=1) for pair in zip(last, *[ending] * (parts - 1), strict=True)]
