@@ -69,10 +69,11 @@ def multiplications(run: Callable[[], object]) -> int:
 
     Counted by torch's counter as they are dispatched, whatever form a mechanism takes; for the fused
     attention of CPUs, which torch leaves out, two products for each pair of a query and a key that it sees,
-    and four more in backward. Products element by element (gates, decays, scans, feature maps) are not
+    and four more in backward; for a convolution's backward, which torch counts without its groups, twice
+    its forward. Products element by element (gates, decays, scans, feature maps) are not
     counted.
     """
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_RULES) as counter:
         run()
     return counter.get_total_flops() // 2
 
@@ -108,10 +109,21 @@ def _backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *give
     return 4 * _pairs(query, key, is_causal, attn_mask) * (query.shape[3] + value.shape[3])
 
 
-_forward._get_raw = _backward._get_raw = True  # type: ignore[attr-defined]
-_ATTENTION: dict[Any, Any] = {
+def _convolution_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, *given: Any, **more: Any
+) -> int:
+    # By the input and by the weights, each what forward takes; torch's own rule counts every channel with
+    # every other, where a convolution has groups.
+    wanted = given[-1]
+    return 2 * grad_out.numel() * weight[0].numel() * (int(wanted[0]) + int(wanted[1]))
+
+
+for _rule in (_forward, _backward, _convolution_backward):
+    _rule._get_raw = True  # type: ignore[attr-defined]
+_RULES: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+    torch.ops.aten.convolution_backward: _convolution_backward,
 }
 
 

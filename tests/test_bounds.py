@@ -50,6 +50,18 @@ def test_fused_attention_is_counted_pair_by_pair(bench: Any, kind: str, learning
     assert found == 2 * 3 * pairs * 4 * (6 if learning else 2)
 
 
+def test_a_convolution_of_groups_costs_twice_as_much_backward(bench: Any) -> None:
+    """Not each channel with every other."""
+    x, weight = torch.randn(2, 6, 9, requires_grad=True), torch.randn(6, 2, 4, requires_grad=True)
+    once = 2 * 6 * 6 * 2 * 4  # rows, channels, places, what each takes
+
+    def run(*wanted: torch.Tensor) -> None:
+        torch.autograd.grad(F.conv1d(x, weight, groups=3).sum(), wanted)
+
+    assert bench["timing"].multiplications(partial(run, x, weight)) == 3 * once
+    assert bench["timing"].multiplications(partial(run, weight)) == 2 * once
+
+
 @pytest.mark.parametrize("name", ["none", "armt", "rmt", "infini", "transformer-xl"])
 def test_equations_need_what_is_counted(bench: Any, name: str) -> None:
     """To the multiplication: a product more in the code, or less in the equations, is seen."""

@@ -301,7 +301,7 @@ class Backbone:
     @contextmanager
     def _handed_over(self) -> Iterator[None]:
         """Let the run reach its stages through modules that were put around them after wrapping."""
-        found = [(module, parent.get_submodule(name)) for parent, name, module in self._places]
+        found = [(module, getattr(parent, name)) for parent, name, module in self._places]
         around = [outer for module, outer in found if outer is not module and RUN.get() is not None]
         handles = [outer.register_forward_pre_hook(hand_over, with_kwargs=True) for outer in around]
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -81,8 +80,10 @@ class MemoryStage(Stage):
         run = RUN.get()
         if run is not None and not self._is_idle(run):
             kwargs["memory_run"] = run
-        folds = run is not None and run.batched and self._memlm_site == "attention"
-        with FoldedAttention() if folds else nullcontext():
+        if run is not None and run.batched and self._memlm_site == "attention":
+            with FoldedAttention():
+                out = super().__call__(*args, **kwargs)
+        else:
             out = super().__call__(*args, **kwargs)
         return out[0] if _is_shown(self, kwargs.get("memory_run")) else out
 
@@ -94,21 +95,18 @@ class MemoryStage(Stage):
         return ("attention", layer) not in run.cells and ("heads", layer) not in run.cells
 
     def forward(self, *args: Any, memory_run: Run | None = None, **kwargs: Any) -> Any:
+        if memory_run is None:
+            return super().forward(*args, **kwargs)
         if not _is_shown(self, memory_run):
             return self._forward(memory_run, args, kwargs)
-        assert memory_run is not None
         # FSDP gathers a module's parameters for backward once a gradient reaches what its call
         # returned, and a gradient may reach a state alone: so the states are shown to it.
         before = set(memory_run.left.states)
         out = self._forward(memory_run, args, kwargs)
         return out, [v for k, v in memory_run.left.states.items() if k not in before]
 
-    def _forward(
-        self, memory_run: Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _forward(self, memory_run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = super().forward
-        if memory_run is None:
-            return call(*args, **kwargs)
         site, layer = self._memlm_site, self._memlm_layer
         around_heads = site == "attention" and ("heads", layer) in memory_run.cells
         if (site, layer) not in memory_run.cells and not around_heads:

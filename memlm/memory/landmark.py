@@ -32,10 +32,13 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.cache import block_means, push_blocks
 from memlm.memory.parts.checks import check_least
-from memlm.memory.parts.retrieved import attend, entries_of, mixed, none, share
+from memlm.memory.parts.retrieved import attend_in_all, attend_to_copies, mixed, none, share
 
-# Numbers that a read holds at once: 64 MiB in float32.
-NUMBERS = 2**24
+# Numbers that a read holds at once: 16 MiB in float32, which a large cache holds.
+NUMBERS = 2**22
+# How many times what a query reads the store may be, for products with all of it to cost less than a copy
+# of what is read. Measured on one core at 64 numbers a key (docs/log.md).
+COPIED = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,22 +142,18 @@ class Landmark(Memory):
         with torch.autocast(query.device.type, enabled=False):
             q = rearrange(query.to(wide), "B (G h) T dh -> B G (h T) dh", h=h)
             landmarks, count = block_means(state.keys, state.length, block, wide)
-            entries = [rearrange(t, "B G N dh -> (B G N) dh") for t in (state.keys, state.values)]
-            first = torch.arange(batch * groups, device=q.device).view(batch, groups, 1, 1) * places
-            numbers = places // block + 2 * k * block * size
+            stored = [t.to(wide) for t in (state.keys, state.values)]
+            # Where the store is large beside what is read of it, what is read is copied.
+            copies = places > min(COPIED, q.shape[2]) * k * block
+            numbers = places // block + (2 * k * block * size if copies else 2 * places)
             rows = max(1, NUMBERS // max(1, batch * groups * numbers))
             parts = []
             for part in q.split(rows, 2):
                 scores = (part @ landmarks.mT).masked_fill((count == 0)[:, None, None], none(part))
                 near, chosen = scores.topk(k, dim=-1, sorted=False)
-                # Every pair of a query and a block it reads is asked by itself, among the block's tokens.
-                tokens, real = entries_of(chosen.flatten(2), block, state.length)
-                asked = part.repeat_interleave(k, dim=2)
-                read, lse = attend(tokens + first, real, asked, *entries)
-                read, lse = (t.unflatten(2, (-1, k)) for t in (read, lse))
-                weighs = near if self.config.grouped else lse
-                found = torch.einsum("bgrk,bgrkd->bgrd", weighs.softmax(dim=-1), read)
-                parts.append((found, weighs.logsumexp(dim=-1)))
+                weighs = near if self.config.grouped else None
+                attend = attend_to_copies if copies else attend_in_all
+                parts.append(attend(chosen, weighs, state.length, block, part, *stored))
             found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         return (
             rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),

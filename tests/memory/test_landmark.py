@@ -48,16 +48,17 @@ def expected(memory: Landmark, x: QKV, store: list[Token], row: int, head: int, 
 
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(
-    ("top_k", "groups", "numbers"),
-    [(4, G, 2**24), (2, 1, 1), (2, H, 150), (1, G, 2**24)],
+    ("top_k", "groups", "numbers", "copied"),
+    [(4, G, 2**24, 24), (2, 1, 1, 0), (2, H, 150, 24), (1, G, 2**24, 24), (1, G, 2**24, 0)],
     ids=str,
 )
 @torch.no_grad()
 def test_equals_the_grouped_softmax_query_by_query(
-    grouped: bool, top_k: int, groups: int, numbers: int, monkeypatch
+    grouped: bool, top_k: int, groups: int, numbers: int, copied: int, monkeypatch
 ) -> None:
-    """With top_k = num_blocks nothing is left out."""
+    """With top_k = num_blocks nothing is left out. copied=0: what is read is copied for each query."""
     monkeypatch.setattr(landmark, "NUMBERS", numbers)
+    monkeypatch.setattr(landmark, "COPIED", copied)
     memory = cell(groups, top_k=top_k, grouped=grouped)
     state = memory.init_state(B)
     store: list[list[list[Token]]] = [[[] for _ in range(groups)] for _ in range(B)]
@@ -91,7 +92,11 @@ def test_ungrouped_with_every_block_read_is_dense_attention() -> None:
     torch.testing.assert_close(y, local(whole), **EXACT)
 
 
-def test_gradients_reach_what_was_stored_and_are_those_of_dense_attention() -> None:
+@pytest.mark.parametrize("copied", [0, 24])
+def test_gradients_reach_what_was_stored_and_are_those_of_dense_attention(
+    copied: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(landmark, "COPIED", copied)
     memory, (past, x) = cell(num_blocks=2, top_k=2, grouped=False), segments(2)
     past = QKV(past.q, past.k.requires_grad_(), past.v.requires_grad_())
     _, state = memory(past, memory.init_state(B), local, mask=None)

@@ -21,7 +21,7 @@ Normaliser = Tensor | tuple[()]
 
 def features_of(x: Tensor, heads: int, nu: int, unit: bool) -> Tensor:
     """DPFP features of each head: (B, T, H n) -> (B, T, H, 2 nu n); unit: of length 1, or zero."""
-    phi = dpfp(x.unflatten(-1, (heads, -1)), nu)
+    phi = dpfp(x.unsqueeze(-2) if heads == 1 else x.unflatten(-1, (heads, -1)), nu)
     return F.normalize(phi, dim=-1) if unit else phi
 
 
@@ -58,6 +58,11 @@ def averaged(phi: Tensor, associations: Tensor, normaliser: Normaliser) -> Tenso
     """
     assert isinstance(normaliser, Tensor)
     with without_autocast(phi.device.type):
+        if phi.shape[2] == 1:
+            # The same as below without the views of heads, each of which costs a new token a call.
+            found = phi.squeeze(2)
+            share = torch.bmm(found.to(normaliser.dtype), normaliser.unsqueeze(2)) + EPSILON
+            return torch.bmm(found, associations.to(phi.dtype)) / share
         share = counted(phi, normaliser).unsqueeze(-1) + EPSILON
         return (associated(phi, associations) / share).flatten(2)
 

@@ -21,7 +21,37 @@ def feature_scale(width: int) -> float:
     return math.sqrt(2 / width)
 
 
-Maker = Callable[[Tensor], Tensor]
+Shaped = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Weights from what is held: `shape` of it times `factor`, a number or (R, 1, 1).
+
+    shape: from (..., n, m) to numbers of this shape, and what each output is divided by, (..., m) or None.
+    """
+
+    shape: Callable[[Tensor], Shaped]
+    factor: Tensor | float = 1.0
+
+    def __call__(self, held: Tensor) -> Tensor:
+        """The weights of what is held, (R, n, m)."""
+        shaped, divisor = self.shape(held)
+        return self.factor * (shaped if divisor is None else shaped / divisor.unsqueeze(-2))
+
+
+def unshaped(held: Tensor) -> Shaped:
+    """Weights that are what is held."""
+    return held, None
+
+
+def shares(held: Tensor) -> Shaped:
+    """The softmax over inputs, not divided yet: an output can be divided for less than its weights."""
+    # Not by torch's own, which along this dimension takes twice as long. No gradient goes through the
+    # largest: it changes no share.
+    shifted = held - held.detach().amax(dim=-2, keepdim=True)
+    shaped = shifted.exp() if shifted.requires_grad else shifted.exp_()
+    return shaped, shaped.sum(dim=-2)
 
 
 class Activation(Protocol):
@@ -256,8 +286,7 @@ class Normed:
         return along * (-grad / norm.pow(self.q))[:, None, None], grad / unit
 
     def maker(self, held: Tensor, unit: Tensor) -> Maker:
-        scale = self.scale(held, unit)
-        return lambda x: x * (scale if x.ndim == 3 else scale.unsqueeze(1))
+        return Maker(unshaped, self.scale(held, unit))
 
 
 @dataclass(frozen=True)
@@ -272,8 +301,7 @@ class Softmax:
         return held.new_ones(held.shape[:-2])
 
     def maker(self, held: Tensor, unit: Tensor) -> Maker:
-        mass = self.c * held.shape[-2]
-        return lambda x: mass * x.softmax(dim=-2)
+        return Maker(shares, self.c * held.shape[-2])
 
 
 class Retention(Protocol):
@@ -290,7 +318,7 @@ class Retention(Protocol):
         ...
 
     def maker(self, held: Tensor, unit: Tensor) -> Maker:
-        """What makes weights of A, (R, n, m) or (R, b, n, m), in a chunk that starts with `held`."""
+        """What makes weights of A in a chunk that starts with `held` (R, n, m)."""
         ...
 
 
@@ -333,11 +361,9 @@ class Rule:
         return self.retention if isinstance(self.retention, Normed) else None
 
     def makers(self, held: Sequence[Tensor], units: Sequence[Tensor]) -> list[Maker]:
-        """What makes each layer's weights of what is held, (R, n, m) or (R, b, n, m), in a chunk that
-        starts with `held` (R, n, m).
-        """
+        """What makes each layer's weights of what is held in a chunk that starts with `held` (R, n, m)."""
         if self.retention is None:
-            return [lambda x: x for _ in held]
+            return [Maker(unshaped) for _ in held]
         return [self.retention.maker(w, unit) for w, unit in zip(held, units, strict=True)]
 
     def answer(self, z: Tensor) -> Tensor:

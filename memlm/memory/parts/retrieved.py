@@ -40,6 +40,54 @@ def attend(
     return found, scores.logsumexp(dim=-1).masked_fill(~real.any(dim=-1), none(q))
 
 
+def attend_in_all(
+    chosen: Tensor,
+    near: Tensor | None,
+    length: Tensor,
+    size: int,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What queries (B, G, R, dh) read of the blocks (B, G, R, k) that each has `chosen`, without copies.
+
+    keys and values (B, G, N, dh): blocks of `size` entries, of which `length` (B,) are filled. near
+    (B, G, R, k): what the blocks weigh, as scores; None: what their entries do. Returns (B, G, R, dh) and
+    the log-sum-exp (B, G, R) of what they weigh. Products are made with all that is stored, which costs
+    less than copies for each query where the store is not many times what one reads.
+    """
+    index = chosen.unsqueeze(-1).expand(*chosen.shape, size)
+    real = entries_of(chosen, size, length)[1]
+    every = (q @ keys.mT).unflatten(-1, (-1, size))
+    scores = every.gather(-2, index).masked_fill(~real, none(q))
+    if near is None:
+        near = scores.logsumexp(dim=-1).masked_fill(~real.any(dim=-1), none(q))
+    parts = scores.softmax(dim=-1) * near.softmax(dim=-1).unsqueeze(-1)
+    found = torch.zeros_like(every).scatter(-2, index, parts).flatten(-2) @ values
+    return found, near.logsumexp(dim=-1)
+
+
+def attend_to_copies(
+    chosen: Tensor,
+    near: Tensor | None,
+    length: Tensor,
+    size: int,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `attend_in_all`, by a copy of what each query reads."""
+    (batch, groups, places), k = keys.shape[:3], chosen.shape[-1]
+    first = torch.arange(batch * groups, device=q.device).view(batch, groups, 1, 1) * places
+    # Every pair of a query and a block it reads is asked by itself, among the block's entries.
+    index, real = entries_of(chosen.flatten(2), size, length)
+    asked = q.repeat_interleave(k, dim=2)
+    read, lse = attend(index + first, real, asked, keys.flatten(0, 2), values.flatten(0, 2))
+    near = lse.unflatten(2, (-1, k)) if near is None else near
+    found = torch.einsum("bgrk,bgrkd->bgrd", near.softmax(dim=-1), read.unflatten(2, (-1, k)))
+    return found, near.logsumexp(dim=-1)
+
+
 def share(found: Tensor, local: Tensor) -> Tensor:
     """What found keys weigh in one softmax with local ones, from the log-sum-exps (B, H, T) of both."""
     return torch.sigmoid(found - local.to(found.dtype))

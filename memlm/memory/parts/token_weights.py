@@ -29,12 +29,21 @@ class _Gradients(NamedTuple):
     inputs: list[Tensor]
     errors: list[Tensor]
 
-    def summed(self, shares: Tensor) -> list[Tensor]:
-        """Gradients in these shares (R, t, b): (R, t, n, m) for each layer."""
+    def summed(self, shares: Tensor, onto: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Gradients in these shares (R, t, b), added to `onto` where given: (R, t, n, m) for each layer.
+
+        `onto` is overwritten where no gradient is wanted.
+        """
         found = []
-        for x, error in zip(self.inputs, self.errors, strict=True):
-            outer = (x.unsqueeze(-1) * error.unsqueeze(-2)).flatten(2)
-            found.append((shares @ outer).unflatten(2, (x.shape[-1], error.shape[-1])))
+        for j, (x, error) in enumerate(zip(self.inputs, self.errors, strict=True)):
+            # Shares go to the inputs: no token's outer product is made by itself.
+            shared = (x.mT.contiguous().unsqueeze(1) * shares.unsqueeze(2)).flatten(1, 2)
+            if onto is None:
+                total = torch.bmm(shared, error)
+            else:
+                add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
+                total = add(onto[j].flatten(1, 2), shared, error)
+            found.append(total.unflatten(1, (shares.shape[1], x.shape[-1])))
         return found
 
 
@@ -92,11 +101,13 @@ def _chunk(
     gradients = _clipped(limit, _gradients(rule, k, v, bound, start))
     advance = _orthogonal_steps if rule.muon else _steps
     tokens, ending = advance(gradients, log_keep, log_momentum, rate, mask, held, carried, rule)
-    weights = [make(w) for make, w in zip(makers, tokens, strict=True)]
     y = q
-    for j, w in enumerate(weights):
-        y = (y.unsqueeze(-2) @ w).squeeze(-2)
-        y = rule.activation.of(y) if j < len(weights) - 1 else y
+    for j, (make, w) in enumerate(zip(makers, tokens, strict=True)):
+        # What enters is multiplied, not the weights of every token.
+        shaped, divisor = make.shape(w)
+        y = ((y * make.factor).unsqueeze(-2) @ shaped).squeeze(-2)
+        y = y if divisor is None else y / divisor
+        y = rule.activation.of(y) if j < len(makers) - 1 else y
     last = [w[:, -1] for w in tokens]
     return y, [torch.cat(pair, dim=1) for pair in zip(last, *[ending] * (parts - 1), strict=True)]
 
@@ -143,18 +154,18 @@ def _steps(
     """What is held at every token (R, b, n, m), and the momentum at the end (R, n, m), if there is one."""
     decay = decays(log_keep, log_momentum, rate, mask, rule.window)
     first = decay.gains[..., 0, None, None]
-    tokens = [
-        first * w.unsqueeze(1) - step
-        for w, step in zip(held, gradients.summed(decay.mixing), strict=True)
-    ]
+    kept = [first * w.unsqueeze(1) for w in held]
+    if carried:
+        second = decay.gains[..., 1, None, None]
+        kept = [
+            torch.addcmul(t, second, s.unsqueeze(1)) for t, s in zip(kept, carried, strict=True)
+        ]
+    tokens = gradients.summed(-decay.mixing, kept)
     if not carried:
         return tokens, []
-    second, kept = decay.gains[..., 1, None, None], decay.carry[:, None, None]
+    left = decay.carry[:, None, None]
     added = gradients.summed(decay.closing[..., 1].unsqueeze(-2))
-    return (
-        [t + second * s.unsqueeze(1) for t, s in zip(tokens, carried, strict=True)],
-        [kept * s - step.squeeze(1) for s, step in zip(carried, added, strict=True)],
-    )
+    return tokens, [left * s - step.squeeze(1) for s, step in zip(carried, added, strict=True)]
 
 
 def _orthogonal_steps(
