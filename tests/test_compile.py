@@ -25,6 +25,10 @@ def graphs() -> Iterator[None]:
 
 
 @pytest.mark.slow
+# Tracing a backward pass written by hand, torch makes an instance of the function, and warns of that.
+@pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
+)
 @pytest.mark.parametrize("name", ["armt", "titans-mac", "rmt"])
 def test_nothing_is_compiled_again_after_the_second_call(name: str, graphs: None) -> None:
     model = memory_model("llama", name).float().train()
