@@ -230,11 +230,9 @@ def _floor(module: nn.Module) -> Tensor | None:
 class RecurrenceStage(MemoryStage):
     """A layer's mixer, with the memories of the run around it."""
 
-    def _forward(
-        self, memory_run: Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _forward(self, memory_run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site, layer = self._memlm_site, self._memlm_layer
-        if memory_run is None or (site, layer) not in memory_run.cells:
+        if (site, layer) not in memory_run.cells:
             return super()._forward(memory_run, args, kwargs)
         call = super(MemoryStage, self).forward
         arguments = bind(type(self)._memlm_original, args, kwargs)
