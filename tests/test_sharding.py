@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,11 +93,13 @@ def compare(memory: str, kind: str) -> None:
         torch.testing.assert_close(again.logits, right.logits, **EXACT)
 
 
-def put_lora(model: MemLMForCausalLM, targets: Sequence[str] = ("q_proj", "v_proj")) -> None:
-    """LoRA in the base, not at zero, the rest of the base frozen."""
+def put_lora(model: MemLMForCausalLM) -> None:
+    """LoRA in the base's attention, or in its recurrence, not at zero; the rest of the base frozen."""
     from memlm.train.bases import add_lora
 
-    add_lora(model, {"r": 2, "target_modules": list(targets)})
+    there = {name.rpartition(".")[2] for name, _ in model.base.named_modules()}
+    targets = there & {"q_proj", "v_proj", "c_attn", "in_proj"}
+    add_lora(model, {"r": 2, "target_modules": sorted(targets)})
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

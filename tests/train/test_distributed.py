@@ -102,7 +102,7 @@ def run_gradients(folder: Path, world: int) -> dict[str, torch.Tensor]:
     for memory, lora, recomputed in SETUPS:
         model = memory_model("gpt2", memory)
         if lora:
-            put_lora(model, ["c_attn"])
+            put_lora(model)
         if recomputed == "layers":
             model.base.gradient_checkpointing_enable({"use_reentrant": False})
         kept = Gradients()
