@@ -14,9 +14,10 @@ import memlm.memory
 from memlm.backbone import find_attention
 from memlm.backbone.heads import only_real, with_keys_in_front
 from memlm.backbone.open import Front
+from memlm.backbone.run import RUN
 from memlm.memory import QKV, Memory, MemoryConfig
 from memlm.modeling import MemLMForCausalLM
-from tests.cases import FAMILIES, SEGMENT, base_model, randomise, tokens
+from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -367,3 +368,20 @@ def test_masks_that_know_of_no_queries_hide_what_is_not_real() -> None:
     assert only_real(seen, real).tolist() == [[False, False]]
     assert with_keys_in_front(seen, Front(2, real), 1).tolist() == [[False, True, True, False]]
     assert with_keys_in_front(seen, Front(2, None), 1).tolist() == [[True, True, True, False]]
+
+
+@torch.no_grad()
+def test_no_run_is_left_when_a_call_ends_or_fails() -> None:
+    """A run that stayed would reach whatever uses the base next."""
+    model, ids = memory_model("llama", "armt"), tokens(1, SEGMENT)
+    model(ids)
+    assert RUN.get() is None
+
+    def fail(*given: object) -> None:
+        raise ZeroDivisionError
+
+    handle = model.backbone.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(ids)
+    handle.remove()
+    assert RUN.get() is None
