@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from memlm.memory.base import Dims, MemoryConfig, option
+from memlm.memory.base import Dims, MemoryConfig, live_option, option
 from memlm.memory.parts.checks import check_least
 from memlm.memory.parts.delta_block import DeltaBlock, filled, rule_called
 from memlm.memory.parts.delta_kernels import run_delta_rule
@@ -47,7 +47,11 @@ class GatedDeltaConfig(GatedConfig):
     logit at the start. conv_std: scale of the convolutions' taps at the start; 0 starts them as if they
     were not there. From scratch a random start saves the time in which no query and no key look back,
     so that neither has a reason to begin (0.3 did). output_std: scale of the output projection at the
-    start; 0 leaves the stage as it was.
+    start; 0 leaves the stage as it was. read_dropout: in training, the share of rows that go without the
+    answers of a layer, drawn anew per layer and segment (as LayerDrop drops layers, Fan et al. 2020,
+    section 3; nothing is rescaled). Without it each fact is kept by whichever layer happened to learn it
+    first, and an answer that needs two reads may find them in the wrong order; with it every layer
+    learns all of them (docs/log.md).
     """
 
     rule: str = "gated-delta"
@@ -62,6 +66,7 @@ class GatedDeltaConfig(GatedConfig):
     initial_gate: float = option(0.0)
     conv_std: float = option(0.0)
     output_std: float = option(0.0)
+    read_dropout: float = live_option(0.0)
 
     @classmethod
     def paper(cls) -> Self:
@@ -91,6 +96,8 @@ class GatedDeltaConfig(GatedConfig):
             )
         full = filled(self, dims)
         check_least(full, {"householder_steps": 1})
+        if not 0 <= full.read_dropout < 1:
+            raise ValueError(f"read_dropout={full.read_dropout} must be from 0 to below 1")
         assert full.head_dim is not None
         if self.key_map == "product" and full.head_dim % 2:
             raise ValueError(
@@ -158,6 +165,12 @@ class GatedDelta(DeltaBlock):
 
     def recalled(self, q: Tensor, x: Tensor, state: GatedDeltaState) -> Tensor:
         return q @ state.memory
+
+    def answer(self, found: Tensor, x: Tensor) -> Tensor:
+        y = super().answer(found, x)
+        if not (self.training and self.config.read_dropout):
+            return y
+        return y * (torch.rand(len(y), 1, 1, device=y.device) >= self.config.read_dropout)
 
     def normed(self, x: Tensor) -> Tensor:
         return pair_product(x) if self.pairs else super().normed(x)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from memlm import MemLMForCausalLM
 from memlm.memory import GatedDeltaConfig
 from memlm.memory.base import Dims
 from memlm.memory.gated_delta import GatedDelta
@@ -13,7 +14,7 @@ from memlm.memory.parts.delta_block import RULES
 from memlm.memory.parts.delta_rule import Tokens, delta_rule
 from memlm.memory.parts.feature_maps import pair_product
 from memlm.memory.parts.gates import STRETCH, open_gate
-from tests.cases import randomise
+from tests.cases import SEGMENT, base_model, randomise, tokens
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 D, T, ROWS = 6, 7, 2
@@ -266,3 +267,40 @@ def test_convolutions_start_as_if_they_were_not_there_or_at_random() -> None:
         )
     assert float(plain[:, :-1].std()) < float(random[:, :-1].std())
     assert abs(float(random[:, -1].mean())) < 0.3 < float(plain[:, -1].mean())
+
+
+def test_some_rows_go_without_a_layer_s_answers_in_training() -> None:
+    memory = cell(read_dropout=0.5).train()
+    x = torch.randn(64, T, D, dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        y, state = memory(x, memory.init_state(64), lambda x: x, mask=None)
+    whole, same = memory.eval()(x, memory.init_state(64), lambda x: x, mask=None)
+    dropped = (y == x).flatten(1).all(dim=1)
+    assert 16 < dropped.sum() < 48
+    assert torch.equal(y[~dropped], whole[~dropped])
+    # What is written does not depend on what was answered.
+    assert torch.equal(state.memory, same.memory)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_every_layer_is_dropped_by_itself(schedule: str) -> None:
+    model = MemLMForCausalLM.from_base(
+        base_model("llama"),
+        memory=GatedDeltaConfig(read_dropout=0.5, output_std=0.5),
+        segment_length=SEGMENT,
+        schedule=schedule,
+    ).train()
+    ids = tokens(64, SEGMENT)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        logits = model(ids).logits
+        without = model.base(ids).logits
+    # Both of two layers: a quarter of the rows, where draws that they shared would make it half.
+    assert 6 < (logits - without).abs().amax(dim=(1, 2)).lt(1e-12).sum() < 26
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_of_rows_is_refused_that_is_none(share: float) -> None:
+    with pytest.raises(ValueError, match=r"read_dropout=.* must be from 0 to below 1"):
+        cell(read_dropout=share)

@@ -18,7 +18,7 @@ from memlm.tasks.babi.generators.events import DIALECTS, NUMBERS
 from memlm.tasks.babi.generators.relations import place_on_a_line, tell_placement
 from memlm.tasks.babi.generators.world import DIRECTIONS, PLACES, Event, World
 
-LESSONS = ("handler", "before", "carrier", "left", "gift")
+LESSONS = ("handler", "taker", "before", "carrier", "left", "gift")
 TASKS = (*DIALECTS, "qa4")
 # The newest facts that are asked about: all four actors have moved within these, 999 times in 1,000.
 RECENT_FACTS = 32
@@ -49,7 +49,7 @@ def kinds_of(task: str) -> set[str]:
     dialect = DIALECTS[task]
     found = {"qa1", "qa6", "before"}
     if dialect.handles:
-        found |= {"qa2", "qa3", "qa7", "qa8", "handler", "carrier", "left"}
+        found |= {"qa2", "qa3", "qa7", "qa8", "handler", "taker", "carrier", "left"}
     return found | {"qa5", "gift"} if dialect.gives else found
 
 
@@ -249,6 +249,15 @@ def _handlers(story: Events) -> dict[str, str]:
     }
 
 
+def _takers(story: Events) -> dict[str, str]:
+    """Who took a thing to a place on its newest journey: the handler, where a place is named too."""
+    return {
+        f"Who took the {thing} to the {place}?": story.hands[thing][1]
+        for thing, way in story.journeys().items()
+        for place in way
+    }
+
+
 def _carriers(story: Events) -> dict[str, str]:
     return {
         f"Who carries the {thing}?": actor if ended is None else "nobody"
@@ -285,6 +294,7 @@ _ANSWERS: dict[str, Callable[[Events], dict[str, str]]] = {
     "qa8": _listings,
     "handler": _handlers,
     "before": _ways_before,
+    "taker": _takers,
     "carrier": _carriers,
     "left": _places_left,
     "gift": _gifts,

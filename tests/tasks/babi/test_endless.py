@@ -90,11 +90,37 @@ def carriers(facts: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     )
 
 
+def takers(facts: list[str]) -> dict[str, str]:
+    """Who took each thing where, since it last came to somebody by taking or gift."""
+    found: dict[str, dict[str, str]] = {}
+    holds: dict[str, str] = {}
+    for fact in facts:
+        if match := MOVED.match(fact):
+            for thing, actor in holds.items():
+                if actor == match[1]:
+                    found[thing][match[2]] = actor
+        elif match := HANDED.match(fact):
+            holds[match[1]], found[match[1]] = match[2], {}
+        elif match := HANDLED.match(fact):
+            actor, thing = match.groups()
+            if re.search(r" (?:dropped|left|discarded|put down) the ", fact):
+                if holds.pop(thing, None) != actor:
+                    found.pop(thing, None)
+            else:
+                holds[thing], found[thing] = actor, {}
+    return {
+        f"Who took the {thing} to the {place}?": actor
+        for thing, way in found.items()
+        for place, actor in way.items()
+    }
+
+
 @pytest.mark.parametrize("task", ["qa2", "qa5"])
 def test_lessons_ask_for_the_steps_an_answer_is_made_of(task: str) -> None:
     for seed in range(4):
         for story, facts in told(task, seed, RECENT_FACTS):
             assert story.answers("handler") == handlers(facts)
+            assert story.answers("taker") == takers(facts)
             assert story.answers("before") == ways(facts)
             assert (story.answers("carrier"), story.answers("left")) == carriers(facts)
             given = story.answers("qa5").items()
@@ -106,7 +132,7 @@ def test_what_is_long_past_is_not_asked_about() -> None:
         recent = " ".join(facts[-RECENT_FACTS:])
         for kind in ("qa1", "qa2", "qa3", *LESSONS):
             for question in story.answers(kind):
-                subject = re.findall(r"\w+", re.split(" before | left", question)[0])[-1]
+                subject = re.findall(r"\w+", re.split(" before | left| to ", question)[0])[-1]
                 assert subject in recent
 
 
