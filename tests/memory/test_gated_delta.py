@@ -291,13 +291,27 @@ def test_every_layer_is_dropped_by_itself(schedule: str) -> None:
         segment_length=SEGMENT,
         schedule=schedule,
     ).train()
-    ids = tokens(64, SEGMENT)
+    ids = tokens(64, 2 * SEGMENT)
+    first, second = slice(0, SEGMENT), slice(SEGMENT, None)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         logits = model(ids).logits
-        without = model.base(ids).logits
-    # Both of two layers: a quarter of the rows, where draws that they shared would make it half.
-    assert 6 < (logits - without).abs().amax(dim=(1, 2)).lt(1e-12).sum() < 26
+        # Who went without the second layer's answers, and who without any.
+        upper = model.memory.attached["gated-delta"].cells["1"]
+        upper.o_proj.weight.zero_()
+        lower = model.eval()(ids).logits
+        model.memory.attached["gated-delta"].cells["0"].o_proj.weight.zero_()
+        neither = model(ids).logits
+
+    def are(reference: torch.Tensor, where: slice) -> torch.Tensor:
+        return (logits - reference)[:, where].abs().amax(dim=(1, 2)) < 1e-9
+
+    without_upper, without_both = (are(one, first) for one in (lower, neither))
+    assert 6 < without_both.sum() < 26 and 6 < without_upper.sum() < 26
+    # The wavefront runs the first layer's second segment and the second's first in one call.
+    told = are(lower, second) | are(neither, second)
+    same = (without_upper | without_both) == are(neither, second)
+    assert 0.25 < same[told].double().mean() < 0.75
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
