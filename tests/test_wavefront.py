@@ -123,7 +123,8 @@ def test_memories_on_some_layers_and_several_at_once() -> None:
         InfiniConfig(layers=(1, 2)),
     ]
     model = wave("llama", memories, num_hidden_layers=5)
-    assert_same(model, tokens(2, 4 * SEGMENT))
+    # In windows, the second from the state that the first left.
+    assert_same(model, tokens(2, 4 * SEGMENT), bptt_depth=2)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
