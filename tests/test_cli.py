@@ -337,11 +337,14 @@ def test_an_index_is_built_added_to_searched_and_asked(folder, tmp_path, capsys)
 
 
 def test_what_is_asked_without_saving_leaves_nothing_in_a_store(
-    folder, book, tmp_path, monkeypatch
+    folder, tmp_path, monkeypatch
 ) -> None:
     from memlm.retrieval import ChunkIndex, HashingEmbedder
     from memlm.retrieval.embedded import EmbeddedStore
 
+    # Two chunks are enough, of a document that is read five times.
+    book = tmp_path / "book.txt"
+    book.write_text(TEXT * 2, encoding="utf-8")
     library = ChunkIndex(HashingEmbedder())
     library.add(["The brave baker keeps the golden lamp under the stairs."])
     # Chunks in this process, taken for a store that goes on without it.

@@ -120,7 +120,14 @@ def test_laws(law: str, memory: str) -> None:
     LAWS[law](memory=memory, family="llama")
 
 
-@options
+# Every field of a config is saved alike: by default for some with parameters or a state of their own.
+SAVED = ("armt-heads", "titans-mac-rules", "knn-chunks", "mom-same-projections")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(o, marks=() if o in SAVED else pytest.mark.slow) for o in OPTIONS],
+)
 def test_round_trips(memory: str, tmp_path) -> None:
     laws.test_round_trips(memory, "llama", tmp_path)
 

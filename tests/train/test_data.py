@@ -274,8 +274,12 @@ def test_every_task_can_be_trained_on(haystack: TokenHaystack, task: str) -> Non
         aimed = piece.targets[piece.targets != IGNORE]
         assert aimed[-1] == haystack.tokenizer.eos_token_id
         answers.add(haystack.tokenizer.decode(aimed[:-1]).strip())
-    told = {story.answer for story in islice(babi.generate(task, 0), 5000)}
-    assert answers <= told and len(answers) > 1
+    assert len(answers) > 1
+    for story in islice(babi.generate(task, 0), 5000):
+        answers.discard(story.answer)
+        if not answers:
+            break
+    assert not answers
 
 
 def check_answers(haystack: TokenHaystack, piece: Piece) -> None:
