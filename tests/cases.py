@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -239,6 +240,17 @@ RECURRENT: dict[str, dict] = {
 }
 LAW_FAMILIES = ("llama", "gpt2", "qwen3")
 RECURRENT_FAMILIES = ("mamba2", "falcon_h1", "qwen3_next")
+
+
+# One of each site, for what depends on where a memory stands and not on what it computes there.
+A_SITE_EACH = ("rmt", "armt", "titans-mac", "infini", "base-recurrent")
+
+
+def by_default(values: Iterable[str], chosen: Container[str]) -> list[Any]:
+    """All values as parameters of a test; those that are not chosen are marked slow."""
+    return [
+        pytest.param(value, marks=() if value in chosen else pytest.mark.slow) for value in values
+    ]
 
 
 def deeper(family: str) -> dict[str, object]:

@@ -20,7 +20,17 @@ from memlm.memory import (
     TitansMALConfig,
     TransformerXLConfig,
 )
-from tests.cases import CASES, FAMILIES, SEGMENT, base_model, randomise, standing, tokens
+from tests.cases import (
+    A_SITE_EACH,
+    CASES,
+    FAMILIES,
+    SEGMENT,
+    base_model,
+    by_default,
+    randomise,
+    standing,
+    tokens,
+)
 from tests.fresh import run_fresh
 from tests.memory.test_laws import EXACT, same_state
 
@@ -210,7 +220,8 @@ def test_a_window_that_would_hide_the_context_is_refused() -> None:
     assert model(tokens(1, 2 * SEGMENT)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("memory", CASES)
+# A state is looked through whatever made it; that of memory-caching is of several parts.
+@pytest.mark.parametrize("memory", by_default(CASES, (*A_SITE_EACH, "memory-caching")))
 def test_a_state_that_is_not_finite_names_layer_and_segment(memory: str, monkeypatch) -> None:
     config = CASES[memory]
     base = base_model(standing(memory, "llama"))

@@ -17,9 +17,20 @@ INSIDE = [name for name in CASES if memory_class(name).site in ("heads", "attent
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
 
+# Beside the softmax, in front of its keys, with its scores, around its module, keys that are looked up.
+KINDS = ("infini", "transformer-xl", "tova", "titans-mac", "knn")
+
+
 @pytest.mark.parametrize(
     ("memory", "whose"),
-    [*((memory, "base") for memory in INSIDE), ("infini", "wrapper"), ("infini", "decoder")],
+    [
+        *(
+            pytest.param(memory, "base", marks=() if memory in KINDS else pytest.mark.slow)
+            for memory in INSIDE
+        ),
+        ("infini", "wrapper"),
+        ("infini", "decoder"),
+    ],
 )
 @torch.no_grad()
 def test_memories_stay_at_work(memory: str, whose: str) -> None:

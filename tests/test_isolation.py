@@ -195,8 +195,8 @@ def test_two_threads_on_one_model_do_not_disturb_each_other() -> None:
     def read(number: int, found: list[Any]) -> None:
         rng = Random(number)
         stream = DocumentStream(model, words, retriever(new_index(True)))
-        for _ in range(3):
-            stream.write(" ".join(rng.choice(WORDS) for _ in range(60)) + f" of o{number}. ")
+        for _ in range(2):
+            stream.write(" ".join(rng.choice(WORDS) for _ in range(30)) + f" of o{number}. ")
             answer = stream.ask("bird?", max_new_tokens=2)
             found.append((answer, [s.text for s in answer.sources], stream.score(" a bird")))
         found.append(stream._state)

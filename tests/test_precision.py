@@ -10,12 +10,19 @@ from transformers import AutoModelForCausalLM
 
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.memory import memory_class
-from tests.cases import CASES, SEGMENT, memory_model, randomise, tokens
+from tests.cases import (
+    A_SITE_EACH,
+    CASES,
+    SEGMENT,
+    by_default,
+    memory_model,
+    randomise,
+    tokens,
+)
 from tests.written.make import base_for
 
 WRITTEN = Path(__file__).parent / "written" / "0.1"
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-memories = pytest.mark.parametrize("memory", CASES)
 # The base's dtype, and whether the caller has an autocast of their own.
 SETTINGS = [(memory, torch.bfloat16, False) for memory in CASES]
 SETTINGS += [
@@ -45,7 +52,7 @@ def dtypes(module: torch.nn.Module) -> set[torch.dtype]:
 
 @half
 def test_parameters_are_float32_on_a_base_in_half_precision(dtype: torch.dtype) -> None:
-    for memory in CASES:
+    for memory in CASES if dtype == torch.bfloat16 else A_SITE_EACH:
         model = half_model(memory, dtype)
         assert dtypes(model.memory) <= {torch.float32}, memory
         assert dtypes(model.base) == {dtype} and model.dtype == dtype
@@ -112,7 +119,8 @@ def test_a_memory_that_says_nothing_leaves_the_base_to_the_bit() -> None:
             assert torch.equal(model(ids).logits, plain), memory
 
 
-@memories
+# All memories have their parameters in float32 (above), and all are saved and loaded in the laws.
+@pytest.mark.parametrize("memory", by_default(CASES, A_SITE_EACH))
 @torch.no_grad()
 def test_files_keep_each_precision(memory: str, tmp_path) -> None:
     model, ids = half_model(memory), tokens(2, 2 * SEGMENT)

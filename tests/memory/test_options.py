@@ -25,7 +25,7 @@ from memlm.memory import (
     TTTLinearConfig,
     name_of,
 )
-from tests.cases import CASES
+from tests.cases import CASES, by_default
 from tests.memory import test_laws as laws
 
 OPTIONS: dict[str, MemoryConfig] = {
@@ -112,10 +112,7 @@ def memory(option: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @options
-@pytest.mark.parametrize(
-    "law",
-    [pytest.param(law, marks=() if law in ALWAYS else pytest.mark.slow) for law in LAWS],
-)
+@pytest.mark.parametrize("law", by_default(LAWS, ALWAYS))
 def test_laws(law: str, memory: str) -> None:
     LAWS[law](memory=memory, family="llama")
 
@@ -124,10 +121,7 @@ def test_laws(law: str, memory: str) -> None:
 SAVED = ("armt-heads", "titans-mac-rules", "knn-chunks", "mom-same-projections")
 
 
-@pytest.mark.parametrize(
-    "option",
-    [pytest.param(o, marks=() if o in SAVED else pytest.mark.slow) for o in OPTIONS],
-)
+@pytest.mark.parametrize("option", by_default(OPTIONS, SAVED))
 def test_round_trips(memory: str, tmp_path) -> None:
     laws.test_round_trips(memory, "llama", tmp_path)
 
