@@ -9,7 +9,16 @@ import torch
 
 from memlm.segment import cut
 from memlm.watch import EVERY
-from tests.cases import CASES, LAW_FAMILIES, SEGMENT, memory_model, standing, tokens
+from tests.cases import (
+    A_SITE_EACH,
+    CASES,
+    LAW_FAMILIES,
+    SEGMENT,
+    memory_model,
+    standing,
+    tokens,
+)
+from tests.memory.test_laws import SILENT
 from tests.waits import Waits
 
 # transformers' own questions, one each time its decoder runs: whether positions are packed documents, where
@@ -37,10 +46,20 @@ def asked(name: str, segments: int, how: str) -> tuple[Counter[str], int]:
     return Counter(own), len(waits.found) - len(own) - len(decoded)
 
 
-@pytest.mark.parametrize("how", ["train", "read"])
-@pytest.mark.parametrize("name", ["none", *CASES])
+# Where nothing can be passed over in silence, reading is a part of training.
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        *(("train", name) for name in ("none", *CASES)),
+        *(
+            pytest.param("read", name, marks=() if by_default else pytest.mark.slow)
+            for name in ("none", *CASES)
+            for by_default in [name in ("none", *SILENT, *A_SITE_EACH)]
+        ),
+    ],
+)
 def test_a_segment_asks_nothing(name: str, how: str) -> None:
-    (short, theirs), (long, more) = asked(name, 2, how), asked(name, 5, how)
+    (short, theirs), (long, more) = asked(name, 2, how), asked(name, 4, how)
     assert long == short, f"a segment makes the host wait: {dict(long - short)}"
     assert more <= theirs, "more than one question of transformers when its decoder runs"
 

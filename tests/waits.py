@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,15 @@ class Waits:
         self._modes = [_Operations(self._note), _Methods(self._note)]
 
     def _note(self, what: str) -> None:
-        ours = [
-            frame
-            for frame in traceback.extract_stack()
-            if "memlm" in frame.filename or "transformers" in frame.filename
-        ]
-        where = ours[-1] if ours else None
-        self.found.append(
-            what if where is None else f"{what} in {where.name}, {Path(where.filename).name}"
-        )
+        # The innermost place that is ours or transformers'; `traceback` would look up every line's source.
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if "memlm" in code.co_filename or "transformers" in code.co_filename:
+                what = f"{what} in {code.co_name}, {Path(code.co_filename).name}"
+                break
+            frame = frame.f_back
+        self.found.append(what)
 
     def __enter__(self) -> Waits:
         for mode in self._modes:
@@ -62,6 +62,11 @@ class _Operations(TorchDispatchMode):
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__()
         self.note = note
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and saying so at every operation takes longer than all the rest.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -26,15 +26,25 @@ PEOPLE = {
 }
 
 
-def test_documents_are_the_same_at_every_call_and_of_every_kind() -> None:
-    first = list(made.made_texts())
-    assert first == list(made.made_texts()) and len(first) == made.TEXTS
+@pytest.fixture(scope="module")
+def texts() -> tuple[tuple[str, str], ...]:
+    return tuple(made.made_texts())
+
+
+@pytest.fixture(scope="module")
+def held_out() -> Haystack:
+    return Haystack.open("made", "eval")
+
+
+def test_documents_are_the_same_at_every_call_and_of_every_kind(texts) -> None:
+    first = texts
+    assert first == tuple(made.made_texts()) and len(first) == made.TEXTS
     assert {name.split("/")[1] for name, _ in first} == KINDS
     assert len({text for _, text in first}) == made.TEXTS
 
 
-def test_nothing_is_said_about_anybody_of_babi() -> None:
-    text = " ".join(text for _, text in made.made_texts())
+def test_nothing_is_said_about_anybody_of_babi(texts) -> None:
+    text = " ".join(text for _, text in texts)
     assert not PEOPLE & set(re.findall(r"[A-Z][a-z]+", text))
     assert not re.search(r"\b(?:he|she|they)\b", text, re.IGNORECASE)
     # But of its places and things much is said.
@@ -42,27 +52,27 @@ def test_nothing_is_said_about_anybody_of_babi() -> None:
         assert text.count(f" {word}") > 100
 
 
-def test_no_place_of_babi_lies_anywhere() -> None:
-    text = " ".join(text for _, text in made.made_texts())
+def test_no_place_of_babi_lies_anywhere(texts) -> None:
+    text = " ".join(text for _, text in texts)
     told = re.findall(r"The (\w+) is (?:north|south|east|west) of the (\w+)\.", text)
     assert len(told) > 100
     assert not {place for pair in told for place in pair} & set(world.PLACES)
 
 
-def test_what_is_trained_on_is_not_evaluated_on() -> None:
-    train, held_out = (Haystack.open("made", split) for split in ("train", "eval"))
+def test_what_is_trained_on_is_not_evaluated_on(held_out: Haystack) -> None:
+    train = Haystack.open("made", "train")
     assert not {d.name for d in train.documents} & {d.name for d in held_out.documents}
     assert sum(len(d.sentences) for d in held_out.documents) > 500
     # Numbers and talk are kept as they are.
     assert any('"' in s for d in train.documents for s in d.sentences)
 
 
-def test_sources_are_joined(tmp_path: Path) -> None:
+def test_sources_are_joined(tmp_path: Path, held_out: Haystack) -> None:
     (tmp_path / "a+b.txt").write_text("One sentence is here. Another one follows it. " * 60)
     assert parts_of(tmp_path / "a+b.txt") == [str(tmp_path / "a+b.txt")]
     joined = Haystack.open("builtin+made", "eval")
-    alone = [Haystack.open(name, "eval").documents for name in ("builtin", "made")]
-    assert joined.documents == [*alone[0], *alone[1]]
+    alone = Haystack.open("builtin", "eval")
+    assert joined.documents == [*alone.documents, *held_out.documents]
     with pytest.raises(ValueError, match=r"haystack 'nothing' is neither .* joined by '\+'"):
         Haystack.open("made+nothing")
 
