@@ -21,7 +21,16 @@ from memlm.eval.losses.report import Estimate, PerplexityReport, student_t, summ
 from memlm.eval.losses.texts import choose_texts
 from memlm.modeling import MemLMForCausalLM
 from memlm.tasks.haystack import Document, Haystack
-from tests.cases import CASES, FAMILIES, SEGMENT, base_model, memory_model, tokens
+from tests.cases import (
+    A_SITE_EACH,
+    CASES,
+    FAMILIES,
+    SEGMENT,
+    base_model,
+    by_default,
+    memory_model,
+    tokens,
+)
 from tests.eval.lent import as_it_is
 
 Tokenizer = PreTrainedTokenizerFast
@@ -47,14 +56,19 @@ def streamed(
     return found[0], found[-1]
 
 
-# A last segment of one token for every memory; of all and all but one for two of them, the rest is slow.
+# That calls compute the same however a document or a batch is cut is a law of every memory: here by default
+# one of each site, and with last segments that are full, or all but, two.
 @pytest.mark.parametrize(
     ("length", "memory"),
     [
-        pytest.param(length, memory, marks=() if by_default else pytest.mark.slow)
+        pytest.param(length, memory, marks=() if chosen else pytest.mark.slow)
         for length in (5 * SEGMENT, 5 * SEGMENT + 1, 5 * SEGMENT - 1)
         for memory in (*CASES, "none")
-        for by_default in [length % SEGMENT == 1 or memory in ("rmt", "infini")]
+        for chosen in [
+            memory in (*A_SITE_EACH, "none")
+            if length % SEGMENT == 1
+            else memory in ("rmt", "infini")
+        ]
     ],
 )
 def test_streamed_losses_are_those_of_the_whole_document(memory: str, length: int) -> None:
@@ -64,7 +78,7 @@ def test_streamed_losses_are_those_of_the_whole_document(memory: str, length: in
     np.testing.assert_allclose(loss, reference(model, ids), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("memory", CASES)
+@pytest.mark.parametrize("memory", by_default(CASES, A_SITE_EACH))
 def test_the_baseline_reads_every_segment_from_an_empty_memory(memory: str) -> None:
     model = memory_model("llama", memory)
     ids = tokens(1, 4 * SEGMENT + 2)[0]
@@ -81,7 +95,7 @@ def test_the_baseline_reads_every_segment_from_an_empty_memory(memory: str) -> N
     assert np.abs(alone[SEGMENT:] - loss[SEGMENT:]).max() > 1e-6
 
 
-@pytest.mark.parametrize("memory", CASES)
+@pytest.mark.parametrize("memory", by_default(CASES, A_SITE_EACH))
 def test_rows_of_a_ragged_batch_are_rows_alone(memory: str) -> None:
     model = memory_model("llama", memory)
     lengths = [1, 2, SEGMENT, SEGMENT + 1, 3 * SEGMENT - 1, 4 * SEGMENT]
