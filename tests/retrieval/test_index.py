@@ -505,7 +505,10 @@ print("done")
 """
 
 
-@pytest.mark.parametrize("order", [("torch", "faiss"), ("faiss", "torch")])
+# In the processes of the other tests torch is imported first.
+@pytest.mark.parametrize(
+    "order", [pytest.param(("torch", "faiss"), marks=pytest.mark.slow), ("faiss", "torch")]
+)
 def test_torch_and_faiss_in_one_process(order: tuple[str, str]) -> None:
     run = subprocess.run(
         [sys.executable, "-c", TOGETHER, *order], capture_output=True, text=True, timeout=240
