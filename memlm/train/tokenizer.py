@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -56,14 +57,19 @@ MAIN_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 
 def babi_words(tasks: Iterable[str] = (), stories: int = 400) -> list[str]:
     """Every word of BABILong's five main tasks and of `tasks`, answers and questions included."""
+    return sorted(
+        frozenset[str]().union(*(_words_of(task, stories) for task in {*MAIN_TASKS, *tasks}))
+    )
+
+
+@cache
+def _words_of(task: str, stories: int) -> frozenset[str]:
+    """Kept, as telling the stories takes half a second, and a run that goes on in a process asks again."""
     from memlm.tasks import babi
 
-    words: set[str] = set()
-    for task in {*MAIN_TASKS, *tasks}:
-        for story in islice(babi.generate(task, 0), stories):
-            for text in (*story.facts, story.question, story.answer):
-                words.update(re.findall(r"[A-Za-z]+", text))
-    return sorted(words)
+    told = islice(babi.generate(task, 0), stories)
+    texts = (text for story in told for text in (*story.facts, story.question, story.answer))
+    return frozenset(word for text in texts for word in re.findall(r"[A-Za-z]+", text))
 
 
 def _weighted(texts: Iterable[str], words: list[str]) -> Iterator[str]:
