@@ -71,7 +71,7 @@ def grid(
     The default run takes all of them on the first architecture with the first value, which asks most of a
     mechanism; those of PER_SITE on another architecture, and those of LOOPED with each other value too. The
     rest is marked slow. each=False: for what follows from the laws, mechanism by mechanism; only PER_SITE
-    and none are run by default.
+    and none are run by default, on the first architecture.
     """
     cases = []
     for value in values:
@@ -83,7 +83,7 @@ def grid(
                 elif first:
                     by_default = each or memory in ("none", *PER_SITE)
                 else:
-                    by_default = PER_SITE.get(memory) == family
+                    by_default = each and PER_SITE.get(memory) == family
                 case = (memory, family) if argument is None else (memory, family, value)
                 told = value if isinstance(value, tuple) else () if argument is None else (value,)
                 label = "-".join(map(str, (memory, family, *told)))
