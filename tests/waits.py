@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import memlm
+
+# By folder: everything installed below a checkout called memlm has that word in its path.
+PLACES = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in (memlm, transformers))
 # Their result, or its shape, depends on values.
 OPERATIONS = {
     "_local_scalar_dense",
@@ -42,7 +48,7 @@ class Waits:
         frame = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
-            if "memlm" in code.co_filename or "transformers" in code.co_filename:
+            if code.co_filename.startswith(PLACES):
                 what = f"{what} in {code.co_name}, {Path(code.co_filename).name}"
                 break
             frame = frame.f_back
