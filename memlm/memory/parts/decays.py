@@ -5,7 +5,6 @@ Letters as in `deep_memory`: b tokens of a chunk, c of a window.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -85,8 +84,6 @@ def gradients_of(shares: Tensor, window: int) -> Tensor:
 def gate_products(log: Tensor) -> tuple[Tensor, Tensor]:
     """Products of gates: up to t (..., t), and after i up to t (..., t, i), 0 where i > t."""
     total = log.clamp_min(LEAST_LOG).cumsum(dim=-1)
-    size = log.shape[-1]
-    # Masked before exp: the other way round the backward pass meets 0 * inf.
-    future = log.new_full((size, size), -math.inf).triu_(1)
-    spans = total.unsqueeze(-1) + (-total).unsqueeze(-2)
-    return total.exp(), spans.add_(future).exp_()
+    # Cut before exp as well: what lies after t grows without bound there, and 0 * inf is no gradient.
+    spans = (total.unsqueeze(-1) - total.unsqueeze(-2)).tril_().exp_()
+    return total.exp(), spans.tril() if spans.requires_grad else spans.tril_()

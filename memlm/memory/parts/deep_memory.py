@@ -133,15 +133,35 @@ def _read_write(
     padding = chunks * size - length
     dtype = weights[0].dtype
 
+    learning = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad
+        for x in (
+            q,
+            k,
+            v,
+            bound,
+            log_keep,
+            log_momentum,
+            rate,
+            *weights,
+            *momentum,
+            *recent,
+            *units,
+        )
+    )
+
     def chunked(x: Tensor, before: Tensor | None = None) -> Tensor:
         """(B, H, T, ...) -> (N, R, b, ...), after those before each chunk where `before` is given."""
         if padding:
             x = torch.cat([x, x.new_zeros(batch, heads, padding, *x.shape[3:])], dim=2)
         if before is None:
-            return rearrange(x, "B H (N b) ... -> N (B H) b ...", b=size).contiguous()
-        x = torch.cat([before.to(x.dtype), x], dim=2)
-        x = x.unfold(2, before.shape[2] + size, size).movedim(-1, 3)
-        return rearrange(x, "B H N b ... -> N (B H) b ...").contiguous()
+            x = rearrange(x, "B H (N b) ... -> N (B H) b ...", b=size)
+        else:
+            x = torch.cat([before.to(x.dtype), x], dim=2)
+            x = x.unfold(2, before.shape[2] + size, size).movedim(-1, 3)
+            x = rearrange(x, "B H N b ... -> N (B H) b ...")
+        # The backward pass takes chunks together, without it each stands alone.
+        return x.contiguous() if learning else x
 
     with torch.autocast(q.device.type, enabled=False):
         if padding and mask is None:
@@ -167,12 +187,9 @@ def _read_write(
             for pair in halves
         ]
         units = [unit.to(dtype).flatten() for unit in units]
-        learning = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (*tokens, *states, *units)
-        )
         if mask is not None:
             mask = chunked(mask.unsqueeze(1).expand(batch, heads, length))
-        group = 1 if not learning else GROUP if q.device.type == "cpu" else chunks
+        group = GROUP if q.device.type == "cpu" else chunks
         groups = -(-chunks // group)
         split = [(None,) * groups if x is None else x.split(group) for x in (*tokens, mask)]
         outputs = []
@@ -186,9 +203,10 @@ def _read_write(
             if learning:
                 y, *states = _ReadWrite.apply(limit, rule, q, k, v, bound, *decay, *states, *units)
             else:
-                y, states, _ = _forward(limit, rule, q, k, v, bound, decay, states, units)
+                y = _advanced(limit, rule, q, k, v, bound, decay, states, units)
             outputs.append(y)
-        y = rearrange(torch.cat(outputs), "N (B H) b m -> B H (N b) m", H=heads)[:, :, :length]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        y = rearrange(y, "N (B H) b m -> B H (N b) m", H=heads)[:, :, :length]
         split_states = [
             rearrange(s, "(B H) (part n) m -> part B H n m", H=heads, part=parts) for s in states
         ]
@@ -248,6 +266,140 @@ def _pair(x: Tensor, factors: Tensor) -> Tensor:
     return out
 
 
+def _errors(
+    rule: Rule,
+    v: Tensor,
+    bound: Tensor | None,
+    weight: Sequence[Tensor],
+    x: Sequence[Tensor],
+    error: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    returned: Sequence[Tensor],
+    told: Tensor,
+) -> None:
+    """One chunk's errors at `weight` (R, n, m) per layer: fills all that is named after `weight`, but x[0].
+
+    As `_Layer` has them, without N: x (R, b, n) what enters a layer, error (R, b, m), below the last layer
+    kept and returned, and `told` as in `_Made`.
+    """
+    last = len(weight) - 1
+    for j in range(last):
+        rule.activation.features(torch.bmm(x[j], weight[j]), kept[j], x[j + 1])
+    if rule.plain:
+        torch.baddbmm(v, x[last], weight[last], beta=-2, alpha=2, out=error[last])
+    else:
+        torch.bmm(x[last], weight[last], out=told)
+        error[last].copy_(rule.gradient(told, v, bound))
+    for j in reversed(range(last)):
+        back = torch.bmm(error[j + 1], weight[j + 1].mT, out=returned[j])
+        rule.activation.back(kept[j], x[j + 1], back, out=error[j])
+
+
+def _clipping(
+    limit: float,
+    x: Sequence[Tensor],
+    error: Sequence[Tensor],
+    norms: Sequence[tuple[Tensor, Tensor]],
+    out: Tensor,
+) -> None:
+    """Minus the factors (R, b) that cut each token's gradient to `limit`; fills `norms` of x and error."""
+    total: Tensor | None = None
+    for a, b, (key_norms, error_norms) in zip(x, error, norms, strict=True):
+        product = torch.linalg.vector_norm(a, dim=-1, out=key_norms) * torch.linalg.vector_norm(
+            b, dim=-1, out=error_norms
+        )
+        total = product if total is None else torch.hypot(total, product, out=total)
+    assert total is not None
+    torch.mul(total.reciprocal_(), -limit, out=out).clamp_(min=-1)
+
+
+def _advance(
+    state: Tensor,
+    new: Tensor,
+    x: Tensor,
+    error: Tensor,
+    gains: Tensor,
+    closing: Tensor,
+    carry: Tensor,
+) -> None:
+    """The next chunk's [W; S] (R, P n, m) into `new`, which may be `state`.
+
+    gains (R, P), closing (R, b, P) and carry (R,) are those of the chunk's end.
+    """
+    n, parts = x.shape[-1], gains.shape[-1]
+    share = gains[..., None, None]
+    torch.mul(state[:, :n], share[:, 0], out=new[:, :n])
+    if parts == 2:
+        old_momentum = state[:, n:]
+        new[:, :n].addcmul_(old_momentum, share[:, 1])
+        torch.mul(old_momentum, carry[:, None, None], out=new[:, n:])
+    new.baddbmm_(_pair(x, closing).mT, error)
+
+
+def _told(
+    y: Tensor, gains: Tensor, mixing: Tensor, state: Tensor, x: Tensor, error: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a layer says to queries y (R, b, n) token by token, (R, b, m), and the scores y x^T (R, b, b).
+
+    mixing (R, b, b) has minus the clipping in it, so that all products are added.
+    """
+    scores = torch.bmm(y, x.mT)
+    out = torch.bmm(_pair(y, gains), state)
+    return out.baddbmm_(scores * mixing, error), scores
+
+
+def _advanced(
+    limit: float | None,
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bound: Tensor | None,
+    decay: Decays,
+    states: Sequence[Tensor],
+    units: Sequence[Tensor],
+) -> Tensor:
+    """As `_forward` where no gradient is wanted: outputs alone, and `states` are moved in place.
+
+    Every chunk works in the memory of the one before, which a cache still holds.
+    """
+    chunks, rows, size, _ = k.shape
+    parts = decay.gains.shape[-1]
+    widths = [s.shape[1] // parts for s in states]
+    errors = [k.new_empty(rows, size, s.shape[2]) for s in states]
+    kept = [torch.empty_like(e) for e in errors[:-1]]
+    hidden = [k.new_empty(rows, size, n) for n in widths[1:]]
+    returned = [torch.empty_like(h) for h in hidden]
+    told = torch.empty_like(errors[-1])
+    clip = k.new_full((rows, size), -1)
+    norms = [(torch.empty_like(clip), torch.empty_like(clip)) for _ in states]
+    weight = [s[:, :n] for s, n in zip(states, widths, strict=True)]
+    outputs = q.new_empty(rows, chunks, q.shape[2], states[-1].shape[2])
+    for i in range(chunks):
+        held, scales = weight, None
+        if rule.scaling is not None:
+            scales = [rule.scaling.scale(w, unit) for w, unit in zip(weight, units, strict=True)]
+            held = [w * scale for w, scale in zip(weight, scales, strict=True)]
+        x = [k[i], *hidden]
+        own = None if bound is None else bound[i]
+        _errors(rule, v[i], own, held, x, errors, kept, returned, told)
+        if limit is not None:
+            _clipping(limit, x, errors, norms, out=clip)
+        mixing, y = decay.mixing[i] * clip.unsqueeze(-2), q[i]
+        for j, state in enumerate(states):
+            y, _ = _told(y, decay.gains[i], mixing, state, x[j], errors[j])
+            if scales is not None:
+                y.mul_(scales[j])
+            if j < len(states) - 1:
+                _, y = rule.activation.read(y)
+        outputs[:, i] = y
+        closing = decay.closing[i] * clip.unsqueeze(-1)
+        for state, entered, error in zip(states, x, errors, strict=True):
+            ends = decay.gains[i, :, -1], closing, decay.carry[i]
+            _advance(state, state, entered, error, *ends)
+    return outputs.transpose(0, 1)
+
+
 def _forward(
     limit: float | None,
     rule: Rule,
@@ -285,7 +437,6 @@ def _forward(
     norms = []
     if limit is not None:
         norms = [(torch.empty_like(clip), torch.empty_like(clip)) for _ in every]
-        torch.linalg.vector_norm(k, dim=-1, out=norms[0][0])
 
     for i in range(chunks):
         state = [s[i] for s in states]
@@ -296,44 +447,23 @@ def _forward(
             weight = [held * scale[i] for held, scale in zip(weight, scales, strict=True)]
         x = [key[i] for key in keys]
         error = [e[i] for e in errors]
-        for j in range(last):
-            act.features(torch.bmm(x[j], weight[j]), kept[j][i], x[j + 1])
-        if rule.plain:
-            torch.baddbmm(v[i], x[last], weight[last], beta=-2, alpha=2, out=error[last])
-        else:
-            torch.bmm(x[last], weight[last], out=told[i])
-            own = None if bound is None else bound[i]
-            error[last].copy_(rule.gradient(told[i], v[i], own))
-        for j in reversed(range(last)):
-            back = torch.bmm(error[j + 1], weight[j + 1].mT, out=returned[j][i])
-            act.back(kept[j][i], x[j + 1], back, out=error[j])
+        own = None if bound is None else bound[i]
+        between = [z[i] for z in kept], [h[i] for h in returned]
+        _errors(rule, v[i], own, weight, x, error, *between, told if rule.plain else told[i])
         if limit is not None:
-            total = torch.zeros_like(clip[i])
-            for j, (key_norms, error_norms) in enumerate(norms):
-                if j:
-                    torch.linalg.vector_norm(x[j], dim=-1, out=key_norms[i])
-                torch.linalg.vector_norm(error[j], dim=-1, out=error_norms[i])
-                torch.hypot(total, key_norms[i] * error_norms[i], out=total)
-            torch.mul(total.reciprocal_(), -limit, out=clip[i]).clamp_(min=-1)
+            _clipping(limit, x, error, [(a[i], b[i]) for a, b in norms], out=clip[i])
         closing = decay.closing[i] * clip[i].unsqueeze(-1)
-        gains, carry = decay.gains[i, :, -1, :, None, None], decay.carry[i, :, None, None]
-        for j, n in enumerate(widths):
-            new = states[j][i + 1]
-            torch.mul(state[j][:, :n], gains[:, 0], out=new[:, :n])
-            if parts == 2:
-                old_momentum = state[j][:, n:]
-                new[:, :n].addcmul_(old_momentum, gains[:, 1])
-                torch.mul(old_momentum, carry, out=new[:, n:])
-            new.baddbmm_(_pair(x[j], closing).mT, error[j])
+        for j in every:
+            ends = decay.gains[i, :, -1], closing, decay.carry[i]
+            _advance(state[j], states[j][i + 1], x[j], error[j], *ends)
 
     mixing = (decay.mixing * clip.unsqueeze(-2)).flatten(0, 1)
     gains = decay.gains.flatten(0, 1)
     y = q.flatten(0, 1)
     layers = []
     for j in every:
-        scores = torch.bmm(y, keys[j].flatten(0, 1).mT)
-        out = torch.bmm(_pair(y, gains), states[j][:-1].flatten(0, 1))
-        out.baddbmm_(scores * mixing, errors[j].flatten(0, 1))
+        read_from = states[j][:-1].flatten(0, 1), keys[j].flatten(0, 1), errors[j].flatten(0, 1)
+        out, scores = _told(y, gains, mixing, *read_from)
         if retention is not None:
             out.mul_(scales[j].flatten(0, 1))
         entered, inner = y, (nothing,) * 3
