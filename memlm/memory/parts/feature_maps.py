@@ -38,12 +38,15 @@ def quadratic(x: Tensor, shares: Tensor) -> Tensor:
     Where x and y have length 1, features have the product a x.y + (1 - a) (x.y)^2, a the part of the
     squares of shares (..., 2) that the first has.
     """
-    rows, columns = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    size = x.shape[-1]
+    rows, columns = torch.triu_indices(size, size, device=x.device)
     # What stands beside the diagonal stands for two.
     weight = torch.where(rows == columns, x.new_ones(()), x.new_full((), 2**0.5))
-    pairs = x[..., rows] * x[..., columns] * weight
     first, second = F.normalize(shares, dim=-1).split(1, dim=-1)
-    return torch.cat([first * x, second * pairs], dim=-1)
+    scale = torch.cat([first.expand(*first.shape[:-1], size), second * weight], dim=-1)
+    # A number times itself and those after it: several times as fast as to pick all pairs by their indices.
+    pairs = [x[..., i : i + 1] * x[..., i:] for i in range(size)]
+    return torch.cat([x, *pairs], dim=-1) * scale
 
 
 # The length of the constant beside a half of length 1, and that of both together.
