@@ -64,17 +64,37 @@ def transformer_xl(cell: Any, base: Base, tokens: int, before: int) -> int:
     return 2 * tokens * min(cell.memory_length, before) * base.heads * base.size
 
 
+def titans(cell: Any, base: Base, tokens: int, before: int) -> int:
+    """A chunk at a time, momentum read and written beside the weights; no convolutions counted."""
+    memory = cell.memory
+    heads, size, chunk = memory.heads, memory.size, memory.chunk
+    layers = [(weight.shape[1], weight.shape[2]) for weight in memory.initial]
+    weights = sum(n * m for n, m in layers)
+    # Gates of the chunk, then keys through all layers, errors back to the first; what is added to weights
+    # and momentum, what is read from both, and from the chunk itself.
+    gates = chunk**3 + chunk**2
+    learned = chunk * (weights + sum(n * m for n, m in layers[1:]))
+    added = read = 2 * chunk * weights
+    within = chunk**2 * sum(n + m for n, m in layers)
+    chunks = heads * (tokens // chunk) * (gates + learned + added + read + within)
+    return tokens * base.hidden * (5 * heads * size + 3 * heads) + chunks
+
+
 NEEDS: dict[str, Callable[[Any, Base, int, int], int]] = {
     "none": lambda *given: 0,
     "armt": armt,
     "rmt": rmt,
     "infini": infini,
     "transformer-xl": transformer_xl,
+    "titans-mag": titans,
 }
 
 
 def needed(name: str, model: MemLMForCausalLM, tokens: int, rows: int, segments: int) -> int | None:
-    """Multiplications of reading so many full segments, the base included; None without a line."""
+    """Multiplications of reading so many full segments, the base and a row's last logits included.
+
+    None where no line says.
+    """
     if name not in NEEDS:
         return None
     config = model.config.text_config
@@ -93,4 +113,4 @@ def needed(name: str, model: MemLMForCausalLM, tokens: int, rows: int, segments:
         for cell in cells
         for number in range(segments)
     )
-    return rows * (segments * plain + own)
+    return rows * (segments * plain + own + base.hidden * config.vocab_size)

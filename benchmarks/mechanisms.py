@@ -55,10 +55,9 @@ def step(task: str, model: nn.Module, ids: Tensor, segment: int) -> None:
     if task == "forward":
         with torch.no_grad():
             for piece in pieces:
-                if ours:
-                    model(piece, logits_to_keep=None)
-                else:
-                    model(piece, use_cache=False, logits_to_keep=1)
+                # A logit is asked for: a document that is only read skips the layers above its last memory.
+                more = {} if ours else {"use_cache": False}
+                model(piece, logits_to_keep=1, **more)
         return
     model.zero_grad(set_to_none=True)
     for piece in pieces:

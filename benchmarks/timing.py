@@ -70,8 +70,8 @@ def multiplications(run: Callable[[], object]) -> int:
     Counted by torch's counter as they are dispatched, whatever form a mechanism takes; for the fused
     attention of CPUs, which torch leaves out, two products for each pair of a query and a key that it sees,
     and four more in backward; for a convolution's backward, which torch counts without its groups, twice
-    its forward. Products element by element (gates, decays, scans, feature maps) are not
-    counted.
+    its forward; products added in place, which torch leaves out too, as those that are not. Products
+    element by element (gates, decays, scans, feature maps) are not counted.
     """
     with FlopCounterMode(display=False, custom_mapping=_RULES) as counter:
         run()
@@ -118,12 +118,18 @@ def _convolution_backward(
     return 2 * grad_out.numel() * weight[0].numel() * (int(wanted[0]) + int(wanted[1]))
 
 
-for _rule in (_forward, _backward, _convolution_backward):
+def _added(onto: Tensor, a: Tensor, b: Tensor, *given: Any, **more: Any) -> int:
+    return 2 * a.numel() * b.shape[-1]
+
+
+for _rule in (_forward, _backward, _convolution_backward, _added):
     _rule._get_raw = True  # type: ignore[attr-defined]
 _RULES: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
     torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.aten.addmm_: _added,
+    torch.ops.aten.baddbmm_: _added,
 }
 
 

@@ -62,7 +62,16 @@ def test_a_convolution_of_groups_costs_twice_as_much_backward(bench: Any) -> Non
     assert bench["timing"].multiplications(partial(run, weight)) == 2 * once
 
 
-@pytest.mark.parametrize("name", ["none", "armt", "rmt", "infini", "transformer-xl"])
+@pytest.mark.parametrize("how", ["addmm_", "addmm", "baddbmm_", "baddbmm"])
+def test_a_product_that_is_added_counts_as_one(bench: Any, how: str) -> None:
+    """In place as well, which torch's counter leaves out."""
+    rows = (3,) if how.startswith("b") else ()
+    onto, a, b = torch.zeros(*rows, 4, 6), torch.randn(*rows, 4, 5), torch.randn(*rows, 5, 6)
+    found = bench["timing"].multiplications(lambda: getattr(onto, how)(a, b))
+    assert found == 4 * 5 * 6 * (3 if rows else 1)
+
+
+@pytest.mark.parametrize("name", ["none", "armt", "rmt", "infini", "transformer-xl", "titans-mag"])
 def test_equations_need_what_is_counted(bench: Any, name: str) -> None:
     """To the multiplication: a product more in the code, or less in the equations, is seen."""
     shape = bench["shapes"].Shape(32, 2, 16, 3, 2, 64, "cpu", "float32", 1)

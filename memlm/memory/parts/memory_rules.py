@@ -269,7 +269,9 @@ class Normed:
 
     def norm(self, held: Tensor) -> Tensor:
         """|A|_q, (...)."""
-        return held.abs().pow(self.q).sum(dim=(-2, -1)).pow(1 / self.q)
+        # By squares where that does it: torch's pow takes ten times as long.
+        powers = held.square().square() if self.q == 4 else held.abs().pow(self.q)
+        return powers.sum(dim=(-2, -1)).pow(1 / self.q)
 
     def scale(self, held: Tensor, unit: Tensor) -> Tensor:
         """W / A, (R, 1, 1)."""
