@@ -28,28 +28,30 @@ Shaped = tuple[Tensor, Tensor | None]
 class Maker:
     """Weights from what is held: `shape` of it times `factor`, a number or (R, 1, 1).
 
-    shape: from (..., n, m) to numbers of this shape, and what each output is divided by, (..., m) or None.
+    shape: from (..., n, m) to numbers of this shape, and what each output is divided by, (..., m) or None;
+    True as well where what is held may be overwritten.
     """
 
-    shape: Callable[[Tensor], Shaped]
+    shape: Callable[[Tensor, bool], Shaped]
     factor: Tensor | float = 1.0
 
     def __call__(self, held: Tensor) -> Tensor:
         """The weights of what is held, (R, n, m)."""
-        shaped, divisor = self.shape(held)
+        shaped, divisor = self.shape(held, False)
         return self.factor * (shaped if divisor is None else shaped / divisor.unsqueeze(-2))
 
 
-def unshaped(held: Tensor) -> Shaped:
+def unshaped(held: Tensor, spare: bool) -> Shaped:
     """Weights that are what is held."""
     return held, None
 
 
-def shares(held: Tensor) -> Shaped:
+def shares(held: Tensor, spare: bool) -> Shaped:
     """The softmax over inputs, not divided yet: an output can be divided for less than its weights."""
     # Not by torch's own, which along this dimension takes twice as long. No gradient goes through the
     # largest: it changes no share.
-    shifted = held - held.detach().amax(dim=-2, keepdim=True)
+    most = held.detach().amax(dim=-2, keepdim=True)
+    shifted = held.sub_(most) if spare else held - most
     shaped = shifted.exp() if shifted.requires_grad else shifted.exp_()
     return shaped, shaped.sum(dim=-2)
 

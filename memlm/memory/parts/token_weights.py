@@ -12,6 +12,7 @@ Letters as in `deep_memory`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -64,9 +65,15 @@ def read_write_chunks(
     """Chunks (N, R, b, .) from states (R, P n, m), the first n of them what is held: outputs and states."""
     optional = [bound, log_momentum, mask]
     outputs, held = [], list(states)
+    # Where no gradient is wanted, every chunk's weights stand where those of the one before stood.
+    room: list[Tensor] = []
+    if not (torch.is_grad_enabled() or rule.muon):
+        parts = 1 if log_momentum is None else 2
+        rows, tokens = log_keep.shape[1:]
+        room = [s.new_empty(rows, tokens, s.shape[1] // parts, s.shape[2]) for s in states]
     for i in range(len(q)):
         own, momentum, real = (None if x is None else x[i] for x in optional)
-        given = (q[i], k[i], v[i], own, log_keep[i], momentum, rate[i], real, held, units)
+        given = (q[i], k[i], v[i], own, log_keep[i], momentum, rate[i], real, held, units, room)
         if torch.is_grad_enabled():
             # Computed again in the backward pass: of all chunks' weights no more are kept than their first.
             y, held = checkpoint(
@@ -91,7 +98,9 @@ def _chunk(
     mask: Tensor | None,
     states: Sequence[Tensor],
     units: Sequence[Tensor],
+    room: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
+    """One chunk. room: per layer (R, b, n, m) to be filled with its tokens' weights, where there is any."""
     parts = 1 if log_momentum is None else 2
     halves = [s.chunk(parts, dim=1) for s in states]
     held = [half[0] for half in halves]
@@ -99,17 +108,19 @@ def _chunk(
     makers = rule.makers(held, units)
     start = [make(w) for make, w in zip(makers, held, strict=True)]
     gradients = _clipped(limit, _gradients(rule, k, v, bound, start))
-    advance = _orthogonal_steps if rule.muon else _steps
+    advance = _orthogonal_steps if rule.muon else partial(_steps, room=room)
     tokens, ending = advance(gradients, log_keep, log_momentum, rate, mask, held, carried, rule)
+    # Copied before shaping overwrites them, and the next chunk.
+    last = [w[:, -1] for w in tokens]
+    after = [torch.cat(pair, dim=1) for pair in zip(last, *[ending] * (parts - 1), strict=True)]
     y = q
     for j, (make, w) in enumerate(zip(makers, tokens, strict=True)):
         # What enters is multiplied, not the weights of every token.
-        shaped, divisor = make.shape(w)
+        shaped, divisor = make.shape(w, bool(room))
         y = ((y * make.factor).unsqueeze(-2) @ shaped).squeeze(-2)
         y = y if divisor is None else y / divisor
         y = rule.activation.of(y) if j < len(makers) - 1 else y
-    last = [w[:, -1] for w in tokens]
-    return y, [torch.cat(pair, dim=1) for pair in zip(last, *[ending] * (parts - 1), strict=True)]
+    return y, after
 
 
 def _gradients(
@@ -150,11 +161,17 @@ def _steps(
     held: Held,
     carried: Held,
     rule: Rule,
+    room: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What is held at every token (R, b, n, m), and the momentum at the end (R, n, m), if there is one."""
     decay = decays(log_keep, log_momentum, rate, mask, rule.window)
     first = decay.gains[..., 0, None, None]
-    kept = [first * w.unsqueeze(1) for w in held]
+    if room:
+        kept = [
+            torch.mul(first, w.unsqueeze(1), out=out) for w, out in zip(held, room, strict=True)
+        ]
+    else:
+        kept = [first * w.unsqueeze(1) for w in held]
     if carried:
         second = decay.gains[..., 1, None, None]
         kept = [
