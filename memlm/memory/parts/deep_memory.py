@@ -36,7 +36,8 @@ from memlm.memory.parts.token_weights import read_write_chunks
 
 Weights = tuple[Tensor, ...]
 
-# Chunks in one backward pass on a CPU: reads of all of them at once, in memory that a cache holds.
+# Chunks taken together on a CPU: their gates, and for a backward pass their reads, in memory that a cache
+# holds.
 GROUP = 8
 
 
@@ -133,22 +134,8 @@ def _read_write(
     padding = chunks * size - length
     dtype = weights[0].dtype
 
-    learning = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad
-        for x in (
-            q,
-            k,
-            v,
-            bound,
-            log_keep,
-            log_momentum,
-            rate,
-            *weights,
-            *momentum,
-            *recent,
-            *units,
-        )
-    )
+    inputs = (q, k, v, bound, log_keep, log_momentum, rate, *weights, *momentum, *recent, *units)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
     def chunked(x: Tensor, before: Tensor | None = None) -> Tensor:
         """(B, H, T, ...) -> (N, R, b, ...), after those before each chunk where `before` is given."""
