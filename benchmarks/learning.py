@@ -50,7 +50,7 @@ from memlm.tasks import babi
 MEMORIES: dict[str, dict[str, Any]] = {
     "armt": {"num_memory_tokens": 4, "d_mem": 32, "value_std": 0.1, "token_std": 0.02},
     "block-recurrent": {"num_states": 8, "initial_scale": 4.0, "output_std": 0.1},
-    "camelot": {"num_modes": 256},
+    "camelot": {"num_modes": 256, "read": "all"},
     "compressive": {"memory_length": 16, "compressed_length": 32},
     "fam": {"num_memory_tokens": 8},
     "gated-delta": {"rule": "delta", "chunk_length": 16, "output_std": 0.1},
@@ -135,6 +135,8 @@ class Recall:
     """Pairs of distinct keys and random values, a segment for each; labels stand at the asked keys."""
 
     segment_length, keys, values, noise = 8, 32, 16, 8
+    # Places of a pair's key and value behind its first.
+    key_at, value_at = 0, 1
     vocabulary = keys + values + noise
     chance = 1 / values
 
@@ -156,8 +158,8 @@ class Recall:
         told = torch.randint(self.noise, (count, stage.segments, length), generator=g)
         told += self.keys + self.values
         at = torch.randint(length - 1, (*keys.shape, 1), generator=g)
-        told[:, : stage.pairs].scatter_(2, at, keys.unsqueeze(2))
-        told[:, : stage.pairs].scatter_(2, at + 1, values.unsqueeze(2))
+        told[:, : stage.pairs].scatter_(2, at + self.key_at, keys.unsqueeze(2))
+        told[:, : stage.pairs].scatter_(2, at + self.value_at, values.unsqueeze(2))
         rounds = math.ceil(length / stage.pairs)
         asked = torch.rand(count, rounds, stage.pairs, generator=g).argsort(2)
         asked = asked.flatten(1)[:, :length]

@@ -7,6 +7,9 @@ running means, and any other token takes the place of the mode that was touched 
 written one after the other. Each token of the next segments reads the mode nearest to its own key, in one
 softmax with the segment's keys. Nothing is trained, and what is written is detached.
 
+What a token wants need not look like the token: asked what followed a word, the nearest mode is the word
+again. `read="all"` puts every mode into that softmax, for the base's own queries to find.
+
 The paper itself was not at hand: the page says which of this is known and what was assumed.
 """
 
@@ -29,23 +32,28 @@ from memlm.memory.base import (
     MemoryConfig,
     Site,
     accumulator_dtype,
+    option,
 )
-from memlm.memory.parts.checks import check_least
+from memlm.memory.parts.checks import check_known, check_least
 from memlm.memory.parts.folding import folded
-from memlm.memory.parts.retrieved import mixed, none, share
+from memlm.memory.parts.nearest import queries_at_once
+from memlm.memory.parts.retrieved import mixed, none, read_in_parts, share
 
 # Below any length of keys, and the product of a key with a mode that holds nothing: finite, so that it is
 # gone when it is multiplied by zero.
 SHORTEST, NOTHING = 1e-6, -1e30
+READS = ("nearest", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CAMELoTConfig(MemoryConfig):
     """num_modes: modes a layer holds. merge_similarity: the cosine above which a token is merged into the
-    nearest mode; above 1 none is, and the modes are the last tokens."""
+    nearest mode; above 1 none is, and the modes are the last tokens. read: "nearest", one mode for each
+    token, by the token's key, or "all", every mode, weighed by the token's queries."""
 
     num_modes: int = 512
     merge_similarity: float = 0.9
+    read: str = option("nearest")
 
 
 class CAMELoTState(NamedTuple):
@@ -72,6 +80,7 @@ class CAMELoT(Memory):
     @classmethod
     def resolve(cls, config: CAMELoTConfig, dims: Dims) -> CAMELoTConfig:
         check_least(config, {"num_modes": 1, "merge_similarity": -1})
+        check_known(config, {"read": READS})
         return config
 
     @classmethod
@@ -105,28 +114,45 @@ class CAMELoT(Memory):
         return (y, self.write(x.k, x.v, state, mask)) if write else (y, state)
 
     def read(self, k: Tensor, query: Tensor, state: CAMELoTState) -> tuple[Tensor, Tensor]:
-        """The value (B, H, T, dh) of the mode nearest to each token's key (B, G, T, dh), and its score.
+        """What tokens, their keys (B, G, T, dh), read of the modes, (B, H, T, dh), and the log-sum-exp
+        (B, H, T) of the scores of what they read, the least number where no mode holds anything.
 
-        query (B, H, T, dh): its product with a key is the score (B, H, T) that the key would have, the
-        least number where no mode holds anything.
+        query (B, H, T, dh): its product with a key is the score that the key would have.
         """
         wide = state.keys.dtype
+        look = self._all if self.config.read == "all" else self._nearest
         with torch.autocast(k.device.type, enabled=False):
-            keys = _joined(k.to(wide))
-            # The length of the token's key changes no order.
-            lengths = state.keys.norm(dim=2).clamp(min=SHORTEST)
-            similarity = (keys @ state.keys.mT) / lengths.unsqueeze(1)
-            similarity = similarity.masked_fill((state.rate == 1).unsqueeze(1), NOTHING)
-            near = similarity.argmax(dim=2, keepdim=True).expand(-1, -1, keys.shape[2])
-            key, value = (
-                rearrange(t.gather(1, near), "B T (G dh) -> B G 1 T dh", G=k.shape[1])
-                for t in (state.keys, state.values)
-            )
-            asked = query.to(wide).unflatten(1, (k.shape[1], -1))
-            score = (asked * key).sum(dim=4).flatten(1, 2)
-            found = value.expand_as(asked).flatten(1, 2)
+            found, lse = look(k.to(wide), query.to(wide), state)
             empty = (state.rate == 1).all(dim=1)
-            return found, score.masked_fill(empty[:, None, None], none(score))
+            return found, lse.masked_fill(empty[:, None, None], none(lse))
+
+    def _nearest(self, k: Tensor, query: Tensor, state: CAMELoTState) -> tuple[Tensor, Tensor]:
+        """The value of the mode nearest to each token's key, and its score."""
+        keys = _joined(k)
+        # The length of the token's key changes no order.
+        lengths = state.keys.norm(dim=2).clamp(min=SHORTEST)
+        similarity = (keys @ state.keys.mT) / lengths.unsqueeze(1)
+        similarity = similarity.masked_fill((state.rate == 1).unsqueeze(1), NOTHING)
+        near = similarity.argmax(dim=2, keepdim=True).expand(-1, -1, keys.shape[2])
+        key, value = (
+            rearrange(t.gather(1, near), "B T (G dh) -> B G 1 T dh", G=k.shape[1])
+            for t in (state.keys, state.values)
+        )
+        asked = query.unflatten(1, (k.shape[1], -1))
+        return value.expand_as(asked).flatten(1, 2), (asked * key).sum(dim=4).flatten(1, 2)
+
+    def _all(self, k: Tensor, query: Tensor, state: CAMELoTState) -> tuple[Tensor, Tensor]:
+        """A softmax over all modes by the queries' scores, and its log-sum-exp."""
+        keys, values = (
+            rearrange(t, "B N (G dh) -> B G N dh", G=k.shape[1]) for t in (state.keys, state.values)
+        )
+        nothing = (state.rate == 1)[:, None, None]
+
+        def read(q: Tensor) -> tuple[Tensor, Tensor]:
+            scores = (q @ keys.mT).masked_fill(nothing, none(q))
+            return scores.softmax(dim=-1) @ values, scores.logsumexp(dim=-1)
+
+        return read_in_parts(read, [query], k.shape[1], queries_at_once(keys))
 
     @torch.no_grad()
     def write(self, k: Tensor, v: Tensor, state: CAMELoTState, mask: Tensor | None) -> CAMELoTState:

@@ -43,7 +43,7 @@ from memlm.memory.base import (
 from memlm.memory.parts.cache import block_means, held, push, push_blocks
 from memlm.memory.parts.checks import check_known, check_least
 from memlm.memory.parts.nearest import nearest, queries_at_once
-from memlm.memory.parts.retrieved import attend, entries_of, mixed, share
+from memlm.memory.parts.retrieved import attend, entries_of, mixed, read_in_parts, share
 
 SIMILARITIES = ("cosine", "dot")
 COMBINATIONS = ("gate", "joint")
@@ -189,37 +189,27 @@ class KNN(Memory):
         (B, H, T, dh) and the log-sum-exp (B, H, T) of the scores, the least number where nothing is
         found.
         """
-        batch, heads = q.shape[:2]
-        wide = accumulator_dtype(state.keys.dtype)
-        groups = state.keys.shape[1]
+        (batch, groups, places), wide = state.keys.shape[:3], accumulator_dtype(state.keys.dtype)
         with torch.autocast(q.device.type, enabled=False):
-            # The h heads of a group search its keys together.
-            h = heads // groups
-            search, weigh = (
-                rearrange(t, "B (G h) T dh -> B G (h T) dh", h=h)
-                for t in self._queries(q, query, wide)
-            )
             keys = F.normalize(state.keys, dim=-1) if self.cosine else state.keys
             # The cosine needs one set of keys, and the joint softmax the keys as they are.
             weighed = state.keys if query is not None else keys
             # Rows are picked from one list of all entries: many times as fast as gathering.
             entries = [rearrange(t, "B G N dh -> (B G N) dh") for t in (weighed, state.values)]
             first = torch.arange(batch * groups, device=q.device)
-            first = rearrange(first, "(B G) -> B G 1 1", G=groups)
+            first = rearrange(first, "(B G) -> B G 1 1", G=groups) * places
             searched, there = self._searched(state, keys)
-            rows, count = queries_at_once(searched), self.top_k // self.chunk
-            parts = []
-            for s, w in zip(search.split(rows, 2), weigh.split(rows, 2), strict=True):
-                index, real = nearest(s, searched, there, count, self.min_similarity)
+            count = self.top_k // self.chunk
+
+            def read(search: Tensor, weigh: Tensor) -> tuple[Tensor, Tensor]:
+                index, real = nearest(search, searched, there, count, self.min_similarity)
                 if self.chunk > 1:
                     index, inside = entries_of(index, self.chunk, state.length)
                     index, real = (t.flatten(3) for t in (index, real.unsqueeze(-1) & inside))
-                parts.append(attend(index + first * keys.shape[2], real, w, *entries))
-            found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        return (
-            rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),
-            rearrange(lse, "B G (h T) -> B (G h) T", h=h),
-        )
+                return attend(index + first, real, weigh, *entries)
+
+            queries = self._queries(q, query, wide)
+            return read_in_parts(read, queries, groups, queries_at_once(searched))
 
     def _searched(self, state: KNNState, keys: Tensor) -> tuple[Tensor, Tensor]:
         """What queries are compared with, (B, G, n, dh), and where something is (B, n): keys, or means."""

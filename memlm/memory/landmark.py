@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from memlm.memory.base import (
@@ -32,7 +31,15 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts.cache import block_means, push_blocks
 from memlm.memory.parts.checks import check_least
-from memlm.memory.parts.retrieved import attend_in_all, attend_to_copies, mixed, none, share
+from memlm.memory.parts.retrieved import (
+    Blocks,
+    attend_in_all,
+    attend_to_copies,
+    mixed,
+    none,
+    read_in_parts,
+    share,
+)
 
 # Numbers that a read holds at once: 16 MiB in float32, which a large cache holds.
 NUMBERS = 2**22
@@ -131,31 +138,21 @@ class Landmark(Memory):
         query: its product with a key is the score that the key would have. Also the log-sum-exp (B, H, T)
         of what the blocks weigh, the least number where none is held.
         """
-        (batch, heads), (groups, places, size) = query.shape[:2], state.keys.shape[1:]
-        wide, block, k = (
-            accumulator_dtype(state.keys.dtype),
-            self.config.block_length,
-            self.config.top_k,
-        )
-        # The h heads of a group read its blocks together.
-        h = heads // groups
+        (batch, heads, length), (groups, places, size) = query.shape[:3], state.keys.shape[1:]
+        block, k = self.config.block_length, self.config.top_k
+        wide = accumulator_dtype(state.keys.dtype)
         with torch.autocast(query.device.type, enabled=False):
-            q = rearrange(query.to(wide), "B (G h) T dh -> B G (h T) dh", h=h)
             landmarks, count = block_means(state.keys, state.length, block, wide)
-            stored = [t.to(wide) for t in (state.keys, state.values)]
+            stored = Blocks(state.keys.to(wide), state.values.to(wide), state.length, block)
             # Where the store is large beside what is read of it, what is read is copied.
-            copies = places > min(COPIED, q.shape[2]) * k * block
+            copies = places > min(COPIED, heads // groups * length) * k * block
+            attend = attend_to_copies if copies else attend_in_all
+
+            def read(q: Tensor) -> tuple[Tensor, Tensor]:
+                scores = (q @ landmarks.mT).masked_fill((count == 0)[:, None, None], none(q))
+                near, chosen = scores.topk(k, dim=-1, sorted=False)
+                return attend(q, chosen, near if self.config.grouped else None, stored)
+
             numbers = places // block + (2 * k * block * size if copies else 2 * places)
             rows = max(1, NUMBERS // max(1, batch * groups * numbers))
-            parts = []
-            for part in q.split(rows, 2):
-                scores = (part @ landmarks.mT).masked_fill((count == 0)[:, None, None], none(part))
-                near, chosen = scores.topk(k, dim=-1, sorted=False)
-                weighs = near if self.config.grouped else None
-                attend = attend_to_copies if copies else attend_in_all
-                parts.append(attend(chosen, weighs, state.length, block, part, *stored))
-            found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        return (
-            rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),
-            rearrange(lse, "B G (h T) -> B (G h) T", h=h),
-        )
+            return read_in_parts(read, [query.to(wide)], groups, rows)

@@ -1,4 +1,4 @@
-"""CAMELoT against a list of modes: tokens written one after the other, each reading its nearest mode."""
+"""CAMELoT against a list of modes: written token by token, and the nearest, or all of them, read."""
 
 from __future__ import annotations
 
@@ -54,20 +54,25 @@ class Row:
         group = head // (H // groups)
         q = SCALE * x.q[row, head, t]
         entries = [(float(q @ x.k[row, group, i]), x.v[row, group, i]) for i in range(t + 1)]
-        if self.modes:
-            key, value, *_ = self.modes[self.nearest(x.k[row, :, t].flatten())[1]]
-            mine = slice(group * D, (group + 1) * D)
-            entries.append((float(q @ key[mine]), value[mine]))
+        read = self.modes
+        if read and self.memory.config.read == "nearest":
+            read = [read[self.nearest(x.k[row, :, t].flatten())[1]]]
+        mine = slice(group * D, (group + 1) * D)
+        entries += [(float(q @ key[mine]), value[mine]) for key, value, *_ in read]
         weights = softmax([score for score, _ in entries])
         return sum(w * value for w, (_, value) in zip(weights, entries, strict=True))
 
 
 @pytest.mark.parametrize("groups", [1, G, H])
-@pytest.mark.parametrize("least", [-1.0, 0.3, 2.0])
+@pytest.mark.parametrize(
+    ("least", "read"), [(-1.0, "nearest"), (0.3, "nearest"), (2.0, "nearest"), (0.3, "all")]
+)
 @torch.no_grad()
-def test_equals_modes_written_one_token_after_the_other(groups: int, least: float) -> None:
+def test_equals_modes_written_one_token_after_the_other(
+    groups: int, least: float, read: str
+) -> None:
     """From -1 up nearly everything is merged; above 1 nothing is."""
-    memory = cell(groups, merge_similarity=least)
+    memory = cell(groups, merge_similarity=least, read=read)
     state, rows = memory.init_state(B), [Row(memory) for _ in range(B)]
     for x, mask in zip(segments(6, groups), masks(6), strict=True):
         y, state = memory(x, state, local, mask=mask)
@@ -111,6 +116,27 @@ def test_at_both_ends_it_is_a_queue_and_a_running_mean() -> None:
             torch.testing.assert_close(found.gather(1, order), wanted, **EXACT)
 
 
+@torch.no_grad()
+def test_all_modes_unmerged_are_attention_to_the_past() -> None:
+    """With room for every token `read="all"` is the softmax over all that was read."""
+    memory, parts = cell(num_modes=2 * T, merge_similarity=2.0, read="all"), segments(3)
+    state = memory.init_state(B)
+    for x in parts[:2]:
+        _, state = memory(x, state, local, mask=None)
+    past = QKV(parts[2].q, *(torch.cat([p[i] for p in parts], 2) for i in (1, 2)))
+    expected = local(past)
+    torch.testing.assert_close(memory(parts[2], state, local, mask=None)[0], expected, **EXACT)
+
+
+@torch.no_grad()
+def test_queries_asked_in_parts_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, parts = cell(read="all"), segments(2)
+    _, state = memory(parts[0], memory.init_state(B), local, mask=None)
+    whole = memory(parts[1], state, local, mask=None)[0]
+    monkeypatch.setattr("memlm.memory.parts.nearest.SCORES", 1)
+    torch.testing.assert_close(memory(parts[1], state, local, mask=None)[0], whole, **EXACT)
+
+
 def test_no_gradient_reaches_the_modes() -> None:
     memory, (past, x) = cell(), segments(2)
     past = QKV(*(t.requires_grad_() for t in past))
@@ -126,6 +152,7 @@ def test_no_gradient_reaches_the_modes() -> None:
     [
         ({"num_modes": 0}, "num_modes=0 must be at least 1"),
         ({"merge_similarity": -1.5}, "merge_similarity=-1.5 must be at least -1"),
+        ({"read": "some"}, "read='some' is unknown; use nearest or all"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict, said: str) -> None:

@@ -58,9 +58,9 @@ ASK = VALUES + NOISE
 RECIPES: dict[str, MemoryConfig] = {
     # The paper's zero start needs more steps than a check may take.
     "armt": ARMTConfig(num_memory_tokens=2, d_mem=16, value_std=0.1),
-    # No gradient reaches its modes.
     "block-recurrent": BlockRecurrentConfig(num_states=8, initial_scale=4.0, output_std=0.1),
-    "camelot": CAMELoTConfig(num_modes=32, merge_similarity=2.0),
+    # No gradient reaches its modes, and a token's own key finds only what is like the token.
+    "camelot": CAMELoTConfig(num_modes=32, read="all"),
     # The value is 17 to 31 tokens back: beyond what is kept as it is, within what is compressed.
     "compressive": CompressiveConfig(memory_length=8, compressed_length=8, compression_rate=2),
     "fam": FAMConfig(num_memory_tokens=2),

@@ -149,6 +149,20 @@ def test_a_full_pool_loses_k_vectors_at_random_and_none_that_are_new() -> None:
 
 
 @torch.no_grad()
+def test_half_is_gone_after_twenty_segments_as_published() -> None:
+    """With N / K = 30 the part (1 - 1 / 30)^t is left after t segments: .51, .18, .03 after 20, 50, 100."""
+    own, held = cell(60, 2), []
+    state = own.init_state(1)
+    for segment in range(630):
+        new = torch.full((1, 2, D), float(segment), dtype=torch.float64)
+        state = own.replaced(new, torch.ones(1, 2, dtype=torch.bool), state)
+        held.append(Counter(state.pool[0, :, 0].int().tolist()))
+    for lag in (20, 50, 100):
+        left = [held[t + lag][t] / 2 for t in range(30, 630 - lag)]
+        assert abs(sum(left) / len(left) - (1 - 1 / 30) ** lag) < 0.03
+
+
+@torch.no_grad()
 def test_chance_depends_on_the_layer_and_on_nothing_outside_the_state() -> None:
     model, ids = memory_model("llama", MemoryLLMConfig(pool_size=6, num_written=3)), tokens(2, 30)
     torch.manual_seed(1)

@@ -5,7 +5,11 @@ Letters: R queries of a group, n entries of all stores together.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -40,52 +44,66 @@ def attend(
     return found, scores.logsumexp(dim=-1).masked_fill(~real.any(dim=-1), none(q))
 
 
+class Blocks(NamedTuple):
+    """A store of keys and values (B, G, N, dh) in blocks of `size`, of which `length` (B,) are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+    size: int
+
+
 def attend_in_all(
-    chosen: Tensor,
-    near: Tensor | None,
-    length: Tensor,
-    size: int,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    q: Tensor, chosen: Tensor, near: Tensor | None, stored: Blocks
 ) -> tuple[Tensor, Tensor]:
     """What queries (B, G, R, dh) read of the blocks (B, G, R, k) that each has `chosen`, without copies.
 
-    keys and values (B, G, N, dh): blocks of `size` entries, of which `length` (B,) are filled. near
-    (B, G, R, k): what the blocks weigh, as scores; None: what their entries do. Returns (B, G, R, dh) and
-    the log-sum-exp (B, G, R) of what they weigh. Products are made with all that is stored, which costs
+    near (B, G, R, k): what the blocks weigh, as scores; None: what their entries do. Returns (B, G, R, dh)
+    and the log-sum-exp (B, G, R) of what they weigh. Products are made with all that is stored, which costs
     less than copies for each query where the store is not many times what one reads.
     """
-    index = chosen.unsqueeze(-1).expand(*chosen.shape, size)
-    real = entries_of(chosen, size, length)[1]
-    every = (q @ keys.mT).unflatten(-1, (-1, size))
+    index = chosen.unsqueeze(-1).expand(*chosen.shape, stored.size)
+    real = entries_of(chosen, stored.size, stored.length)[1]
+    every = (q @ stored.keys.mT).unflatten(-1, (-1, stored.size))
     scores = every.gather(-2, index).masked_fill(~real, none(q))
     if near is None:
         near = scores.logsumexp(dim=-1).masked_fill(~real.any(dim=-1), none(q))
     parts = scores.softmax(dim=-1) * near.softmax(dim=-1).unsqueeze(-1)
-    found = torch.zeros_like(every).scatter(-2, index, parts).flatten(-2) @ values
+    found = torch.zeros_like(every).scatter(-2, index, parts).flatten(-2) @ stored.values
     return found, near.logsumexp(dim=-1)
 
 
 def attend_to_copies(
-    chosen: Tensor,
-    near: Tensor | None,
-    length: Tensor,
-    size: int,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    q: Tensor, chosen: Tensor, near: Tensor | None, stored: Blocks
 ) -> tuple[Tensor, Tensor]:
     """As `attend_in_all`, by a copy of what each query reads."""
-    (batch, groups, places), k = keys.shape[:3], chosen.shape[-1]
+    (batch, groups, places), k = stored.keys.shape[:3], chosen.shape[-1]
     first = torch.arange(batch * groups, device=q.device).view(batch, groups, 1, 1) * places
     # Every pair of a query and a block it reads is asked by itself, among the block's entries.
-    index, real = entries_of(chosen.flatten(2), size, length)
-    asked = q.repeat_interleave(k, dim=2)
-    read, lse = attend(index + first, real, asked, keys.flatten(0, 2), values.flatten(0, 2))
+    index, real = entries_of(chosen.flatten(2), stored.size, stored.length)
+    entries = (t.flatten(0, 2) for t in (stored.keys, stored.values))
+    read, lse = attend(index + first, real, q.repeat_interleave(k, dim=2), *entries)
     near = lse.unflatten(2, (-1, k)) if near is None else near
     found = torch.einsum("bgrk,bgrkd->bgrd", near.softmax(dim=-1), read.unflatten(2, (-1, k)))
     return found, near.logsumexp(dim=-1)
+
+
+def read_in_parts(
+    read: Callable[..., tuple[Tensor, Tensor]], queries: Sequence[Tensor], groups: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """What `read` finds for `queries`, each (B, H, T, dh), with those of a group's heads together.
+
+    read is asked `rows` of them at a time, (B, G, R, dh) of each, and returns (B, G, R, dh) and the
+    log-sum-exp (B, G, R). Returns (B, H, T, dh) and (B, H, T).
+    """
+    h = queries[0].shape[1] // groups
+    pieces = (rearrange(q, "B (G h) T dh -> B G (h T) dh", h=h).split(rows, 2) for q in queries)
+    parts = [read(*piece) for piece in zip(*pieces, strict=True)]
+    found, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    return (
+        rearrange(found, "B G (h T) dh -> B (G h) T dh", h=h),
+        rearrange(lse, "B G (h T) -> B (G h) T", h=h),
+    )
 
 
 def share(found: Tensor, local: Tensor) -> Tensor:
