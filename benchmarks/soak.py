@@ -12,8 +12,9 @@ are asked for. Where it ended is kept in the folder --left, or where it was when
 the next run goes on from there. A tensor grows where its norm at the last mark and the largest it had
 before are both more than half as much again as at the mark before. It is dead where next to nothing is left
 of it. --defaults takes every memory with its default sizes and scales.
-load: documents of random sizes written, asked about, saved, loaded and dropped, one after the other.
-Recorded: resident memory and open files after the first tenth and at the end, which have to be alike.
+load: documents of random sizes written, asked about, forked, saved, loaded and dropped, one after the other
+or four in a pool. Recorded after each tenth and at the end: resident memory, open files, threads, and the
+objects that Python's collector knows, which have to be alike once every length has been seen.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from record import write_result
 from torch import Tensor
 
-from memlm import DocumentStream, MemLMForCausalLM, MemoryState
+from memlm import DocumentStream, MemLMForCausalLM, MemoryState, StreamPool
 from memlm.files import read_json
 from memlm.memory import (
     available_memories,
@@ -256,42 +257,71 @@ def all_numbers(given: argparse.Namespace, out: Path) -> None:
             write_result(out, (__doc__ or "").splitlines()[0], settings, rows)
 
 
-def load(minutes: float, seed: int) -> dict[str, Any]:
-    """Documents one after the other; what the process holds early on, and at the end."""
+def load(minutes: float, seed: int, out: Path) -> None:
+    """Documents one after the other, and what the process holds: written at each tenth, and at the end."""
     rng, process = random.Random(seed), psutil.Process()
     model, tokenizer = load_pretrained("qa1")
+    pool = StreamPool(model, tokenizer, batch_size=4)
     words = "bird tree stone cloud river house door lamp road boat song salt".split()
-    began, marks, documents, characters = time.monotonic(), [], 0, 0
-    at = 0.1
-    with tempfile.TemporaryDirectory() as folder:
-        while (passed := (time.monotonic() - began) / (60 * minutes)) < 1:
-            index = ChunkIndex(HashingEmbedder(256)) if documents % 3 == 0 else None
-            stream = DocumentStream(model, tokenizer, index)
-            text = " ".join(rng.choice(words) for _ in range(int(10 ** rng.uniform(1, 4)))) + ". "
+    marks: list[dict[str, Any]] = []
+    row: dict[str, Any] = {"minutes": minutes, "documents": 0, "characters": 0, "marks": marks}
+
+    def mark(share: float) -> None:
+        gc.collect()
+        marks.append(
+            {
+                "share": round(share, 2),
+                "documents": row["documents"],
+                "resident_megabytes": round(process.memory_info().rss / 2**20, 1),
+                "open_files": process.num_fds(),
+                "threads": process.num_threads(),
+                "objects": len(gc.get_objects()),
+                "in_pool": len(pool),
+            }
+        )
+        print(marks[-1], flush=True)
+        settings = {"minutes": minutes, "seed": seed}
+        write_result(out, (__doc__ or "").splitlines()[0], settings, [row])
+
+    def drawn() -> str:
+        return " ".join(rng.choice(words) for _ in range(int(10 ** rng.uniform(1, 4)))) + ". "
+
+    def asked(stream: DocumentStream, text: str) -> None:
+        stream.write("John moved to the kitchen. ")
+        stream.ask("Where is John?", max_new_tokens=3)
+        stream.fork().write(text[:200])
+        row["documents"] += 1
+        row["characters"] += len(text)
+
+    def single(place: Path) -> None:
+        number, text = row["documents"], drawn()
+        index = ChunkIndex(HashingEmbedder(256)) if number % 3 == 0 else None
+        stream = DocumentStream(model, tokenizer, index)
+        stream.write(text)
+        if number % 4 == 0:
+            stream.save(place)
+            stream = DocumentStream.load(place, model, tokenizer, HashingEmbedder(256))
+            shutil.rmtree(place)
+        asked(stream, text)
+
+    def together() -> None:
+        texts = [drawn() for _ in range(4)]
+        streams = [pool.open() for _ in texts]
+        for stream, text in zip(streams, texts, strict=True):
             stream.write(text)
-            stream.write("John moved to the kitchen. ")
-            stream.ask("Where is John?", max_new_tokens=3)
-            if documents % 4 == 0:
-                place = Path(folder) / str(documents)
-                stream.save(place)
-                stream = DocumentStream.load(place, model, tokenizer, HashingEmbedder(256))
-                shutil.rmtree(place)
-            stream.fork().write(text[:200])
-            documents, characters = documents + 1, characters + len(text)
-            if passed >= at:
-                at += 0.1
-                gc.collect()
-                marks.append(
-                    {
-                        "share": round(passed, 2),
-                        "documents": documents,
-                        "resident_megabytes": round(process.memory_info().rss / 2**20, 1),
-                        "open_files": process.num_fds(),
-                        "threads": process.num_threads(),
-                    }
-                )
-                print(marks[-1], flush=True)
-    return {"minutes": minutes, "documents": documents, "characters": characters, "marks": marks}
+        pool.run()
+        for stream, text in zip(streams, texts, strict=True):
+            asked(stream, text)
+
+    began, tenth, turn = time.monotonic(), 1, 0
+    with tempfile.TemporaryDirectory() as folder:
+        while (share := (time.monotonic() - began) / (60 * minutes)) < 1:
+            together() if turn % 10 == 9 else single(Path(folder) / "stream")
+            turn += 1
+            if share >= tenth / 10:
+                tenth = int(10 * share) + 1
+                mark(share)
+    mark(1.0)
 
 
 def main() -> None:
@@ -322,9 +352,7 @@ def main() -> None:
     if given.what == "numbers":
         all_numbers(given, out)
         return
-    rows = [load(given.minutes, given.seed)]
-    settings = {"minutes": given.minutes, "seed": given.seed}
-    write_result(out, (__doc__ or "").splitlines()[0], settings, rows)
+    load(given.minutes, given.seed, out)
 
 
 if __name__ == "__main__":
