@@ -37,6 +37,7 @@ from torch import Tensor
 from memlm import DocumentStream, MemLMForCausalLM, MemoryState, StreamPool
 from memlm.files import read_json
 from memlm.memory import (
+    MemoryConfig,
     available_memories,
     config_to_dict,
     memory_class,
@@ -63,6 +64,12 @@ CHOSEN: dict[str, dict[str, Any]] = {
 }
 WINDOW = 8
 VOCAB = 256
+# What is kept of a tensor at each mark.
+SIZES = ("largest", "norm", "peak")
+# Tensors that count or describe what was read, and are no memory of it, by the last part of their names.
+STATISTICS = frozenset(
+    "begun chance lengths load mass opened rate reconstruction share usage written".split()
+)
 # How much larger than a decade before counts as growth.
 GROWTH = 1.5
 DEAD = 1e-12
@@ -115,128 +122,163 @@ def numbers(
     asked: memory, dtype, text, and whether it is to have its defaults. until: when, on the monotonic clock,
     to write what was reached to the file `left` and raise `TimeUp`.
     """
-    dtype = getattr(torch, asked["dtype"])
-    model = tiny(asked["memory"], dtype, segment, asked["defaults"])
-    state, done = model.init_state(1), {"asked": asked, "read": 0, "cpu": 0.0, "marks": []}
-    done["segment"] = segment
+    asked = {**asked, "segment": segment}
+    model = tiny(asked["memory"], getattr(torch, asked["dtype"]), segment, asked["defaults"])
+    state = model.init_state(1)
+    tensors = {
+        name: {"dtype": str(value.dtype)[6:], "shape": list(value.shape)}
+        | {size: [] for size in SIZES}
+        for name, value in state.tensors.items()
+    }
+    row: dict[str, Any] = {
+        **asked,
+        "config": list(map(unusual, resolve_memories(model.config.memory))),
+        "tokens": 0,
+        "cpu_seconds": 0.0,
+        "failed": None,
+        "marks": [],
+        "logits_finite": [],
+        "state": tensors,
+    }
+    peaks: dict[str, float] = {}
     if left.exists():
         kept, extra = MemoryState.load_with_extra(left)
         found = json.loads(extra["done"])
-        if (found["asked"], found["segment"]) == (asked, segment):
-            state, done = kept, found
-    read, marks, failed = done["read"], done["marks"], None
-    peaks: dict[str, float] = done.get("peaks", {})
+        if asked.items() <= found["row"].items():
+            state, row, peaks = kept, found["row"], found["peaks"]
+    began = time.process_time() - row["cpu_seconds"]
 
     def draw() -> Tensor:
         # By its place, so that a stream that was left goes on as it would have.
-        generator = torch.Generator().manual_seed(read)
+        generator = torch.Generator().manual_seed(row["tokens"])
         ids = torch.randint(VOCAB, (1, segment), generator=generator)
         return ids if asked["text"] == "random" else torch.full_like(ids, 7)
 
-    began = time.process_time() - done["cpu"]
-
     def leave() -> None:
-        done.update(read=read, cpu=time.process_time() - began, marks=marks, peaks=peaks)
+        row["cpu_seconds"] = round(time.process_time() - began, 1)
         left.parent.mkdir(parents=True, exist_ok=True)
-        state.save(left, {"done": json.dumps(done)})
+        state.save(left, {"done": json.dumps({"row": row, "peaks": peaks})})
 
     powers = [10**power for power in range(3, 10) if 10**power < tokens]
-    reached = marks[-1]["tokens"] if marks else 0
+    reached = row["marks"][-1] if row["marks"] else 0
     try:
         for mark in (mark for mark in [*powers, tokens] if mark > reached):
-            while read < mark:
+            while row["tokens"] < mark:
                 if time.monotonic() > until:
                     leave()
                     raise TimeUp
                 pieces = []
-                while read < mark and len(pieces) < WINDOW:
+                while row["tokens"] < mark and len(pieces) < WINDOW:
                     pieces.append(Segment(draw(), None))
-                    read += segment
+                    row["tokens"] += segment
                 state = model.read(pieces, state)
                 for name, (largest, _) in sizes_of(state).items():
                     peaks[name] = max(peaks.get(name, 0.0), largest)
             logits = model(draw(), memory_state=state, write=False, logits_to_keep=8).logits
-            marks.append(
-                {
-                    "tokens": read,
-                    "logits_finite": bool(logits.isfinite().all()),
-                    "state": {
-                        name: {"largest": largest, "norm": norm, "peak": peaks[name]}
-                        for name, (largest, norm) in sizes_of(state).items()
-                    },
-                }
-            )
+            row["marks"].append(row["tokens"])
+            row["logits_finite"].append(bool(logits.isfinite().all()))
+            for name, (largest, norm) in sizes_of(state).items():
+                for size, value in zip(SIZES, (largest, norm, peaks[name]), strict=True):
+                    row["state"][name][size].append(float(f"{value:.6g}"))
             peaks = {}
         leave()
     except FloatingPointError as error:
-        failed = f"at {read} tokens: {error}"
-    row: dict[str, Any] = {
-        **asked,
-        "tokens": read,
-        "segment": segment,
-        "config": [config_to_dict(one) for one in resolve_memories(model.config.memory)],
-        "state": {k: [str(v.dtype)[6:], list(v.shape)] for k, v in state.tensors.items()},
-        "cpu_seconds": round(time.process_time() - began, 1),
-        "failed": failed,
-        "grows": growing(marks),
-        "dead": dead(marks),
-        "marks": marks,
-    }
+        row["failed"] = f"at {row['tokens']} tokens: {error}"
+        row["cpu_seconds"] = round(time.process_time() - began, 1)
     print(shown(row), flush=True)
     return row
 
 
-def growing(marks: list[dict[str, Any]]) -> dict[str, float]:
-    """Of each tensor that grew from the decade before the last to the last: by what factor.
+def unusual(config: MemoryConfig) -> dict[str, Any]:
+    """A config's name, and the fields that are not its mechanism's defaults."""
+    usual = type(config)().to_dict()
+    return {
+        key: value for key, value in config_to_dict(config).items() if usual.get(key, ...) != value
+    }
+
+
+def ratios(row: dict[str, Any], *sizes: str) -> dict[str, float]:
+    """Of each tensor that was not zero at the last mark but one: by what it changed since, at least."""
+    found = {}
+    for name, tensor in row["state"].items():
+        pairs = [tensor[size][-2:] for size in sizes]
+        if all(len(pair) == 2 and pair[0] > 0 for pair in pairs):
+            found[name] = min(last / before for before, last in pairs)
+    return found
+
+
+def growing(row: dict[str, Any]) -> dict[str, float]:
+    """Of each tensor that grew from the mark before the last to the last: by what factor.
 
     By norm and by peak: of a thousand windows the largest is larger than of a hundred, whatever they are.
     """
-    if len(marks) < 2:
-        return {}
-    before, last = marks[-2]["state"], marks[-1]["state"]
-    found = {
-        name: min(last[name][what] / before[name][what] for what in ("norm", "peak"))
-        for name in last
-        if min(before[name]["norm"], before[name]["peak"]) > 0
+    return {
+        name: round(ratio, 2)
+        for name, ratio in ratios(row, "norm", "peak").items()
+        if ratio > GROWTH
     }
-    return {name: round(ratio, 2) for name, ratio in found.items() if ratio > GROWTH}
 
 
-def dead(marks: list[dict[str, Any]]) -> list[str]:
+def dead(row: dict[str, Any]) -> list[str]:
     """The tensors of which less than a share of `DEAD` is left of what they were at an earlier mark."""
-    last = marks[-1]["state"] if marks else {}
+    norms = {name: tensor["norm"] for name, tensor in row["state"].items()}
+    return [name for name, norm in norms.items() if norm and norm[-1] < DEAD * max(norm)]
+
+
+def values(row: dict[str, Any]) -> list[str]:
+    """The tensors that hold what was read, by name: no counters and no statistics."""
     return [
         name
-        for name, sizes in last.items()
-        if any(sizes["norm"] < DEAD * mark["state"][name]["norm"] for mark in marks)
+        for name, tensor in row["state"].items()
+        if "float" in tensor["dtype"] and name.split(".")[-1] not in STATISTICS
     ]
+
+
+def largest(row: dict[str, Any]) -> str:
+    """The largest magnitude of `values` at each mark."""
+    tensors = [row["state"][name]["largest"] for name in values(row)]
+    return ", ".join(f"{max(sizes):.3g}" for sizes in zip(*filter(None, tensors), strict=True))
 
 
 def shown(row: dict[str, Any]) -> str:
-    """One line: how far it went, the largest magnitude that is no counter's at each mark, and what grew."""
-    values = [name for name, (dtype, _) in row["state"].items() if "float" in dtype]
-    sizes = [
-        max(
-            (mark["state"][name]["largest"] for name in values if name in mark["state"]),
-            default=0.0,
-        )
-        for mark in row["marks"]
-    ]
-    largest = ", ".join(f"{size:.3g}" for size in sizes)
-    grows = ", ".join(f"{name} x{ratio}" for name, ratio in row["grows"].items()) or "nothing"
-    finite = all(mark["logits_finite"] for mark in row["marks"])
+    """One line: how far it went, the largest magnitude at each mark, and what grew."""
+    grows = ", ".join(f"{name} x{ratio}" for name, ratio in growing(row).items()) or "nothing"
     return (
         f"{row['memory']}{' (defaults)' * row['defaults']} {row['dtype']} {row['text']}: "
-        f"{row['tokens']:,} tokens, {row['cpu_seconds']} s; largest {largest}; grows: {grows}; "
-        f"dead: {', '.join(row['dead']) or 'nothing'}; finite: {finite and not row['failed']}"
+        f"{row['tokens']:,} tokens, {row['cpu_seconds']} s; largest {largest(row)}; grows: {grows}; "
+        f"dead: {', '.join(dead(row)) or 'nothing'}; "
+        f"finite: {all(row['logits_finite']) and not row['failed']}"
         + (f" ({row['failed']})" if row["failed"] else "")
     )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A table as in docs/guarantees.md: of each memory and type the largest magnitudes, and the largest ratio."""
+    types = ("float32", "bfloat16")
+    lines = [
+        "| memory |" + "".join(f" {dtype} | last/before |" for dtype in types),
+        "|---" * 5 + "|",
+    ]
+    found = {(row["memory"], row["dtype"]): row for row in rows if row["text"] == "random"}
+    for memory in sorted({memory for memory, _ in found}):
+        cells = []
+        for row in (found.get((memory, dtype)) for dtype in types):
+            changed = ratios(row, "norm") if row else {}
+            ratio = (
+                max((changed[name] for name in values(row) if name in changed), default=0)
+                if row
+                else 0
+            )
+            cells += [largest(row), f"{ratio:.2f}"] if row else ["not run", ""]
+        lines.append(f"| `{memory}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def all_numbers(given: argparse.Namespace, out: Path) -> None:
     """Read what is not in `out` yet, float32 first, for about --seconds; written after every stream."""
     rows = read_json(out)["rows"] if out.exists() else []
     if given.table:
+        print(table([row for row in rows if row["defaults"] == given.defaults]))
         print("\n".join(map(shown, rows)))
         return
     until = time.monotonic() + given.seconds
