@@ -253,7 +253,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A table as in docs/guarantees.md: of each memory and type the largest magnitudes, and the largest ratio."""
+    """The table of docs/guarantees.md: largest magnitudes by memory and type, and the largest ratio."""
     types = ("float32", "bfloat16")
     lines = [
         "| memory |" + "".join(f" {dtype} | last/before |" for dtype in types),
