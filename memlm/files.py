@@ -25,6 +25,8 @@ MAX_YAML_DEPTH = 200
 CHECKSUM = "sha256"
 # A temporary file that nobody has touched for so long, and whose writer is gone, was left behind.
 ABANDONED_SECONDS = 60
+# The rest of a temporary name: a process, of as many digits as psutil can ask about, and a random part.
+_WRITER = re.compile(r"([0-9]{1,9})_[0-9a-f]{8}")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -184,9 +186,9 @@ def remove_abandoned(path: Path) -> None:
     """Remove files and folders that were to become `path`, of writers of this machine that are no more."""
     import psutil
 
-    begun = re.compile(re.escape(_begun(path)) + r"(\d+)_[0-9a-f]{8}")
+    begun = _begun(path)
     for entry in os.listdir(path.parent):
-        found = begun.fullmatch(entry)
+        found = _WRITER.fullmatch(entry, len(begun)) if entry.startswith(begun) else None
         if found is None or psutil.pid_exists(int(found[1])):
             continue
         with suppress(OSError):

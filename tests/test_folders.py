@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,29 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(
     write(tmp_path, 2)
     # A writer that is alive is at work.
     assert left.exists() and not gone.exists()
+
+
+@pytest.mark.parametrize("process", ["9999999999", "9" * 30, "-1", "", "१२"])
+def test_a_temporary_name_of_no_process_stops_no_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: str
+) -> None:
+    monkeypatch.setattr(files, "ABANDONED_SECONDS", -1)
+    mine = files.temporary_beside(tmp_path / "a")
+    forged = mine.with_name(mine.name.replace(f"_{os.getpid()}_", f"_{process}_"))
+    forged.write_text("whose?")
+    files.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new" and forged.exists()
+
+
+def test_writing_compiles_no_pattern_for_each_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`re` keeps 512 patterns for the whole process: those of names would put all others out."""
+    compiled: list[Any] = []
+    compile_ = re.compile
+    monkeypatch.setattr(re, "compile", lambda *given: compiled.append(given) or compile_(*given))
+    files.write_text(tmp_path / "a", "new")
+    assert not compiled
 
 
 @pytest.mark.parametrize(
