@@ -19,8 +19,11 @@ from memlm.retrieval.exact import ExactVectors, Ints, Kept, Mask, best_of
 from memlm.retrieval.vectors import CodedVectors, Vectors
 
 _SCALAR = r"SQ(?:4|6|8|fp16|bf16)"
-_CODES = rf"(?:Flat|{_SCALAR}|PQ\d+(?:x[4-8])?)"
-_FACTORY = re.compile(rf"{_CODES}|HNSW\d+(?:,Flat|_{_SCALAR})?|IVF(?P<lists>\d+),{_CODES}")
+# faiss takes more, and ends the process for some of it: no parts, no lists, graphs of less than two links.
+_MANY = "[1-9][0-9]*"
+_CODES = rf"(?:Flat|{_SCALAR}|PQ{_MANY}(?:x[4-8])?)"
+_GRAPH = rf"HNSW(?:[2-9]|[1-9][0-9]+)(?:,Flat|_{_SCALAR})?"
+_FACTORY = re.compile(rf"{_CODES}|{_GRAPH}|IVF(?P<lists>{_MANY}),{_CODES}")
 
 
 def _faiss() -> Any:
@@ -54,8 +57,8 @@ class FaissVectors(Vectors):
         found = _FACTORY.fullmatch(factory) if isinstance(factory, str) else None
         if found is None:
             raise ValueError(
-                f"factory={factory!r} is not supported; use Flat, SQ8, SQfp16, PQ48, HNSW32, "
-                "IVF1024,Flat or the like"
+                f"factory={factory!r} is not supported; use Flat, SQ8, SQfp16, PQ48, HNSW32 (2 and "
+                "more), IVF1024,Flat or the like"
             )
         super().__init__(Float32(dim), effort, threads)
         self.factory = factory
