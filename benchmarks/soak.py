@@ -167,7 +167,7 @@ def numbers(
                 if time.monotonic() > until:
                     leave()
                     raise TimeUp
-                pieces = []
+                pieces: list[Segment] = []
                 while row["tokens"] < mark and len(pieces) < WINDOW:
                     pieces.append(Segment(draw(), None))
                     row["tokens"] += segment

@@ -153,7 +153,12 @@ def test_writing_compiles_no_pattern_for_each_name(
     """`re` keeps 512 patterns for the whole process: those of names would put all others out."""
     compiled: list[Any] = []
     compile_ = re.compile
-    monkeypatch.setattr(re, "compile", lambda *given: compiled.append(given) or compile_(*given))
+
+    def noted(*given: Any) -> Any:
+        compiled.append(given)
+        return compile_(*given)
+
+    monkeypatch.setattr(re, "compile", noted)
     files.write_text(tmp_path / "a", "new")
     assert not compiled
 
