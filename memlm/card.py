@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from memlm.files import parse_yaml, read_json, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
-    from jinja2 import Template
 
 CARD = "README.md"
 # What a folder may hold, from which the card is made.
@@ -76,21 +74,20 @@ def write_card(
     license = license or known.get("license") or license_of(base)
     adapter = not (directory / CONFIG).is_file()
     has_tokenizer = (directory / "tokenizer_config.json").is_file() or not adapter
-    metadata = _metadata(saved, name, license, known, results, adapter, tags)
-    told = {
-        **metadata.to_dict(),
-        "begin": BEGIN,
-        "end": END,
-        "name": name,
-        "adapter": adapter,
-        "shipped": directory.resolve().parent == SHIPPED,
-        "tokenizer": name if has_tokenizer else base,
-        "facts": _facts(saved, directory, license),
-        "data": _as_yaml(recipe.get("data")),
-        "recipe": _as_yaml(recipe),
-        "results": results,
-    }
-    card = ModelCard(_template().render(card_data=metadata.to_yaml(), **told))
+    card = ModelCard.from_template(
+        _metadata(saved, name, license, known, results, adapter, tags),
+        template_path=str(TEMPLATE),
+        begin=BEGIN,
+        end=END,
+        name=name,
+        adapter=adapter,
+        shipped=directory.resolve().parent == SHIPPED,
+        tokenizer=name if has_tokenizer else base,
+        facts=_facts(saved, directory, license),
+        data=_as_yaml(recipe.get("data")),
+        recipe=_as_yaml(recipe),
+        results=results,
+    )
     if before is not None and before.text.strip():
         new = _OURS.search(card.text)
         assert new is not None
@@ -99,14 +96,6 @@ def write_card(
     content = str(card)
     write_text(directory / CARD, content)
     return directory / CARD
-
-
-@cache
-def _template() -> Template:
-    """Compiled once: `ModelCard.from_template` does it at every save, which took half of a card's time."""
-    from jinja2 import Template
-
-    return Template(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def license_of(base: str, fetch: bool = False, token: str | None = None) -> str | None:

@@ -50,9 +50,18 @@ def dtypes(module: torch.nn.Module) -> set[torch.dtype]:
     return {parameter.dtype for parameter in module.parameters()}
 
 
-@half
-def test_parameters_are_float32_on_a_base_in_half_precision(dtype: torch.dtype) -> None:
-    for memory in CASES if dtype == torch.bfloat16 else A_SITE_EACH:
+@pytest.mark.parametrize(
+    ("dtype", "memories"),
+    [
+        (torch.bfloat16, tuple(CASES)),
+        (torch.float16, A_SITE_EACH),
+        pytest.param(torch.float16, tuple(CASES), marks=pytest.mark.slow),
+    ],
+)
+def test_parameters_are_float32_on_a_base_in_half_precision(
+    dtype: torch.dtype, memories: tuple[str, ...]
+) -> None:
+    for memory in memories:
         model = half_model(memory, dtype)
         assert dtypes(model.memory) <= {torch.float32}, memory
         assert dtypes(model.base) == {dtype} and model.dtype == dtype
