@@ -1,12 +1,13 @@
 """What every memory lowers of the loss on long text, by position, in equal CPU time.
 
-    python benchmarks/language_modelling.py [--memories none,armt] [--base-seconds 240] [--seconds 90]
+    python benchmarks/language_modelling.py [--memories none,armt] [--base-steps 600] [--seconds 90]
 
-A two-layer Llama of hidden size 96 is trained on segments of 64 tokens without memory, once; then every
-memory, and `none`, goes on from there, on documents of 16 segments, all weights trained, with the same
-order of documents. The text is what every installation carries (haystack `installed`, whole packages
-held out). The loss of held-out documents is given for the first segment, in which nothing is remembered
-yet, and for the later ones, with the difference from `none` on the same documents and its standard error.
+A two-layer Llama of hidden size 96 is trained on segments of 64 tokens without memory, for a number of
+steps, so that a later call has the same base; then every memory, and `none`, goes on from there for equal
+CPU time, on documents of 16 segments, all weights trained, with the same order of documents. The text is
+what every installation carries (haystack `installed`, whole packages held out). The loss of held-out
+documents is given for the first segment, in which nothing is remembered yet, and for the later ones, with
+the difference from `none` on the same documents and its standard error.
 A memory that was measured with the same settings is not run again.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from itertools import count
 from pathlib import Path
@@ -46,18 +48,22 @@ def documents(ids: np.ndarray, length: int) -> np.ndarray:
 
 
 def train(
-    model: memlm.MemLMForCausalLM, texts: np.ndarray, settings: dict[str, Any], seconds: float
+    model: memlm.MemLMForCausalLM,
+    texts: np.ndarray,
+    settings: dict[str, Any],
+    steps: float = math.inf,
+    seconds: float = math.inf,
 ) -> tuple[int, float]:
-    """Train until the CPU seconds are used up; steps and seconds."""
+    """Train until the steps are done or the CPU seconds are used up; steps and seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     rng = np.random.default_rng(settings["seed"])
     begun, spent = time.process_time(), 0.0
     for step in count():
         spent = time.process_time() - begun
-        if spent >= seconds:
+        left = 1 - max(step / steps, spent / seconds)
+        if left <= 0:
             return step, spent
         for group in optimizer.param_groups:
-            left = max(1 - spent / seconds, 0.0)
             group["lr"] = 2e-3 * min((step + 1) / 20, 1.0) * (0.05 + 0.95 * left)
         rows = torch.from_numpy(texts[rng.integers(len(texts), size=settings["batch"])]).long()
         optimizer.zero_grad()
@@ -89,7 +95,7 @@ def losses(model: memlm.MemLMForCausalLM, texts: np.ndarray, segment: int) -> to
 
 def main(
     memories: Annotated[str, typer.Option(help="names, separated by commas")] = "",
-    base_seconds: Annotated[float, typer.Option(help="CPU seconds of training the base")] = 240.0,
+    base_steps: Annotated[int, typer.Option(help="training steps of the base")] = 600,
     seconds: Annotated[float, typer.Option(help="CPU seconds of training for each")] = 90.0,
     seed: int = 0,
     out: Path = Path(__file__).parent / "results/language_modelling.json",
@@ -97,7 +103,7 @@ def main(
     """Train and measure; write the table and its JSON."""
     torch.set_num_threads(1)
     settings = {
-        "base_seconds": base_seconds,
+        "base_steps": base_steps,
         "seconds": seconds,
         "seed": seed,
         "segment": 64,
@@ -135,7 +141,7 @@ def main(
         config, memory="none", segment_length=settings["segment"]
     ).train()
     if todo:
-        train(start, texts, settings, base_seconds)
+        train(start, texts, settings, steps=base_steps)
     base = start.unload()
     for name in todo:
         torch.manual_seed(seed)
@@ -143,7 +149,7 @@ def main(
         model = memlm.MemLMForCausalLM.from_base(
             copy.deepcopy(base), memory=memory, segment_length=settings["segment"]
         ).train()
-        steps, spent = train(model, texts, settings, seconds)
+        steps, spent = train(model, texts, settings, seconds=seconds)
         found = losses(model.eval(), held[chosen], settings["segment"])
         rows.append(
             {"memory": name, "steps": steps, "cpu_seconds": round(spent, 1)}

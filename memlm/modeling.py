@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from memlm.arguments import REFUSED, packed, refuse
@@ -91,7 +92,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 self.backbone.rotates(layer)
             for layer in recurrent[:1]:
                 self.backbone.try_recurrence(layer)
-        self.gradient_checkpointing = False
+        self._set_gradient_checkpointing(False)
         self.scheduler = Scheduler(self)
         with self.backbone.weights_kept() if given else nullcontext():
             self.post_init()
@@ -219,9 +220,21 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         self.config.vocab_size = self.backbone.config.vocab_size
         return embeddings
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
         # Whole segments are recomputed, not layers: activations of one segment at a time.
+        if enable and every_n_layers != 1:
+            raise ValueError(
+                f"every_n_layers={every_n_layers} is not for a memory model, which recomputes whole "
+                "segments; leave it at 1"
+            )
         self.gradient_checkpointing = enable
+        # Transformers' own function may hold what is kept on the host (offload).
+        self._checkpoint = partial(gradient_checkpointing_func, use_reentrant=False)
 
     def set_attn_implementation(
         self, attn_implementation: str | dict, *args: Any, **kwargs: Any
@@ -434,7 +447,8 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             assert hidden is not None
             return self._loss(hidden, segment)
 
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self._checkpoint if again else None
 
         def window(segments: list[Segment], state: MemoryState) -> tuple[Losses, MemoryState]:
             total, extra = Sum(), Sum()

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from memlm.attach import MemoryStack
 from memlm.backbone import Backbone, Cell
 from memlm.backbone.batched import BatchedLine, Kind, find_kinds, returned_tuples
 from memlm.backbone.stacking import separate
 from memlm.config import MemLMConfig
-from memlm.schedule import Place, alike, sequential, wavefront
+from memlm.schedule import Checkpoint, Place, alike, sequential, wavefront
 from memlm.segment import Segment
 from memlm.state import MemoryState
 
@@ -63,15 +62,16 @@ class How(NamedTuple):
     """How a window is run.
 
     step: a segment through the whole model. finish: the loss of a segment, from its last hidden states.
-    write: whether memories are written. hidden: whether the last hidden states are wanted. recompute: keep
-    few activations and compute them again in backward. gates: whether the write gates are wanted.
+    write: whether memories are written. hidden: whether the last hidden states are wanted. recompute: what
+    runs a function and keeps few activations, to compute them again in backward, such as torch's
+    `checkpoint`; None: all are kept. gates: whether the write gates are wanted.
     """
 
     step: Step
     finish: Callable[[Segment, Tensor | None], Tensor | None]
     write: bool = True
     hidden: bool = True
-    recompute: bool = False
+    recompute: Checkpoint | None = None
     gates: bool = False
 
 
@@ -248,8 +248,8 @@ class Scheduler:
             after = self.memory.pack(line.result(), state.batch_size) if last else None
             if hidden is not None:
                 hidden = hidden.to(segment.ids.device)
-            if how.recompute:
-                loss = checkpoint(how.finish, segment, hidden, use_reentrant=False)
+            if how.recompute is not None:
+                loss = how.recompute(how.finish, segment, hidden)
             else:
                 loss = how.finish(segment, hidden)
             yield Read(loss, hidden, *self._noted(notes, segment.counted)), after
@@ -365,7 +365,7 @@ class Scheduler:
         # Processes that measured for themselves would not agree; a compiler cannot look into measuring.
         apart = torch.distributed.is_initialized() or torch.compiler.is_compiling()
         # Who recomputes wants memory, and diagonals keep the hidden states that enter them as well.
-        return apart or how.recompute or len(segments) < LEAST_SEGMENTS
+        return apart or how.recompute is not None or len(segments) < LEAST_SEGMENTS
 
     def _known(self, how: How, segment: Segment) -> dict[str, Any] | None:
         """What was measured at this shape."""
@@ -387,7 +387,7 @@ class Scheduler:
             "padded": segment.mask is not None,
             "learning": torch.is_grad_enabled(),
             "autocast": torch.is_autocast_enabled(device.type),
-            "recompute": how.recompute,
+            "recompute": how.recompute is not None,
         }
 
     def _measure(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from tests.cases import SEGMENT, memory_model, tokens
 
@@ -57,3 +59,37 @@ def test_each_further_segment_takes_its_state(name: str) -> None:
     state, each = model.init_state(1).nbytes, (most[12] - most[4]) / 8
     # Beside it torch keeps its random state of 5 kB; ids, losses and counts are some hundred bytes.
     assert state < each < state + torch.get_rng_state().nbytes + 1024
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_what_transformers_hands_over_recomputes(schedule: str) -> None:
+    """Its function may hold what is kept on the host, as `offload=True` asks of it."""
+    model, ids = memory_model("llama", "armt").train(), tokens(1, 3 * SEGMENT)
+    model.config.schedule = schedule
+    ran = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        ran.append(options)
+        return checkpoint(*arguments, **options)
+
+    loss = model(ids, labels=ids).loss
+    expected = torch.autograd.grad(loss, model.memory.parameters(), allow_unused=True)
+    # As `activation_checkpointing_enable(..., offload=True)` does on an accelerator.
+    model._set_gradient_checkpointing(True, partial(counted, use_reentrant=True))
+    loss = model(ids, labels=ids).loss
+    assert ran and all(options == {"use_reentrant": False} for options in ran)
+    found = torch.autograd.grad(loss, model.memory.parameters(), allow_unused=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_share_of_the_layers_is_refused() -> None:
+    model = memory_model("llama", "armt").train()
+    if not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip("this release of transformers has no such option")
+    with pytest.raises(ValueError, match="every_n_layers=2 is not for a memory model"):
+        model.activation_checkpointing_enable(every_n_layers=2)
+    assert not model.gradient_checkpointing
+    model.activation_checkpointing_enable()
+    assert model.gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.gradient_checkpointing

@@ -17,13 +17,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from memlm.backbone.finding import layer_list
 from memlm.backbone.model import Backbone
 from memlm.backbone.run import Cell, Cells, Passage, Returns, Run, entered, met_by
 from memlm.backbone.stacking import stacked, with_gradient
-from memlm.schedule import Place
+from memlm.schedule import Checkpoint, Place
 from memlm.segment import Segment
 from memlm.state import flatten, unflatten, where_rows
 
@@ -311,7 +310,8 @@ class BatchedLine:
     depth: how many of them, from the first. hidden: whether last hidden states are wanted, which takes all.
     tokens (M, E): embeddings appended to each segment, or None. padded: whether any segment has a mask.
     states: by the memories' names, before the first segment. note: computed of every cell, in the batched
-    call. recompute: keep nothing of a diagonal but what goes in, and run it again in backward.
+    call. recompute: keeps nothing of a diagonal but what goes in, and runs it again in backward; None: all
+    is kept.
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class BatchedLine:
         padded: bool,
         states: Mapping[str, Any],
         note: Note,
-        recompute: bool = False,
+        recompute: Checkpoint | None = None,
     ) -> None:
         self.backbone, self.kinds, self.tuples = backbone, kinds, tuples
         self.depth, self.hidden = depth, hidden
@@ -394,8 +394,8 @@ class BatchedLine:
 
         x = torch.stack([one.x for one in segments])
         states = self.states[index].take(start, stop)
-        if self.recompute:
-            y, after, notes = checkpoint(cells, x, states, use_reentrant=False)
+        if self.recompute is not None:
+            y, after, notes = self.recompute(cells, x, states)
         else:
             y, after, notes = cells(x, states)
         self.states[index].live = after
