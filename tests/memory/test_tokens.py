@@ -1,0 +1,63 @@
+"""Short convolutions: their derivative by hand against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm.memory.parts.tokens import short_convolution
+
+
+def plain(z: Tensor, kernel: Tensor, before: Tensor) -> Tensor:
+    return F.conv1d(torch.cat([before, z], dim=1).mT, kernel, groups=z.shape[2]).mT
+
+
+def inputs(length: int, size: int, rows: int = 2, width: int = 3) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = (rows, length, width), (width, 1, size), (rows, size - 1, width)
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_a_short_convolution_has_the_gradients_of_torchs(length: int, size: int) -> None:
+    given = inputs(length, size)
+    found, rest = short_convolution(*given, real=None)
+    expected = plain(*given)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(rest, torch.cat([given[2], given[0]], dim=1)[:, length:])
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, given, weights), torch.autograd.grad(expected, given, weights)
+    )
+
+
+def test_it_may_be_differentiated_twice_and_mapped_over() -> None:
+    given = inputs(5, 4)
+    assert torch.autograd.gradgradcheck(lambda *g: short_convolution(*g, real=None)[0], given)
+    kernels = torch.randn(7, *given[1].shape, dtype=torch.float64)
+
+    def gradients(kernel: Tensor, call: object) -> tuple[Tensor, ...]:
+        return torch.func.grad(lambda z, k: call(z, k).square().sum(), argnums=(0, 1))(  # type: ignore[operator]
+            given[0].detach(), kernel
+        )
+
+    before = given[2].detach()
+    found = torch.vmap(
+        lambda k: gradients(k, lambda z, k: short_convolution(z, k, before, None)[0])
+    )(kernels)
+    expected = torch.vmap(lambda k: gradients(k, lambda z, k: plain(z, k, before)))(kernels)
+    torch.testing.assert_close(found, expected)
+
+
+def test_under_autocast_gradients_have_the_dtype_of_their_inputs() -> None:
+    z, kernel, before = (x.detach().float().requires_grad_() for x in inputs(9, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = short_convolution(z, kernel, before, None)
+    assert found.dtype == torch.bfloat16
+    found.float().square().sum().backward()
+    for x in (z, kernel, before):
+        assert x.grad is not None
+        assert x.grad.dtype == torch.float32
