@@ -161,24 +161,33 @@ def main(
         found = losses(model.eval(), held[chosen], settings["segment"])
         rows.append(
             {"memory": name, "steps": steps, "cpu_seconds": round(spent, 1)}
-            | {place: found[:, a:b].mean(dim=1).tolist() for place, (a, b) in PLACES.items()}
+            | {
+                place: [round(loss, 4) for loss in found[:, a:b].mean(dim=1).tolist()]
+                for place, (a, b) in PLACES.items()
+            }
         )
         write_result(out, WHAT, settings, rows)
         show(rows)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table with the means, and the differences from `none`."""
+    """A table: the means, what is above `none`, and how much more they fall behind the first segment."""
+    places = " | ".join(PLACES)
+    typer.echo(f"| memory | steps | {places} | 5 to 16, less `none` | falls, less `none` |")
+    typer.echo("|---|--:|" + "--:|" * (len(PLACES) + 2))
     plain = {place: np.array(rows[0][place]) for place in PLACES}
-    typer.echo("| memory | steps | " + " | ".join(PLACES) + " | 5 to 16, less `none` |")
-    typer.echo("|---|--:|" + "--:|" * (len(PLACES) + 1))
     for row in rows:
         means = " | ".join(f"{np.mean(row[place]):.3f}" for place in PLACES)
-        apart = np.array(row["5 to 16"]) - plain["5 to 16"]
-        error = apart.std(ddof=1) / len(apart) ** 0.5
+        above = np.array(row["5 to 16"]) - plain["5 to 16"]
+        falls = above - (np.array(row["first"]) - plain["first"])
         typer.echo(
-            f"| {row['memory']} | {row['steps']} | {means} | {apart.mean():+.3f} ± {error:.3f} |"
+            f"| {row['memory']} | {row['steps']} | {means} | {_mean(above)} | {_mean(falls)} |"
         )
+
+
+def _mean(values: np.ndarray) -> str:
+    """The mean and its standard error."""
+    return f"{values.mean():+.3f} ± {values.std(ddof=1) / len(values) ** 0.5:.3f}"
 
 
 if __name__ == "__main__":
