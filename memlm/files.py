@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,17 +33,21 @@ _WRITER = re.compile(r"([0-9]{1,9})_[0-9a-f]{8}")
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file beside `path`, put it on disk, then rename it into place.
 
-    What a writer of this machine left behind when it was killed is removed first.
+    What a writer of this machine left behind when it was killed is removed first. A file that is replaced
+    keeps its permissions; a new one has those of the process (its umask).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     remove_abandoned(path)
     try:
-        # Made here, so that `write` finds a file that only its owner may read.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
+        # Made here: from its first byte on nobody can read it who may not read it in the end.
+        at_first = 0o666 if mode is None else mode | stat.S_IWUSR
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, at_first))
         write(temporary)
-        os.chmod(temporary, 0o644)
+        if mode is not None:
+            os.chmod(temporary, mode)
         put_on_disk(temporary)
         os.replace(temporary, path)
     finally:

@@ -66,10 +66,16 @@ def finish_replacing(directory: str | os.PathLike[str]) -> list[str]:
     if pending.is_symlink() or not pending.is_dir():
         raise ValueError(f"{str(pending)!r} is no folder; it is damaged, remove it")
     moved = []
+    superseded, files = _superseded(pending), _files(pending)
+    # Before anything is changed: a link where a folder is expected leads out of this one.
+    for path in files:
+        for above in path.relative_to(pending).parents:
+            if (at := pending.parent / above) != pending.parent and at.is_symlink():
+                raise ValueError(f"{str(at)!r} is a link, and no folder of a save; remove it")
     try:
-        for name in _superseded(pending):
+        for name in superseded:
             (pending.parent / name).unlink(missing_ok=True)
-        for path in _files(pending):
+        for path in files:
             place = path.relative_to(pending)
             with suppress(FileNotFoundError):  # Another process was faster.
                 (pending.parent / place).parent.mkdir(parents=True, exist_ok=True)

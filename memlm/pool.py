@@ -40,8 +40,8 @@ class StreamPool:
             raise ValueError(f"batch_size={batch_size} must be at least 1 stream")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.split_special_tokens = split_special_tokens
+        # By id: a stream that is added twice is read once.
         self._streams: WeakValueDictionary[int, DocumentStream] = WeakValueDictionary()
-        self._opened = 0
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -62,8 +62,7 @@ class StreamPool:
         if stream.model is not self.model:
             raise ValueError("stream belongs to another model; open it in a pool of that model")
         stream._pool = self
-        self._streams[self._opened] = stream
-        self._opened += 1
+        self._streams[id(stream)] = stream
 
     @property
     def waiting(self) -> int:

@@ -31,6 +31,8 @@ MEMORY_CONFIG = "memlm_config.json"
 # Of the tensors in the one file, in the other: the two belong together.
 WEIGHTS_CHECKSUM = "memory_sha256"
 LORA_WEIGHTS, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Of an adapter's LoRA, in the same description.
+LORA_CHECKSUM = "lora_sha256"
 # How a model is asked and recalls: of an adapter's configuration, as of a whole model's.
 _ASKING = ("question_template", "question_segment", "recall_template")
 
@@ -153,9 +155,10 @@ class SavingMixin:
         lora = _lora_of(self)
         # A LoRA that an earlier save left would be put on the base again.
         with replace_together(directory, re.escape(LORA_WEIGHTS) + "|" + LORA_CONFIG) as folder:
-            self.save_memory(folder)
+            described = self._memory_description()
             if lora is not None:
-                _save_lora(self.base, lora, folder)
+                described[LORA_CHECKSUM] = _save_lora(self.base, lora, folder)
+            save_memory(self.memory, described, folder)
         renew_card(directory)
 
     @classmethod
@@ -177,6 +180,8 @@ class SavingMixin:
         """
         folder = _find_adapter(directory, revision, token)
         described, _ = _read(folder)
+        if LORA_CHECKSUM in described:
+            _check_lora(folder, described[LORA_CHECKSUM])
         base = base or base_name(described)
         if not base:
             raise ValueError(
@@ -315,8 +320,11 @@ def _lora_of(model: SavingMixin) -> str | None:
     return names[0]
 
 
-def _save_lora(base: PreTrainedModel, name: str, directory: Path) -> None:
-    """Write an adapter of peft as peft itself does, into a folder that is not in its place yet."""
+def _save_lora(base: PreTrainedModel, name: str, directory: Path) -> str:
+    """Write an adapter of peft as peft itself does, into a folder that is not in its place yet.
+
+    Returns the checksum of its tensors.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -330,6 +338,17 @@ def _save_lora(base: PreTrainedModel, name: str, directory: Path) -> None:
     config.base_model_name_or_path = base.config._name_or_path
     config.inference_mode = True
     config.save_pretrained(directory)
+    return tensors_checksum(tensors)
+
+
+def _check_lora(directory: Path, checksum: str) -> None:
+    """ValueError unless the LoRA in a folder is whole, and the one that was saved with its memories."""
+    tensors, _ = read_safetensors(directory / LORA_WEIGHTS, "save the adapter again")
+    if checksum != tensors_checksum(tensors):
+        raise ValueError(
+            f"directory={str(directory)!r} is damaged ({LORA_WEIGHTS} is not the file that {MEMORY_CONFIG} "
+            "was written with); save the adapter again"
+        )
 
 
 def save_memory(
@@ -392,6 +411,7 @@ def _check_description(described: Any) -> None:
         "base": str,
         "memory_dtype": str,
         WEIGHTS_CHECKSUM: str,
+        LORA_CHECKSUM: str,
         **dict.fromkeys(_ASKING, str),
     }
     if not isinstance(described, dict):

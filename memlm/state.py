@@ -268,7 +268,8 @@ def read_safetensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[s
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            # Copies: what safetensors gives is the file itself, and would follow every change to it.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata
     except (SafetensorError, ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"path {str(path)!r} is not a readable safetensors file ({error}); {remedy}"

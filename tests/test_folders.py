@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,58 @@ def test_a_link_in_place_of_what_is_pending_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / PENDING / "sub").symlink_to(tmp_path / "private")
     finish_replacing(tmp_path / "model")
     assert (tmp_path / "private" / "key").exists()
+
+
+def test_nothing_is_put_in_place_through_a_link(tmp_path: Path) -> None:
+    """A folder that was made to harm: its link leads to where a file of its own would be written."""
+    (tmp_path / "private" / "deeper").mkdir(parents=True)
+    model = tmp_path / "model"
+    (model / PENDING / "sub" / "deeper").mkdir(parents=True)
+    (model / PENDING / "sub" / "deeper" / "keys").write_text("theirs")
+    (model / PENDING / "a").write_text("new")
+    (model / PENDING / SUPERSEDED).write_text(json.dumps(["b"]))
+    (model / "b").write_text("old")
+    (model / "sub").symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match="sub' is a link"):
+        finish_replacing(model)
+    assert not list((tmp_path / "private" / "deeper").iterdir())
+    assert (model / "b").exists() and not (model / "a").exists()
+    (model / "sub").unlink()
+    (model / "sub").mkdir()
+    (model / "sub" / "deeper").symlink_to(tmp_path / "private" / "deeper")
+    with pytest.raises(ValueError, match="deeper' is a link"):
+        finish_replacing(model)
+    (model / "sub" / "deeper").unlink()
+    finish_replacing(model)
+    assert (model / "sub" / "deeper" / "keys").exists() and not (model / "b").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_nobody_may_read_a_new_file_whom_the_process_does_not_let(
+    tmp_path: Path, umask: int
+) -> None:
+    def mode(name: str) -> int:
+        return stat.S_IMODE((tmp_path / name).stat().st_mode)
+
+    during = []
+
+    def fill(temporary: Path) -> None:
+        during.append(stat.S_IMODE(temporary.stat().st_mode))
+        temporary.write_text("new")
+
+    before = os.umask(umask)
+    try:
+        files.write_atomically(tmp_path / "new", fill)
+        assert mode("new") == 0o666 & ~umask
+        # What is replaced stays as closed, or as open, as somebody made it.
+        for kept in (0o600, 0o400, 0o664):
+            (tmp_path / "old").write_text("old")
+            (tmp_path / "old").chmod(kept)
+            files.write_atomically(tmp_path / "old", fill)
+            assert mode("old") == kept and not during[-1] & ~(kept | 0o200)
+            (tmp_path / "old").unlink()
+    finally:
+        os.umask(before)
 
 
 def test_a_folder_that_cannot_be_changed_is_told_of(

@@ -115,6 +115,14 @@ def test_a_stream_from_a_file_joins_a_pool_of_its_model(tmp_path) -> None:
     pool.add(loaded)
     pool.run()
     assert same(stream, loaded) and len(loaded._open_ids) <= SEGMENT
+    # A second time changes nothing.
+    pool.add(stream)
+    pool.add(loaded)
+    assert len(pool) == 2
+    for one in (stream, loaded):
+        one.write(TEXT)
+    pool.run()
+    assert same(stream, loaded) and same(stream, alone(pool, TEXT + TEXT))
     with pytest.raises(ValueError, match="another model"):
         pool_for().add(loaded)
     with pytest.raises(ValueError, match="batch_size=0"):

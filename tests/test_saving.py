@@ -166,6 +166,29 @@ def test_an_adapter_whose_save_is_killed_is_the_old_or_the_new_one(tmp_path: Pat
     assert seen == {1, 2}
 
 
+def test_a_lora_that_is_damaged_or_of_another_adapter_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for number, name in enumerate(("mine", "other")):
+        model = with_lora(memory_model("llama", "armt", num_hidden_layers=1))
+        for parameter in model.base.parameters():
+            parameter.data += number
+        model.save_adapter(tmp_path / name)
+    base = memory_model("llama", "armt", num_hidden_layers=1).unload()
+    file = tmp_path / "mine" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 0x40
+    for content in (flipped, whole[:-4], (tmp_path / "other" / file.name).read_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="save the adapter again"):
+            MemLMForCausalLM.from_adapter(tmp_path / "mine", base)
+    file.unlink()
+    with pytest.raises(ValueError, match="save the adapter again"):
+        MemLMForCausalLM.from_adapter(tmp_path / "mine", base)
+    file.write_bytes(whole)
+    assert hasattr(MemLMForCausalLM.from_adapter(tmp_path / "mine", base).base, "peft_config")
+
+
 def test_an_error_in_a_save_leaves_the_model_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_save_and_load_are_exact(tmp_path, dtype) -> None:
     assert torch.equal(loaded["a"], state["a"]) and loaded["a"].dtype == dtype
     assert (loaded.batch_size, loaded.signature) == (2, "m")
     assert os.listdir(tmp_path / "deep") == ["s.safetensors"]
+
+
+def test_what_was_loaded_does_not_follow_its_file(tmp_path) -> None:
+    """A copy that somebody puts over the file, in place, is not read by whoever has read the file."""
+    path, size = tmp_path / "s", 4096
+    MemoryState({"a": torch.ones(1, size)}, 1).save(path)
+    MemoryState({"a": torch.zeros(1, size)}, 1).save(tmp_path / "other")
+    loaded = MemoryState.load(path)
+    shutil.copyfile(tmp_path / "other", path)
+    assert loaded["a"].sum() == size
+    os.truncate(path, 0)
+    # Of a tensor that is the file itself this would end the process.
+    assert loaded["a"].sum() == size
 
 
 def test_a_state_without_tensors_keeps_its_rows(tmp_path) -> None:

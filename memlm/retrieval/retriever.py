@@ -76,7 +76,8 @@ class Retriever:
     """Writes text into `index`, and recalls the chunks of it that help to answer a question.
 
     A retriever is for one stream. `fork` gives a second one that knows what this one has written so far;
-    afterwards neither sees what the other writes.
+    afterwards neither sees what the other writes. So it is with all that go on from one saved state, where
+    the index is a store that they share.
     """
 
     def __init__(self, index: ChunkIndex, config: RetrievalConfig | None = None) -> None:
@@ -184,11 +185,19 @@ class Retriever:
     def state(self) -> dict[str, Any]:
         """What is needed to go on, beside the index; fit for JSON."""
         self.flush()
+        owners = self._owners
+        if self.index.outlives_process:
+            # Whoever goes on from here looks into the same store, and must not see what comes next: this
+            # retriever's present name is given away only if it takes another.
+            if self._written > self._shared or len(owners) == 1:
+                self._owners = [*owners, _new_owner()]
+            else:
+                owners = owners[:-1]
         # Whoever goes on from here needs them.
         self._shared = self._written
         return {
             "document": self.document,
-            "owners": self._owners,
+            "owners": list(owners),
             "written": self._written,
             "chunker": self._chunker.state(),
             "config": {**self.config.__dict__},
@@ -224,6 +233,9 @@ class Retriever:
         )
         if late := list(ahead):
             index.remove(late)
+        if index.outlives_process:
+            # Others may go on from the same state, in the same store.
+            retriever._owners.append(_new_owner())
         return retriever
 
     def _chunk_id(self, number: int) -> str:

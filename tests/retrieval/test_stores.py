@@ -20,7 +20,7 @@ from memlm.retrieval.arguments import ABSENT
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.index import ChunkIndex
 from memlm.retrieval.milvus import MilvusStore, saved_address
-from memlm.retrieval.retriever import Retriever
+from memlm.retrieval.retriever import RetrievalConfig, Retriever
 from tests.cases import memory_model
 from tests.retrieval.fake import WordVectors, corpus
 from tests.tokenizers import tokenizer
@@ -251,6 +251,52 @@ def test_a_saved_index_opens_again_with_its_embedder(
         ChunkIndex.load(tmp_path, WordVectors(fingerprint="other"))
     with pytest.raises(ValueError, match="dim=8"):
         ChunkIndex.load(tmp_path, WordVectors(8))
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_those_who_go_on_from_one_save_see_nothing_of_each_other(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a store, and what was saved: the stream that was saved is one of them."""
+    where = {} if kind == "memory" else {"store": request.getfixturevalue("place")}
+    index = ChunkIndex(HashingEmbedder(64), **where)
+    config = RetrievalConfig(k=50, size=6)
+    # One index that all hold stands for a store that all reach.
+    monkeypatch.setattr(type(index._store), "outlives_process", True)
+
+    def again(state: Any) -> Retriever:
+        reached = ChunkIndex(HashingEmbedder(64), **where) if where else index
+        return Retriever.restore(reached, json.loads(json.dumps(state)))
+
+    def known(retriever: Retriever) -> set[str]:
+        found = " ".join(passage.text for passage in retriever.recall("Who hid the lamp?"))
+        return {word for word in ("Mary", "Ann", "Bob", "Cid", "Dan") if word in found}
+
+    def write(retriever: Retriever, who: str) -> None:
+        retriever.write(f"{who} hid the golden lamp in the cellar. ")
+        retriever.end()
+
+    empty = Retriever(index, config)
+    before = empty.state()
+    write(empty, "Dan")
+    assert known(empty) == {"Dan"} and known(again(before)) == set()
+    first = Retriever(index, config)
+    write(first, "Mary")
+    states = [first.state(), first.state()]  # Nothing is written between the two.
+    write(first, "Ann")
+    others = [again(state) for state in states]
+    assert [known(other) for other in others] == [{"Mary"}, {"Mary"}]
+    for other, who in zip(others, ("Bob", "Cid"), strict=True):
+        write(other, who)
+    everybody = [first, *others]
+    told = [{"Mary", "Ann"}, {"Mary", "Bob"}, {"Mary", "Cid"}]
+    assert [known(one) for one in everybody] == told
+    # Whoever comes later takes nothing from those who are there.
+    states = [one.state() for one in everybody]
+    for one in everybody:
+        write(one, "Dan")
+    assert [known(again(state)) for state in states] == told
+    assert [known(one) for one in everybody] == [words | {"Dan"} for words in told]
 
 
 # --- Milvus alone
