@@ -8,7 +8,7 @@ numbers: one document of random tokens, so many segments after each other, read 
 (recorded with it). After 10^3, 10^4, ... tokens: the largest magnitude and the norm of every tensor of the
 state, the largest it had after any window of eight segments since the mark before, and whether the logits
 after it are finite. A stream (memory, dtype, text) that is in the JSON is not read again unless more tokens
-are asked for. Where it ended is kept in the folder --left, or where it was when --seconds were over, and
+are asked for. Where it was at the last mark, or when --seconds were over, is kept in the folder --left, and
 the next run goes on from there. A tensor grows where its norm at the last mark and the largest it had
 before are both more than half as much again as at the mark before. It is dead where next to nothing is left
 of it. --defaults takes every memory with its default sizes and scales.
@@ -181,7 +181,7 @@ def numbers(
                 for size, value in zip(SIZES, (largest, norm, peaks[name]), strict=True):
                     row["state"][name][size].append(float(f"{value:.6g}"))
             peaks = {}
-        leave()
+            leave()
     except FloatingPointError as error:
         row["failed"] = f"at {row['tokens']} tokens: {error}"
         row["cpu_seconds"] = round(time.process_time() - began, 1)

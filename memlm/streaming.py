@@ -25,7 +25,8 @@ from memlm.retrieval.chunk_store import StoreAddress
 from memlm.retrieval.embedders import HashingEmbedder
 from memlm.retrieval.index import ChunkIndex
 from memlm.retrieval.retriever import Retriever, as_retriever, render_parts
-from memlm.saved_stream import SavedStream
+from memlm.retrieval.store import remove_index
+from memlm.saved_stream import INDEX, SavedStream, another_index, other_indexes
 from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
 from memlm.tokens import (
@@ -42,8 +43,9 @@ from memlm.turns import Message, as_messages, turn_of
 from memlm.writes import WriteCount
 
 FILE = "stream.safetensors"
-INDEX = "index"
-VERSION = 2
+# Version 3 names the folder of its index.
+VERSION = 3
+UNNAMED_VERSION = 2
 # Characters per block: large enough that tokenising costs little, small enough not to cause a delay.
 BLOCK = 4096
 
@@ -122,6 +124,8 @@ class DocumentStream:
         self.retriever = as_retriever(retrieval)
         # In a pool, what is written waits among the open tokens.
         self._pool: Pool | None = None
+        # The folder it was saved to or loaded from last, and what its index is called there.
+        self._saved = ("", INDEX)
 
     def write(self, text: str | Iterable[str], document: str | None = None) -> None:
         """Read text: a string, or pieces of one (a list, a generator, an open file), lazily.
@@ -303,10 +307,18 @@ class DocumentStream:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the stream into one file in `directory`, atomically; the model is not saved.
 
-        With retrieval, the index is saved beside it, and first; a kill in between loses nothing.
+        With retrieval, the index is saved beside it, and first; a kill in between loses nothing, of another
+        stream that the folder may hold neither.
         """
+        place = Path(directory)
         with self._lock:
-            saved = {
+            where, name = os.path.realpath(place), INDEX
+            if self._saved[0] == where:
+                name = self._saved[1]
+            elif (place / FILE).exists():
+                # Another stream's, whose index is to stay until its file is replaced.
+                name = another_index()
+            saved: dict[str, Any] = {
                 "committed": self._committed,
                 "open": self._open_ids,
                 "writes": self._writes.rows(),
@@ -318,11 +330,18 @@ class DocumentStream:
                 "segment_length": self.model.segment_length,
                 "vocabulary": len(self.tokenizer),
             }
+            version = UNNAMED_VERSION
+            if self.retriever is not None and name != INDEX:
+                version, saved["index"] = VERSION, name
             # What cannot be written is found before anything is.
-            extra = {"stream_version": str(VERSION), "stream": json.dumps(saved)}
+            extra = {"stream_version": str(version), "stream": json.dumps(saved)}
             if self.retriever is not None:
-                self.retriever.index.save(Path(directory) / INDEX)
-            self._state.save(Path(directory) / FILE, extra)
+                self.retriever.index.save(place / name)
+            self._state.save(place / FILE, extra)
+            self._saved = (where, name)
+            if self.retriever is not None:
+                for other in other_indexes(place, name):
+                    remove_index(other)
 
     @classmethod
     def load(
@@ -377,7 +396,7 @@ class DocumentStream:
         retriever = None
         if saved.retrieval is not None:
             index = ChunkIndex.load(
-                Path(directory) / INDEX, embedder or HashingEmbedder(), store=store
+                Path(directory) / saved.index, embedder or HashingEmbedder(), store=store
             )
             try:
                 retriever = Retriever.restore(index, saved.retrieval)
@@ -388,6 +407,7 @@ class DocumentStream:
         stream._committed, stream._open_ids = saved.committed, saved.open
         stream._text, stream._context = saved.text, saved.context
         stream._writes, stream._turns = WriteCount(saved.writes), saved.turns
+        stream._saved = (os.path.realpath(directory), saved.index)
         return stream
 
     def _make_locks(self) -> None:

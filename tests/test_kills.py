@@ -302,3 +302,61 @@ def test_a_killed_save_leaves_a_stream_that_was_saved(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_twenty_killed_saves_leave_streams_that_were_saved(tmp_path: Path) -> None:
     assert kill_saving(tmp_path, times=20) > 15
+
+
+def test_a_killed_save_over_another_stream_leaves_the_one_or_the_other(tmp_path: Path) -> None:
+    """Not the memory of the one with the passages of the other."""
+
+    def told(name: str) -> DocumentStream:
+        stream = new_stream()
+        stream.write(f"{name} told of the golden lamp. {TEXT[:60]}" * 12)
+        return stream
+
+    def save(_: Path, folder: Path, stream: DocumentStream) -> None:
+        stream.save(folder)
+
+    def indexes(folder: Path) -> list[Path]:
+        """Those that are not somebody's own, which stay."""
+        own = {folder / name for name in ("index-0123abcd", "index-89abcdef")}
+        folders = {path for path in folder.iterdir() if path.is_dir()}
+        assert own < folders and all((path / "notes").exists() for path in own)
+        return sorted(folders - own)
+
+    def found(folder: Path) -> str:
+        model = memory_model("llama", "armt", num_hidden_layers=1, vocab_size=400)
+        stream = DocumentStream.load(folder, model, tokenizer("byte-bpe"), HashingEmbedder(64))
+        texts = " ".join(hit.text for hit in stream.retriever.recall("Who told of the lamp?"))
+        (name,) = (name for name in streams if name in texts)
+        assert stream.tokens_seen == streams[name].tokens_seen
+        for part, value in streams[name]._state.tensors.items():
+            assert torch.equal(stream._state[part], value), part
+        return name
+
+    streams = {"Ann": told("Ann"), "Bartholomew": told("Bartholomew")}
+    streams["Ann"].save(old := tmp_path / "old")
+    # Somebody's own: not an index, and a folder with an index and more.
+    (old / "index-0123abcd").mkdir()
+    (old / "index-0123abcd" / "notes").write_text("mine")
+    shutil.copytree(old / "index", old / "index-89abcdef")
+    (old / "index-89abcdef" / "notes").write_text("mine")
+    shutil.copytree(old, tmp_path / "place")
+    work = (save, tmp_path / "whole", tmp_path / "place", streams["Bartholomew"])
+    assert finish(start(counted, *work)) == 0
+    assert found(tmp_path / "place") == "Bartholomew"
+    assert len(indexes(tmp_path / "place")) == 1
+    calls, seen, rng = int((tmp_path / "whole.calls").read_text()), [], random.Random(0)
+    # Most of them at the end, where the files are renamed.
+    for number, moment in enumerate([*rng.sample(range(calls), 4), *range(calls - 300, calls, 50)]):
+        place = tmp_path / str(number)
+        shutil.copytree(old, place)
+        save_there = (save, tmp_path, place, streams["Bartholomew"])
+        assert finish(start(dying, moment, *save_there)) in (0, -signal.SIGKILL)
+        seen.append(found(place))
+        # What the kill left behind goes with the next save.
+        again = told("Bartholomew")
+        again.save(place)
+        assert found(place) == "Bartholomew"
+        again.write(TEXT)
+        again.save(place)
+        assert len(indexes(place)) == 1
+    assert set(seen) == set(streams)

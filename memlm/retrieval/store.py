@@ -21,8 +21,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import tokenize
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +174,19 @@ def check_target(directory: Path) -> dict[str, Any] | None:
                     "give a new or empty directory"
                 )
     return manifest
+
+
+def remove_index(directory: Path) -> None:
+    """Remove the directory of an index; one that holds anything else, or is a link to one, stays."""
+    if directory.is_symlink():
+        return
+    with suppress(ValueError):
+        if check_target(directory) is None or all(map(_ours, os.listdir(directory))):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _ours(entry: str) -> bool:
+    return entry == MANIFEST or _LEFTOVER.fullmatch(entry) is not None
 
 
 def write_part(
