@@ -23,7 +23,7 @@ from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from memlm.memory.base import (
@@ -37,11 +37,12 @@ from memlm.memory.base import (
     option,
 )
 from memlm.memory.parts.checks import check_least, head_sizes
-from memlm.memory.parts.linear_model import EPSILON, LinearModel, Norm, told_in_mini_batch, turned
+from memlm.memory.parts.linear_model import EPSILON, LinearModel, Norm, told_in_mini_batches, turned
 from memlm.memory.parts.starts import start_convolution, start_output
 from memlm.memory.parts.tokens import (
     real_first_order,
     short_convolution,
+    tokens_at,
     tokens_back_from,
     tokens_in,
 )
@@ -188,15 +189,11 @@ class TTTLinear(Memory):
         """What the memory answers to `x` (B, T, D), and the state after it."""
         order, real = real_first_order(mask)
         x = tokens_in(order, x)
-        q, k, tail = self._queries_and_keys(x, state, real)
+        qk, tail = self._queries_and_keys(x, state, real)
         v, rate = self.v_proj(x), self.rate_proj(x)
         with torch.autocast(x.device.type, enabled=False):
-            wide = state.model.weight.dtype
-            rate = torch.sigmoid(rate.to(wide)) * (self.config.base_rate / self.size)
-            rate = rate if real is None else rate * real.unsqueeze(-1)
-            given = torch.cat([*(z.to(wide) for z in (q, k, v)), rate], dim=-1)
-            y, new = self._learn(given, state, real)
-            weight, bias = self.o_norm.weight.to(wide), self.o_norm.bias.to(wide)
+            y, new = self._learn(qk, v, rate, state, real)
+            weight, bias = (w.to(y.dtype) for w in (self.o_norm.weight, self.o_norm.bias))
             y = F.layer_norm(y, weight.shape, weight, bias, EPSILON).to(x.dtype)
         if self.g_proj is not None:
             y = y * F.gelu(self.g_proj(x), approximate="tanh")
@@ -204,47 +201,50 @@ class TTTLinear(Memory):
 
     def _queries_and_keys(
         self, x: Tensor, state: TTTLinearState, real: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | tuple[()]]:
-        """(B, T, D) -> queries and keys (B, T, H d), and the tail of their convolutions."""
+    ) -> tuple[Tensor, Tensor | tuple[()]]:
+        """(B, T, D) -> queries and keys (B, T, 2 H d), and the tail of their convolutions."""
         z, tail = self.qk_proj(x), state.tail
         if self.kernel is not None and self.conv_bias is not None and isinstance(tail, Tensor):
             # One projection, and two kernels that see the same inputs.
             both = torch.cat([tail, tail], dim=-1)
             z, both = short_convolution(torch.cat([z, z], dim=-1), self.kernel, both, real)
             z, tail = z + self.conv_bias, both[..., : tail.shape[-1]]
-        q, k = z.chunk(2, dim=-1)
-        return q, k, tail
+        return z, tail
 
     def _learn(
-        self, given: Tensor, state: TTTLinearState, real: Tensor | None
+        self, qk: Tensor, v: Tensor, rate: Tensor, state: TTTLinearState, real: Tensor | None
     ) -> tuple[Tensor, TTTLinearState]:
         """What the model says to each token, (B, T, H d), and the state after them.
 
-        given (B, T, 3 H d + H): queries, keys, values and rates, real tokens first.
+        qk (B, T, 2 H d): queries and keys; v (B, T, H d); rate (B, T, H), its logits. Real tokens first.
         """
-        batch, tokens = given.shape[:2]
+        wide, tokens, length = state.model.weight.dtype, v.shape[1], self.length
         # As many mini-batches as the tokens reach into, wherever in one they begin.
-        parts = (tokens + 2 * self.length - 2) // self.length
-        at = (state.filled.unsqueeze(1) + torch.arange(tokens, device=given.device)).unsqueeze(-1)
-        grid = given.new_zeros(batch, parts * self.length, given.shape[2])
-        grid = grid.scatter(1, at.expand_as(given), given)
-        end = state.filled + (tokens if real is None else real.sum(dim=1))
-        norm = Norm(self.norm_weight.to(given.dtype), self.norm_bias.to(given.dtype))
-        c = 1 / torch.arange(1, self.length + 1, device=given.device, dtype=given.dtype)
-        c = (c + self.place_rates.to(given.dtype)).clamp(min=0).unsqueeze(-1)  # (C, 1)
-        model, steps, found = state.model, state.steps, []
-        for index, part in enumerate(grid.split(self.length, dim=1)):
-            *vectors, rate = part.split([self.heads * self.size] * 3 + [self.heads], dim=-1)
-            q, k, v = (rearrange(z, "b c (h d) -> b h c d", h=self.heads) for z in vectors)
-            said, steps = told_in_mini_batch(
-                turned(q), turned(k), v, rate.mT.unsqueeze(-1), c, model, steps, norm
+        parts = (tokens + 2 * length - 2) // length
+        begun = state.filled.unsqueeze(1)
+        end = begun + (tokens if real is None else real.sum(dim=1, keepdim=True))
+        place = torch.arange(parts * length, device=v.device)
+        # At a place without a token stands another one, at rate zero.
+        at = (place - begun).clamp(0, tokens - 1)
+        qk, v, rate = (tokens_at(z.to(wide), at) for z in (qk, v, rate))
+        rate = torch.sigmoid(rate) * (self.config.base_rate / self.size)
+        rate = rate * ((place >= begun) & (place < end)).unsqueeze(-1)
+        qk = rearrange(qk, "b (n c) (two h d) -> two n (b h) c d", two=2, n=parts, h=self.heads)
+        v = rearrange(v, "b (n c) (h d) -> n (b h) c d", n=parts, h=self.heads)
+        rate = rearrange(rate, "b (n c) h -> n (b h) c 1", n=parts)
+        c = 1 / torch.arange(1, length + 1, device=v.device, dtype=wide)
+        c = (c + self.place_rates.to(wide)).clamp(min=0).unsqueeze(-1)  # (C, 1)
+        full = repeat(end > place[length - 1 :: length], "b n -> n (b h) 1 1", h=self.heads)
+        norm = Norm(
+            *(
+                repeat(w.to(wide), "h 1 d -> (b h) 1 d", b=len(begun))
+                for w in (self.norm_weight, self.norm_bias)
             )
-            found.append(rearrange(said, "b h c d -> b c (h d)"))
-            # The row's tokens fill this mini-batch, and the next begins with what it taught.
-            full = (end >= (index + 1) * self.length)[:, None, None, None]
-            model = LinearModel(
-                *(torch.where(full, a - c[-1] * b, a) for a, b in zip(model, steps, strict=True))
-            )
-            steps = LinearModel(*(torch.where(full, 0.0, one) for one in steps))
-        y = torch.cat(found, dim=1).gather(1, at.expand(-1, -1, self.heads * self.size))
-        return y, TTTLinearState(model, steps, end % self.length, ())
+        )
+        before = state.model.joined(), state.steps.joined()
+        q, k = turned(qk)
+        said, *after = told_in_mini_batches(q, k, v, rate, c, full, *before, norm)
+        said = rearrange(said, "n (b h) c d -> b (n c) (h d)", h=self.heads)
+        y = tokens_at(said, begun + torch.arange(tokens, device=v.device))
+        model, steps = (LinearModel.apart(one, self.heads) for one in after)
+        return y, TTTLinearState(model, steps, end.squeeze(1) % length, ())

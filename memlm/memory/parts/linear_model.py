@@ -2,12 +2,12 @@
 
 The dual form of TTT-Linear (Sun et al. 2024, *Learning to (Learn at Test Time)*, section 2.5).
 
-Legend: C tokens of a mini-batch, d head size.
+Legend: N mini-batches, C tokens of one, R rows times heads, d head size.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,48 +23,75 @@ class LinearModel(NamedTuple):
     weight: Tensor
     bias: Tensor
 
+    def joined(self) -> Tensor:
+        """(R, d + 1, d): b is a row of W, which a 1 beside every key meets."""
+        return torch.cat([*self], dim=2).flatten(0, 1)
+
+    @classmethod
+    def apart(cls, joined: Tensor, heads: int) -> Self:
+        """The model that was `joined`."""
+        both = joined.unflatten(0, (-1, heads)).split([joined.shape[1] - 1, 1], dim=2)
+        return cls(*(one.contiguous() for one in both))
+
 
 class Norm(NamedTuple):
-    """Scale and shift (H, 1, d) of the layer norm LN."""
+    """Scale and shift (R, 1, d) of the layer norm LN."""
 
     weight: Tensor
     bias: Tensor
 
 
-def told_in_mini_batch(
+def told_in_mini_batches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     rate: Tensor,
     places: Tensor,
-    model: LinearModel,
-    steps: LinearModel,
+    full: Tensor,
+    model: Tensor,
+    steps: Tensor,
     norm: Norm,
-) -> tuple[Tensor, LinearModel]:
-    """One mini-batch in the dual form: what is said to its tokens (B, H, C, d), and the sum of its steps.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mini-batches in turn, in the dual form: what is said to their tokens (N, R, C, d), the model that the
+    first one that is not full begins with, and the sum of the steps of its tokens.
 
-    Token i teaches `model` to give v_i - k_i back from k_i, with rate_i, and token t is answered after c_t
-    times the steps of all i <= t are taken. q, k, v (B, H, C, d); rate (B, H, C, 1), zero where there is no
-    token; places (C, 1): c. steps: the sum of those of the mini-batch's tokens before these.
+    Token i teaches the model to give v_i - k_i back from k_i, with rate_i, and token t is answered after
+    c_t times the steps of all i <= t are taken. q, k, v (N, R, C, d); rate (N, R, C, 1), zero where there
+    is no token; places (C, 1): c. full (N, R, 1, 1): whether tokens fill the mini-batch, as they do those
+    before it. model, steps (R, d + 1, d), joined: steps is the sum of those of the first mini-batch's
+    tokens before these.
     """
-    slope = rate * norm_slope(k @ model.weight + model.bias, v - k, norm)
-    # The 1 is b's share, which every step moves whatever is asked.
-    taken = (q @ k.mT + 1).tril() @ slope + q @ steps.weight + steps.bias
-    z = q @ model.weight + model.bias - places * taken
-    said = q + F.layer_norm(z, z.shape[-1:], eps=EPSILON) * norm.weight + norm.bias
-    return said, LinearModel(
-        steps.weight + k.mT @ slope, steps.bias + slope.sum(dim=2, keepdim=True)
-    )
+    pull, square = (norm.bias - (v - k)) * norm.weight, norm.weight.square()
+    q, k = (F.pad(x, (0, 1), value=1.0) for x in (q, k))
+    # What needs no W is computed for all mini-batches together: a few products are left for each.
+    taught, last = k * rate, places[-1] * full
+    mixing, closing = (q @ k.mT).tril() * rate.mT * places, (taught * last).mT
+    begun, said, slopes = model - last[0] * steps, [], []
+    for asked, key, pulled, mixed, ending in zip(q, k, pull, mixing, closing, strict=True):
+        slope = norm_slope(torch.bmm(key, model), pulled, square)
+        said.append(torch.baddbmm(torch.bmm(asked, model), mixed, slope, alpha=-1))
+        begun = model = torch.baddbmm(begun, ending, slope, alpha=-1)
+        slopes.append(slope)
+    said[0] = said[0] - places * torch.bmm(q[0], steps)
+    unit = F.layer_norm(torch.stack(said), norm.weight.shape[-1:], eps=EPSILON)
+    # The mini-batch that is left open, if one is.
+    at = full.sum(dim=0, keepdim=True).clamp(max=len(q) - 1)
+    left = [(x * ~full).take_along_dim(at, dim=0)[0] for x in (taught, torch.stack(slopes))]
+    steps = torch.baddbmm(steps * ~full[0], left[0].mT, left[1])
+    return q[..., :-1] + unit * norm.weight + norm.bias, model, steps
 
 
-def norm_slope(z: Tensor, target: Tensor, norm: Norm) -> Tensor:
-    """The gradient of 1/2 || LN(z) - target ||^2 by z, all (B, H, C, d)."""
-    centred = z - z.mean(dim=-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + EPSILON)
-    unit = centred * scale
-    g = (unit * norm.weight + norm.bias - target) * norm.weight
-    along = (g * unit).mean(dim=-1, keepdim=True)
-    return (g - g.mean(dim=-1, keepdim=True) - unit * along) * scale
+def norm_slope(z: Tensor, pull: Tensor, square: Tensor) -> Tensor:
+    """The gradient of 1/2 || LN(z) - target ||^2 by z, all (R, C, d).
+
+    LN(z) = u w + b, u the normed z: square is w^2, and pull (b - target) w.
+    """
+    size = z.shape[-1:]
+    unit, mean, scale = torch.native_layer_norm(z, size, None, None, EPSILON)
+    by_unit = torch.addcmul(pull, unit, square)
+    back = torch.ops.aten.native_layer_norm_backward
+    slope: Tensor = back(by_unit, z, size, mean, scale, None, None, [True, False, False])[0]
+    return slope
 
 
 def turned(x: Tensor) -> Tensor:
@@ -73,6 +100,6 @@ def turned(x: Tensor) -> Tensor:
     step = torch.arange(half, device=x.device, dtype=x.dtype) / half
     places = torch.arange(x.shape[-2], device=x.device, dtype=x.dtype)
     angles = places.unsqueeze(-1) * ROTARY_BASE**-step
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = (torch.cat([one, one], dim=-1) for one in (angles.cos(), angles.sin()))
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.addcmul(x * cos, torch.cat([-second, first], dim=-1), sin)

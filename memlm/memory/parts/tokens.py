@@ -23,7 +23,10 @@ def real_first_order(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]
 
 def tokens_at(x: Tensor, places: Tensor) -> Tensor:
     """The tokens of `x` (B, T, D) that stand at `places` (B, n): (B, n, D)."""
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    # Rows of a matrix, each copied whole: `gather` would look every number up.
+    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device).unsqueeze(1)
+    found = x.flatten(0, 1).index_select(0, (first + places).flatten())
+    return found.unflatten(0, places.shape)
 
 
 def tokens_in(order: Tensor | None, x: Tensor) -> Tensor:
