@@ -166,7 +166,7 @@ def test_options_equal_the_recurrence(options: dict) -> None:
 @pytest.mark.parametrize("decay", [None, "head", "channel"])
 @pytest.mark.parametrize("erases", [False, True])
 def test_chunks_change_nothing_and_have_autograds_gradients(
-    decay: str | None, erases: bool
+    decay: str | None, erases: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     g = torch.Generator().manual_seed(0)
     shape, dk, dv = (2, 3, 37), 5, 4
@@ -205,7 +205,9 @@ def test_chunks_change_nothing_and_have_autograds_gradients(
     expected = plainly()
     weight = random(*expected[0].shape)
     slow = torch.autograd.grad((expected[0] * weight).sum() + expected[1].sum(), wanted)
-    for chunk in (1, 8, 64):
+    # The last two: a chunk by itself, and two together where decay is not by channel.
+    for chunk, at_once in ((1, 2**17), (8, 2**17), (64, 2**17), (8, 400), (8, 800)):
+        monkeypatch.setattr("memlm.memory.parts.delta_rule.AT_ONCE", at_once)
         found = delta_rule(Tokens(**parts, erases=erases), start, chunk)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         fast = torch.autograd.grad((found[0] * weight).sum() + found[1].sum(), wanted)
