@@ -57,6 +57,21 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _in_sequence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under schedule="auto" nothing is measured: it takes long, and may come out otherwise the next time.
+
+    Law 10 ties the wavefront to the sequence. A test of what is measured asks for `measured`.
+    """
+    if "measured" not in request.fixturenames:
+        monkeypatch.setattr("memlm.scheduling.LEAST_SEGMENTS", float("inf"))
+
+
+@pytest.fixture
+def measured() -> None:
+    """For a test of what "auto" measures and picks."""
+
+
+@pytest.fixture(autouse=True)
 def _float64_in_recurrences(request: pytest.FixtureRequest) -> Iterator[None]:
     """The float64 tests of a memory at a recurrence of the base's own are tests in float64."""
     # Not at the head of this file: what is imported there has to come after the environment is set.
