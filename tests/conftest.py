@@ -51,9 +51,31 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_stays() -> None:
+    """So does what the files before this one have left: models that are made once, late imports."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _in_sequence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under schedule="auto" nothing is measured: it takes long, and may come out otherwise the next time.
+
+    Law 10 ties the wavefront to the sequence. A test of what is measured asks for `measured`.
+    """
+    if "measured" not in request.fixturenames:
+        monkeypatch.setattr("memlm.scheduling.LEAST_SEGMENTS", float("inf"))
+
+
+@pytest.fixture
+def measured() -> None:
+    """For a test of what "auto" measures and picks."""
 
 
 @pytest.fixture(autouse=True)

@@ -60,9 +60,9 @@ some failed. All in float64 unless the law is about numbers. A dash: the mechani
 or the law says nothing about it. A memory that carries the base's own recurrent state stands on bases that
 have one. Written by `python -m tests.law_table`
 (torch {torch}, transformers {transformers}); `make test` runs on Llama what asks most of a
-mechanism, for one mechanism per site another architecture, and for two the other cases (padding on one
-side, other windows of gradients, greedy search). Where L stands alone, no more than that was run; other
-letters may be from an earlier whole run.
+mechanism, for one mechanism per site another architecture, for two the other cases (padding on one side,
+other windows of gradients), and beams for one of each way of going on within a segment. Where L stands
+alone, no more than that was run; other letters may be from an earlier whole run.
 
 {table}
 

@@ -34,18 +34,23 @@ def find_shared(name: str) -> Path | None:
 
 @pytest.fixture
 def unpainted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Pictures are composed but not painted: that takes longer than the small runs they are of.
+    """The picture of every run is only noted, and others are composed but not painted.
 
-    For files that write many of them (`pytestmark`). A test that asks for `painted` as well gets them
-    painted, and tests/eval/reporting paints every kind.
+    Both take longer than the small runs they are of. For files that write many of them (`pytestmark`). A
+    test that asks for `painted` as well gets them painted, and tests/eval/reporting paints every kind.
     """
     if "painted" in request.fixturenames:
         return
     from matplotlib.figure import Figure
 
     def savefig(figure: Figure, path: str | Path, **options: object) -> None:
+        note(figure, path)
+
+    def note(_: object, path: str | Path) -> None:
         Path(path).write_bytes(b"\x89PNG unpainted")
 
+    monkeypatch.setattr("memlm.eval.reporting.plots.plot_heat_map", note)
+    monkeypatch.setattr("memlm.eval.losses.report.plot_perplexity", note)
     monkeypatch.setattr(Figure, "savefig", savefig)
 
 

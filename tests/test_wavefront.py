@@ -24,6 +24,7 @@ from memlm.segment import cut
 from memlm.writes import WriteCount
 from tests.cases import CASES, SEGMENT, base_model, deeper, memory_model, randomise, tokens
 
+pytestmark = pytest.mark.usefixtures("measured")
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 FIRST = {"segment_seconds": 1.0, "cells": [1, 2, 3]}
 FAST = {**FIRST, "cells_seconds": [0.01, 0.01, 0.01]}

@@ -99,14 +99,11 @@ def test_the_thresholds_of_training_and_of_use_are_two(memory: str) -> None:
     with torch.no_grad():
         before = model(ids[:, :SEGMENT]).memory_state
         free = model(ids, memory_state=before).memory_state
-        other = {
-            mode: memory_model("llama", config_of(memory, **{f"{mode}_threshold": 2.0}))
-            for mode in ("write", "train")
-        }
-        for mode, shut in (("write", False), ("train", True)):
-            silenced = other[mode].train(shut)(ids, memory_state=before).memory_state
+        for mode, other, shut in (("write", "train", False), ("train", "write", True)):
+            model.set_memory_options(**{f"{mode}_threshold": 2.0, f"{other}_threshold": 0.0})
+            silenced = model.train(shut)(ids, memory_state=before).memory_state
             assert silenced.tensors[f"{model_label(model)}.opened"].max() == 0
-            free_again = other[mode].train(not shut)(ids, memory_state=before).memory_state
+            free_again = model.train(not shut)(ids, memory_state=before).memory_state
             for name in lasting(model, memory):
                 torch.testing.assert_close(free_again[name], free[name], rtol=0, atol=1e-12)
 
@@ -119,10 +116,11 @@ def model_label(model: MemLMForCausalLM) -> str:
 
 @gated
 def test_noise_is_for_training(memory: str) -> None:
-    model = memory_model("llama", config_of(memory, gate_noise=1.0))
-    plain, ids = memory_model("llama", config_of(memory)), tokens(2, 2 * SEGMENT)
+    model, ids = memory_model("llama", config_of(memory)), tokens(2, 2 * SEGMENT)
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, plain(ids).logits)
+        plain = model(ids).logits
+        model.set_memory_options(gate_noise=1.0)
+        assert torch.equal(model(ids).logits, plain)
         model.train()
         torch.manual_seed(0)
         first, second = (model(ids).memory_state[f"{model_label(model)}.written"] for _ in "ab")
@@ -189,20 +187,29 @@ def test_prices_add_up() -> None:
 
 @gated
 @torch.no_grad()
-def test_options_change_on_a_finished_model(memory: str, tmp_path: Path) -> None:
+def test_options_change_on_a_finished_model(memory: str) -> None:
     model, ids = memory_model("llama", config_of(memory)), tokens(2, 2 * SEGMENT)
     shut = memory_model("llama", config_of(memory, write_threshold=0.9))
     open_, expected = model(ids), shut(ids)
     assert not torch.equal(open_.logits, expected.logits)
     model.set_memory_options(write_threshold=0.9)
     assert torch.equal(model(ids).logits, expected.logits)
-    # States are the same kind of thing under either, and the option is saved.
+    # States are the same kind of thing under either.
     model(ids, memory_state=open_.memory_state)
+
+
+@torch.no_grad()
+def test_options_that_were_changed_are_saved(tmp_path: Path) -> None:
+    model, ids = memory_model("llama", config_of("gated-delta")), tokens(2, 2 * SEGMENT)
+    before = model(ids).logits
+    model.set_memory_options(write_threshold=0.9)
+    expected = model(ids).logits
+    assert not torch.equal(before, expected)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert again.config.memory[0]["write_threshold"] == 0.9
     # Loaded weights may lie at other addresses, for which a product may be rounded otherwise.
-    torch.testing.assert_close(again(ids).logits, expected.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=1e-12)
 
 
 def test_options_that_cannot_change_are_refused_and_nothing_is_changed() -> None:

@@ -239,7 +239,11 @@ def test_lines_of_several_runs_are_drawn(tmp_path: Path) -> None:
     "report",
     [
         Report([cell("passkey", "0k", 0, 1)]),
-        Report([cell(f"qa{t}", f"{2**x}k", t, 20) for t in range(1, 21) for x in range(0, 10, 3)]),
+        # With more tasks than there is room for notes on.
+        Report(
+            [cell(f"qa{t}", "1k", t, 70) for t in range(61)]
+            + [cell("qa1", f"{2**x}k", x, 20) for x in range(1, 10, 3)]
+        ),
         SKIPPING,
         Report([], skipped={"qa1": {"4k": WHY}}),
         Report([]),
@@ -329,6 +333,7 @@ def test_a_report_is_written_whole(tmp_path: Path) -> None:
     assert (out / "report.html").read_text() == before
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_commands_repeat_a_run_by_its_settings(tmp_path: Path) -> None:
     cells = [cell("qa1", "0k", 1, 50), cell("qa1", "1M", 1, 5), cell("passkey", "0k", 1, 50)]
     settings = {
@@ -345,6 +350,7 @@ def test_commands_repeat_a_run_by_its_settings(tmp_path: Path) -> None:
     assert "memlm eval" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_commands_say_what_only_python_can_be_told(tmp_path: Path) -> None:
     recall = {"k": 3, "size": 24, "overlap": 6, "by": "sentences", "hops": 2, "where": None}
     settings = {
@@ -395,6 +401,7 @@ def test_the_first_sentence_names_the_best_run_and_where() -> None:
     )
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_means_are_over_the_tasks_all_runs_share(tmp_path: Path) -> None:
     write_report({"a": REPORT, "b": Report([cell("qa1", "4k", 1), cell("qa9", "8k", 2)])}, tmp_path)
     text = (tmp_path / "report.md").read_text()
