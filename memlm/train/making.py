@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from memlm.data.opening import Rows, open_rows
 from memlm.data.rows import texts_of
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
+from memlm.pretrained import resolve_pretrained
 from memlm.tasks.haystack import Haystack
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.babilong import BabilongSource
@@ -50,9 +52,11 @@ def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
         whole = babi_words(recipe.data.tasks) if recipe.data.source == "babilong" else ()
         tokenizer = train_tokenizer(training_texts(recipe), section.vocab_size, whole)
     else:
-        name = section.source or recipe.model.base or recipe.model.init_from
-        assert name is not None
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = recipe.model
+        named = {"tokenizer.source": section.source, "model.base": model.base}
+        named["model.init_from"] = model.init_from
+        key, name = next((key, name) for key, name in named.items() if name is not None)
+        tokenizer = _opened(key, name, AutoTokenizer.from_pretrained)
     if section.chat_template is not None:
         path = Path(section.chat_template).expanduser()
         tokenizer.chat_template = path.read_text(encoding="utf-8")
@@ -63,6 +67,21 @@ def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _opened(key: str, name: str, load: Callable[[str], Any]) -> Any:
+    """What `load` finds under a name: a folder, a model shipped with memlm, or an id of the hub."""
+    place = resolve_pretrained(name)
+    try:
+        return load(place)
+    except OSError as error:
+        if Path(place).is_dir():
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"{key}={name!r} is no folder here, and is not found on the hub ({reason}); name a saved "
+            "model, or train first what this recipe goes on from"
+        ) from error
 
 
 def training_texts(recipe: Recipe) -> Iterator[str]:
@@ -92,7 +111,8 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
     """The recipe's model: from scratch, from a base with fresh memory, or a trained one."""
     section = recipe.model
     if section.init_from is not None:
-        model = AutoModelForCausalLM.from_pretrained(section.init_from, **loading(section))
+        load = partial(AutoModelForCausalLM.from_pretrained, **loading(section))
+        model = _opened("model.init_from", section.init_from, load)
         if not isinstance(model, MemLMForCausalLM):
             raise ValueError(
                 f"model.init_from={section.init_from!r} is a {type(model).__name__} without "

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import memlm
 from memlm.modeling import MemLMForCausalLM
 from memlm.train import Recipe, train
 from memlm.train.callbacks import LogFile
-from memlm.train.making import make_model
+from memlm.train.making import make_model, make_tokenizer
 from memlm.train.recipe import override
 from tests.tokenizers import tokenizer
 from tests.train.tiny import weights
@@ -243,6 +244,34 @@ def test_training_goes_on_from_a_trained_model(finished: tuple[Path, Any], tmp_p
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for name, value in weights(before).items():
         assert torch.equal(value, weights(after)[name]), name
+
+
+def test_training_goes_on_from_a_shipped_model_by_its_name(tmp_path: Path) -> None:
+    changes = ("model.config=null", "model.init_from=qa1", "tokenizer.source=null")
+    made = recipe(tmp_path, *changes, "model.segment_length=256", "model.memory=armt")
+    named = make_tokenizer(made)
+    expected, its_own = memlm.load_pretrained("qa1")
+    assert named.get_vocab() == its_own.get_vocab()
+    found = weights(make_model(made, named))
+    for name, value in weights(expected).items():
+        assert torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize(
+    ("key", "make"),
+    [
+        ("tokenizer.source", make_tokenizer),
+        ("model.init_from", lambda made: make_model(made, None)),
+    ],
+)
+def test_a_model_that_is_nowhere_is_named_with_its_key(
+    key: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a recipe goes on from, and nobody has trained yet.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    made = recipe(tmp_path, "model.config=null", "model.init_from=qa1", f"{key}=runs/part-one")
+    with pytest.raises(OSError, match=rf"{key}='runs/part-one' is no folder here.*goes on from"):
+        make(made)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ class ModelSection:
     )
     segment_length: Count = described("tokens per segment", 512)
     init_from: str | None = described(
-        "folder of a trained memory model to go on from, in place of base and config", None
+        "folder, hub id or shipped name (qa1-5) of a trained memory model to go on from, in place of base "
+        "and config",
+        None,
     )
     init_std: dict[str, Annotated[float, Field(ge=0)]] = field(
         default_factory=dict,
