@@ -4,7 +4,8 @@ One model in training mode with activation checkpointing reads a document forwar
 then (glibc's `mallinfo2`: its first arena and what is mapped) is what is kept of the document: the states,
 and the graph that torch's checkpoint holds. Python's part is counted by tracemalloc, in a forward run of
 its own. After it come whole steps, forward and backward: how far the resident set rises beyond what it was
-before them, and how much more is in use when they are over. Linux with glibc, on a CPU. Writes JSON.
+before them, how much more is in use when they are over, and how many objects Python's collector knows then.
+Linux with glibc, on a CPU. Writes JSON.
 
     python benchmarks/recompute_memory.py [--memory armt --hidden 64 --layers 2 --segment 128 --segments 64]
 """
@@ -94,7 +95,9 @@ def main(
     }
     for _ in range(steps):
         grown = peak_growth(lambda: loss_of(ids).backward(), "cpu")
-        row["steps"].append({"peak_bytes": grown, "more_in_use_bytes": in_use() - before})
+        left = in_use() - before
+        objects = len(gc.get_objects())
+        row["steps"].append({"peak_bytes": grown, "more_in_use_bytes": left, "objects": objects})
     print(row)
     write_result(
         out,

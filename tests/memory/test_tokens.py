@@ -1,4 +1,4 @@
-"""Short convolutions: their derivative by hand against torch's own."""
+"""Tokens at places, and short convolutions: their derivative by hand against torch's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.parts.tokens import short_convolution
+from memlm.memory.parts.tokens import short_convolution, tokens_at
 
 
 def plain(z: Tensor, kernel: Tensor, before: Tensor) -> Tensor:
@@ -61,3 +61,14 @@ def test_under_autocast_gradients_have_the_dtype_of_their_inputs() -> None:
     for x in (z, kernel, before):
         assert x.grad is not None
         assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_tokens_are_those_at_their_row_s_places(length: int) -> None:
+    x = torch.arange(3.0 * length * 2).view(3, length, 2)
+    places = torch.randint(max(length, 1), (3, 4 if length else 0))
+    found = tokens_at(x, places)
+    assert found.shape == (*places.shape, 2)
+    for row, own in enumerate(places.tolist()):
+        for at, place in enumerate(own):
+            assert torch.equal(found[row, at], x[row, place])

@@ -24,8 +24,8 @@ def real_first_order(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]
 def tokens_at(x: Tensor, places: Tensor) -> Tensor:
     """The tokens of `x` (B, T, D) that stand at `places` (B, n): (B, n, D)."""
     # Rows of a matrix, each copied whole: `gather` would look every number up.
-    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device).unsqueeze(1)
-    found = x.flatten(0, 1).index_select(0, (first + places).flatten())
+    first = x.shape[1] * torch.arange(len(x), device=x.device)
+    found = x.flatten(0, 1).index_select(0, (first.unsqueeze(1) + places).flatten())
     return found.unflatten(0, places.shape)
 
 
