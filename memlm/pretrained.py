@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.card import SHIPPED
@@ -47,3 +49,21 @@ def resolve_pretrained(name: str) -> str:
     if name in available_pretrained() and not os.path.isfile(os.path.join(name, "config.json")):
         return str(SHIPPED / name)
     return name
+
+
+def load_named(key: str, name: str, load: Callable[[str], Any]) -> Any:
+    """What `load` finds under a name: a folder, a model shipped with memlm, or an id of the hub.
+
+    OSError that names the key where it is none of these.
+    """
+    place = resolve_pretrained(name)
+    try:
+        return load(place)
+    except OSError as error:
+        if Path(place).is_dir():
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(
+            f"{key}={name!r} is no folder, not found on the hub ({reason}), and none of the models "
+            f"shipped with memlm; these are {', '.join(available_pretrained())}"
+        ) from error

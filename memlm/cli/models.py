@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ def load_named(name: str, arguments: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     import memlm.modeling  # noqa: F401 - registers the model with the Auto classes
-    from memlm.pretrained import available_pretrained, resolve_pretrained
+    from memlm import pretrained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name = resolve_pretrained(name)
+    name = pretrained.resolve_pretrained(name)
     folder = Path(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"model={name!r} does not exist; give a folder or a hub id")
@@ -53,14 +54,6 @@ def load_named(name: str, arguments: argparse.Namespace) -> Any:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         # A launcher's processes have a device each.
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=arguments.dtype)
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(
-            f"model={name!r} is no folder, not found on the hub ({reason}), and none of the models "
-            f"shipped with memlm; these are {', '.join(available_pretrained())}"
-        ) from error
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=arguments.dtype)
+    model = pretrained.load_named("model", name, load)
     return model.to(device).eval()

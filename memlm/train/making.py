@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from memlm.data.opening import Rows, open_rows
 from memlm.data.rows import texts_of
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
-from memlm.pretrained import resolve_pretrained
+from memlm.pretrained import load_named
 from memlm.tasks.haystack import Haystack
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.babilong import BabilongSource
@@ -56,7 +56,7 @@ def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
         named = {"tokenizer.source": section.source, "model.base": model.base}
         named["model.init_from"] = model.init_from
         key, name = next((key, name) for key, name in named.items() if name is not None)
-        tokenizer = _opened(key, name, AutoTokenizer.from_pretrained)
+        tokenizer = load_named(key, name, AutoTokenizer.from_pretrained)
     if section.chat_template is not None:
         path = Path(section.chat_template).expanduser()
         tokenizer.chat_template = path.read_text(encoding="utf-8")
@@ -67,21 +67,6 @@ def make_tokenizer(recipe: Recipe, saved: Path | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _opened(key: str, name: str, load: Callable[[str], Any]) -> Any:
-    """What `load` finds under a name: a folder, a model shipped with memlm, or an id of the hub."""
-    place = resolve_pretrained(name)
-    try:
-        return load(place)
-    except OSError as error:
-        if Path(place).is_dir():
-            raise
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(
-            f"{key}={name!r} is no folder here, and is not found on the hub ({reason}); name a saved "
-            "model, or train first what this recipe goes on from"
-        ) from error
 
 
 def training_texts(recipe: Recipe) -> Iterator[str]:
@@ -112,7 +97,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
     section = recipe.model
     if section.init_from is not None:
         load = partial(AutoModelForCausalLM.from_pretrained, **loading(section))
-        model = _opened("model.init_from", section.init_from, load)
+        model = load_named("model.init_from", section.init_from, load)
         if not isinstance(model, MemLMForCausalLM):
             raise ValueError(
                 f"model.init_from={section.init_from!r} is a {type(model).__name__} without "

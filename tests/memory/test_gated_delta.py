@@ -285,14 +285,19 @@ def test_some_rows_go_without_a_layer_s_answers_in_training() -> None:
     assert torch.equal(state.memory, same.memory)
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
-def test_every_layer_is_dropped_by_itself(schedule: str) -> None:
-    model = MemLMForCausalLM.from_base(
+def dropping(schedule: str) -> MemLMForCausalLM:
+    """A model in training of which every layer leaves out half of its rows."""
+    return MemLMForCausalLM.from_base(
         base_model("llama"),
         memory=GatedDeltaConfig(read_dropout=0.5, output_std=0.5),
         segment_length=SEGMENT,
         schedule=schedule,
     ).train()
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_every_layer_is_dropped_by_itself(schedule: str) -> None:
+    model = dropping(schedule)
     ids = tokens(64, 2 * SEGMENT)
     first, second = slice(0, SEGMENT), slice(SEGMENT, None)
     with torch.no_grad(), torch.random.fork_rng():
@@ -320,12 +325,7 @@ def test_every_layer_is_dropped_by_itself(schedule: str) -> None:
 def test_recomputing_drops_the_same_rows_again(schedule: str) -> None:
     found = []
     for again in (False, True):
-        model = MemLMForCausalLM.from_base(
-            base_model("llama"),
-            memory=GatedDeltaConfig(read_dropout=0.5, output_std=0.5),
-            segment_length=SEGMENT,
-            schedule=schedule,
-        ).train()
+        model = dropping(schedule)
         randomise(model.memory)
         if again:
             model.gradient_checkpointing_enable()
