@@ -69,7 +69,7 @@ def test_what_transformers_hands_over_recomputes(schedule: str) -> None:
     ran = []
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        ran.append(options)
+        ran.append((arguments[0].__name__, options))
         return checkpoint(*arguments, **options)
 
     loss = model(ids, labels=ids).loss
@@ -77,7 +77,10 @@ def test_what_transformers_hands_over_recomputes(schedule: str) -> None:
     # As `activation_checkpointing_enable(..., offload=True)` does on an accelerator.
     model._set_gradient_checkpointing(True, partial(counted, use_reentrant=True))
     loss = model(ids, labels=ids).loss
-    assert ran and all(options == {"use_reentrant": False} for options in ran)
+    assert all(options == {"use_reentrant": False} for _, options in ran)
+    # The wavefront's losses too, or the logits of every segment would be held.
+    whole = {"sequential": {"step"}, "wavefront": {"cells", "loss_of"}}
+    assert {name for name, _ in ran} == whole[schedule]
     found = torch.autograd.grad(loss, model.memory.parameters(), allow_unused=True)
     torch.testing.assert_close(found, expected)
 
