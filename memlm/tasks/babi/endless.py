@@ -11,15 +11,16 @@ learned at all (docs/log.md).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
 from memlm.tasks.babi.generators.events import DIALECTS, NUMBERS
+from memlm.tasks.babi.generators.places import WALKS, Step
 from memlm.tasks.babi.generators.relations import place_on_a_line, tell_placement
 from memlm.tasks.babi.generators.world import DIRECTIONS, PLACES, Event, World
 
 LESSONS = ("handler", "taker", "before", "carrier", "left", "gift")
-TASKS = (*DIALECTS, "qa4")
+TASKS = (*DIALECTS, "qa4", *WALKS)
 # The newest facts that are asked about: all four actors have moved within these, 999 times in 1,000.
 RECENT_FACTS = 32
 # Newest facts of qa4 that are asked about; its stories have two.
@@ -39,13 +40,16 @@ class Telling(Protocol):
         """Take `event` as read: from now on it may be asked about."""
 
     def answers(self, kind: str) -> dict[str, str]:
-        """Every question of a task or lesson that the noted facts answer, with its answer."""
+        """The questions of a task or lesson that the noted facts answer, with their answers.
+
+        All there are, but one alone answered "no" beside what is answered yes or maybe.
+        """
 
 
 def kinds_of(task: str) -> set[str]:
     """What the endless stories of `task` can be asked: tasks and lessons."""
-    if task == "qa4":
-        return {"qa4"}
+    if task not in DIALECTS:
+        return {task}
     dialect = DIALECTS[task]
     found = {"qa1", "qa6", "before"}
     if dialect.handles:
@@ -55,6 +59,8 @@ def kinds_of(task: str) -> set[str]:
 
 def telling(task: str, rng: random.Random) -> Telling:
     """An endless story of `task`, one of TASKS."""
+    if task in WALKS:
+        return Walks(task, rng)
     return Rooms(rng) if task == "qa4" else Events(task, rng)
 
 
@@ -103,7 +109,8 @@ class Events:
             self.given[event.actor, event.receiver] = event.thing
 
     def answers(self, kind: str) -> dict[str, str]:
-        return _ANSWERS[kind](self)
+        find = _ANSWERS.get(kind)
+        return find(self) if find else {}
 
     def recent(self, number: int) -> bool:
         """Whether the fact with this number is among the newest."""
@@ -151,6 +158,59 @@ class Rooms:
             found[f"What is {direction} of the {other}?"] = subject
             found[f"What is the {other} {DIRECTIONS[direction]} of?"] = subject
         return found
+
+
+class Walks:
+    """Actors who only move about, told with negations, alternatives and pronouns: qa9 to qa13."""
+
+    def __init__(self, task: str, rng: random.Random) -> None:
+        self.task, self.walk = task, WALKS[task]
+        self.walkers = self.walk.begin(rng)
+        self.due: list[Step] = []
+        self.count = 0
+        # actor -> their newest step, and the number of the fact that told it.
+        self.steps: dict[str, tuple[Step, int]] = {}
+
+    def draw(self) -> Step:
+        # Where a turn stands in its story, here 0, only numbers its supporting facts, which nobody reads.
+        self.due = self.due or self.walk.turn(self.walkers, 0)
+        return self.due.pop(0)
+
+    def tell(self, event: Step) -> str:
+        return event.fact
+
+    def note(self, event: Step) -> None:
+        self.count += 1
+        self.steps |= dict.fromkeys(event.actors, (event, self.count))
+
+    def answers(self, kind: str) -> dict[str, str]:
+        if kind != self.task:
+            return {}
+        known = {
+            actor: step
+            for actor, (step, number) in self.steps.items()
+            if number > self.count - RECENT_FACTS
+        }
+        if self.task not in ("qa9", "qa10"):
+            return {f"Where is {actor}?": step.reached for actor, step in known.items()}
+        return {
+            f"Is {actor} in the {place}?": answer
+            for actor, step in known.items()
+            for place, answer in self._whether(step).items()
+        }
+
+    def _whether(self, step: Step) -> dict[str, str]:
+        """Whether whoever did `step` is at a place: as often yes or maybe as no, nearly."""
+        if step.denied:
+            return {step.denied: "no"}
+        found = {p: "maybe" for p in step.offered} or {step.reached: "yes"}
+        return found | _one_denied(self.walk.places, found, self.count)
+
+
+def _one_denied(places: Sequence[str], held: Container[str], count: int) -> dict[str, str]:
+    """One place where somebody is not, another after each fact: all would make "no" the best guess."""
+    others = [place for place in places if place not in held]
+    return {others[count % len(others)]: "no"}
 
 
 def _whereabouts_of_actors(story: Events) -> dict[str, str]:
@@ -207,12 +267,16 @@ def _gifts(story: Events) -> dict[str, str]:
     }
 
 
+def _present(place: str, count: int) -> dict[str, str]:
+    return {place: "yes"} | _one_denied(PLACES, {place}, count)
+
+
 def _presences(story: Events) -> dict[str, str]:
     return {
-        f"Is {actor} in the {place}?": "yes" if place == way[-1][0] else "no"
+        f"Is {actor} in the {place}?": answer
         for actor, way in story.ways.items()
         if story.recent(way[-1][1])
-        for place in PLACES
+        for place, answer in _present(way[-1][0], story.count).items()
     }
 
 
@@ -287,7 +351,6 @@ _ANSWERS: dict[str, Callable[[Events], dict[str, str]]] = {
     "qa1": _whereabouts_of_actors,
     "qa2": _whereabouts_of_things,
     "qa3": _places_before,
-    "qa4": lambda story: {},
     "qa5": _givings,
     "qa6": _presences,
     "qa7": _counts,

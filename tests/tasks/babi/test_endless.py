@@ -149,6 +149,26 @@ def test_places_are_told_in_pairs_that_share_one() -> None:
     assert all(len(a & b) == 1 for a, b in zip(places[::2], places[1::2], strict=True))
 
 
+@pytest.mark.parametrize("task", ["qa6", "qa9", "qa10"])
+def test_no_is_no_better_a_guess_than_another_answer(task: str) -> None:
+    answers = [
+        answer
+        for seed in range(4)
+        for number, (story, _) in enumerate(told(task, seed, 200))
+        if number % 4 == 0
+        for answer in story.answers(task).values()
+    ]
+    assert 0.3 < answers.count("no") / len(answers) < 0.6
+    # Not the same place each time: that it is asked about would then say that nobody is there.
+    denied = {
+        question.rsplit(" ", 1)[1]
+        for story, _ in told(task, 0, 200)
+        for question, answer in story.answers(task).items()
+        if answer == "no"
+    }
+    assert len(denied) == 6
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_story_is_asked_what_it_can_answer(task: str) -> None:
     every = {

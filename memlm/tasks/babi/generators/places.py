@@ -234,19 +234,34 @@ def _derange(turn: list[Visit], rng: random.Random) -> None:
         turn[index], turn[other] = turn[other], turn[index]
 
 
-def _at_home(
-    turn: Turn, ask: Ask, actors: tuple[str, ...] = ACTORS, places: tuple[str, ...] = PLACES
-) -> Callable[[str, random.Random], Iterator[Story]]:
-    return lambda task, rng: _tell_walks(task, rng, Walkers(actors, places, rng), turn, ask)
+@dataclass(frozen=True)
+class Walk:
+    """How one of qa9 to qa13 tells a turn, what it asks, of whom and where."""
+
+    turn: Turn
+    ask: Ask
+    actors: tuple[str, ...] = ACTORS
+    places: tuple[str, ...] = PLACES
+
+    def begin(self, rng: random.Random) -> Walkers:
+        return Walkers(self.actors, self.places, rng)
+
+    def __call__(self, task: str, rng: random.Random) -> Iterator[Story]:
+        """The questions of one story."""
+        return _tell_walks(task, rng, self.begin(rng), self.turn, self.ask)
 
 
-TELLERS: dict[str, Callable[[str, random.Random], Iterator[Story]]] = {
-    "qa9": _at_home(lambda w, start: _turn_of_hints(w, start, _denial), _ask_whether),
-    "qa10": _at_home(
+WALKS = {
+    "qa9": Walk(lambda w, start: _turn_of_hints(w, start, _denial), _ask_whether),
+    "qa10": Walk(
         lambda w, start: _turn_of_hints(w, start, _alternative), _ask_whether, TRAVELLERS, TOWN
     ),
-    "qa11": _at_home(lambda w, start: _turn_with_pronoun(w, start, 1), _ask_where),
-    "qa12": _at_home(_turn_of_pairs, _ask_where),
-    "qa13": _at_home(lambda w, start: _turn_with_pronoun(w, start, 2), _ask_where),
+    "qa11": Walk(lambda w, start: _turn_with_pronoun(w, start, 1), _ask_where),
+    "qa12": Walk(_turn_of_pairs, _ask_where),
+    "qa13": Walk(lambda w, start: _turn_with_pronoun(w, start, 2), _ask_where),
+}
+
+TELLERS: dict[str, Callable[[str, random.Random], Iterator[Story]]] = {
+    **WALKS,
     "qa14": _tell_days,
 }
