@@ -28,6 +28,9 @@ SKIPPING = [
 VARIANTS = {
     **{name: CASES[name] for name in SKIPPING},
     "steps": replace(CASES["gated-delta"], householder_steps=2, rule="kda"),
+    "turning": replace(
+        CASES["gated-delta"], rule="delta", negative_eigenvalues=True, key_map="product"
+    ),
     "long tails": replace(CASES["gated-delta"], conv_size=SEGMENT + 3, rule="kaczmarz"),
     "no tails": replace(CASES["gated-delta"], conv_size=0, rule="gla"),
     "no decay": replace(CASES["gated-delta-heads"], decays=False, erases=False),
@@ -107,7 +110,9 @@ def test_memories_that_tell_their_gates_early() -> None:
     [
         pytest.param(
             name,
-            marks=() if name in (*CASES, "steps", "long tails", "continuing") else pytest.mark.slow,
+            marks=()
+            if name in (*CASES, "steps", "turning", "long tails", "continuing")
+            else pytest.mark.slow,
         )
         for name in VARIANTS
     ],
