@@ -20,7 +20,9 @@ from memlm.tasks.babi.generators.relations import place_on_a_line, tell_placemen
 from memlm.tasks.babi.generators.world import DIRECTIONS, PLACES, Event, World
 
 LESSONS = ("handler", "taker", "before", "carrier", "left", "gift")
-TASKS = (*DIALECTS, "qa4", *WALKS)
+# Not qa11 and qa13: where a fact found no room in its segment, nobody knows who the next one calls "she".
+WALKED = ("qa9", "qa10", "qa12")
+TASKS = (*DIALECTS, "qa4", *WALKED)
 # The newest facts that are asked about: all four actors have moved within these, 999 times in 1,000.
 RECENT_FACTS = 32
 # Newest facts of qa4 that are asked about; its stories have two.
@@ -59,7 +61,7 @@ def kinds_of(task: str) -> set[str]:
 
 def telling(task: str, rng: random.Random) -> Telling:
     """An endless story of `task`, one of TASKS."""
-    if task in WALKS:
+    if task in WALKED:
         return Walks(task, rng)
     return Rooms(rng) if task == "qa4" else Events(task, rng)
 
@@ -161,7 +163,7 @@ class Rooms:
 
 
 class Walks:
-    """Actors who only move about, told with negations, alternatives and pronouns: qa9 to qa13."""
+    """Actors who only move about, told with negations, alternatives or in pairs: qa9, qa10, qa12."""
 
     def __init__(self, task: str, rng: random.Random) -> None:
         self.task, self.walk = task, WALKS[task]
@@ -191,7 +193,7 @@ class Walks:
             for actor, (step, number) in self.steps.items()
             if number > self.count - RECENT_FACTS
         }
-        if self.task not in ("qa9", "qa10"):
+        if self.task == "qa12":
             return {f"Where is {actor}?": step.reached for actor, step in known.items()}
         return {
             f"Is {actor} in the {place}?": answer
