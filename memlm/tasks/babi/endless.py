@@ -66,6 +66,11 @@ def telling(task: str, rng: random.Random) -> Telling:
     return Rooms(rng) if task == "qa4" else Events(task, rng)
 
 
+def _recent(number: int, count: int) -> bool:
+    """Whether the fact of this number is among the newest of `count` that were noted."""
+    return number > count - RECENT_FACTS
+
+
 class Events:
     """Actors who move about, carry things and hand them over: qa1 to qa3 and qa5 to qa8."""
 
@@ -116,7 +121,7 @@ class Events:
 
     def recent(self, number: int) -> bool:
         """Whether the fact with this number is among the newest."""
-        return number > self.count - RECENT_FACTS
+        return _recent(number, self.count)
 
     def journeys(self) -> dict[str, list[str]]:
         """thing -> the places its newest carrier took it to, as far as was told."""
@@ -191,7 +196,7 @@ class Walks:
         known = {
             actor: step
             for actor, (step, number) in self.steps.items()
-            if number > self.count - RECENT_FACTS
+            if _recent(number, self.count)
         }
         if self.task == "qa12":
             return {f"Where is {actor}?": step.reached for actor, step in known.items()}
