@@ -51,7 +51,7 @@ def test_a_model_and_its_state_give_the_logits_they_gave(folder: Path) -> None:
     again = model(tokens(*make.SECOND, seed=3), memory_state=state).logits
     assert _far(again, expected) < 1
     # The state is one the model makes itself, but for leaves that came later, and it matters. In bfloat16
-    # a divisor of ARMT's is nearly zero here, and another processor's rounding moves its normaliser by a third.
+    # a divisor of ARMT's is nearly zero; other rounding moves its normaliser by a third.
     made = model(tokens(*make.FIRST)).memory_state.tensors
     for name, tensor in state.tensors.items() if expected.dtype != torch.bfloat16 else ():
         assert _far(made[name], tensor) < 1, name
