@@ -52,15 +52,27 @@ def test_it_may_be_differentiated_twice_and_mapped_over() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_under_autocast_gradients_have_the_dtype_of_their_inputs() -> None:
-    z, kernel, before = (x.detach().float().requires_grad_() for x in inputs(9, 4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_gradients_have_the_dtype_of_their_inputs(dtype: torch.dtype) -> None:
+    z, kernel, before = (x.detach().float() for x in inputs(9, 4))
+    z = z.to(dtype)
+    given = [x.requires_grad_() for x in (z, kernel, before)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _ = short_convolution(z, kernel, before, None)
-    assert found.dtype == torch.bfloat16
+    assert found.dtype == dtype
+    expected = plain(*(x.float() for x in given))
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
     found.float().square().sum().backward()
-    for x in (z, kernel, before):
+    for x in given:
         assert x.grad is not None
-        assert x.grad.dtype == torch.float32
+        assert x.grad.dtype == x.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_comes_out_has_the_channels_of_a_token_side_by_side(dtype: torch.dtype) -> None:
+    """What follows takes norms and products over channels: slow where tokens lie side by side."""
+    z, kernel, before = (x.detach().to(dtype) for x in inputs(9, 4))
+    assert short_convolution(z, kernel, before, None)[0].is_contiguous()
 
 
 @pytest.mark.parametrize("length", [0, 1, 5])

@@ -96,11 +96,21 @@ def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
     return F.conv1d(x.mT, kernel, groups=x.shape[2]).mT
 
 
-class _Convolution(torch.autograd.Function):
-    """`_convolve`, differentiated as a sum of shifted products.
+def _slide(x: Tensor, taps: Tensor) -> Tensor:
+    """The same of taps (size, n), as a sum of shifted products."""
+    length = x.shape[1] - len(taps) + 1
+    found = x[:, :length] * taps[0]
+    for j, tap in enumerate(taps[1:], start=1):
+        found = torch.addcmul(found, x[:, j : j + length], tap)
+    return found
 
-    On CPUs torch's own derivative, with a group for each channel, makes both together take up to 2.2 times
-    as long in many short rows (docs/performance.md).
+
+class _Convolution(torch.autograd.Function):
+    """`_convolve` as a sum of shifted products, and so is its derivative.
+
+    On CPUs torch's own, with a group for each channel, takes up to 2.2 times as long with its derivative in
+    many short rows, and leaves the tokens of a channel side by side, which makes all that follows slower
+    (docs/performance.md).
     """
 
     # The wavefront maps over it.
@@ -108,7 +118,10 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kernel: Tensor) -> Tensor:
-        return _convolve(x, kernel)
+        if x.dtype.itemsize < 4:
+            # Each product of the sum would be rounded.
+            return _convolve(x, kernel).contiguous()
+        return _slide(x, kernel.squeeze(1).T)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -118,13 +131,8 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, kernel = ctx.saved_tensors
         size, length = kernel.shape[2], gradient.shape[1]
-        taps = kernel.squeeze(1).T
-        # The output, shifted by j tokens, saw the inputs through tap j.
         padded = F.pad(gradient, (0, 0, size - 1, size - 1))
-        shifted = [padded[:, size - 1 - j : 2 * size - 2 - j + length] for j in range(size)]
-        to_x = shifted[0] * taps[0]
-        for part, tap in zip(shifted[1:], taps[1:], strict=True):
-            to_x = torch.addcmul(to_x, part, tap)
+        to_x = _slide(padded, kernel.squeeze(1).T.flip(0))
         seen = (x[:, j : j + length] for j in range(size))
         to_kernel = torch.stack([(part * gradient).sum(dim=(0, 1)) for part in seen], dim=1)
-        return to_x.to(x.dtype), to_kernel.unsqueeze(1).to(kernel.dtype)
+        return to_x, to_kernel.unsqueeze(1)
