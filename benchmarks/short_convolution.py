@@ -92,7 +92,9 @@ def main(
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
         rows.append({"case": name, "median": middle, "lowest": low, "highest": high})
         typer.echo(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
-    write_result(out, "CPU seconds, as sums of shifted products over torch's own", {"rounds": rounds}, rows)
+    write_result(
+        out, "CPU seconds, as sums of shifted products over torch's own", {"rounds": rounds}, rows
+    )
 
 
 if __name__ == "__main__":
