@@ -26,20 +26,22 @@ def test_something_was_written() -> None:
     assert len(MODELS) >= 12 and STREAMS
 
 
-def _far(found: torch.Tensor, expected: torch.Tensor) -> float:
+# In bfloat16 a divisor of ARMT's is nearly zero in this row; other rounding moves the leaf by a third.
+LEAPS = ("armt-bfloat16", "armt.1.normaliser", 1)
+
+
+def _far(found: torch.Tensor, expected: torch.Tensor, half: bool) -> float:
     """The distance from `expected`, in units of what another processor may do.
 
     In float32, another order of summing moves ARMT's quotients by up to 2e-4, number by number. One that
     rounds products in bfloat16 otherwise moves four logits in a thousand by up to .05, the whole hardly.
     """
-    difference = found - expected
-    if expected.dtype == torch.bfloat16:
-        return (difference.norm() / (2e-2 * expected.norm())).item()
-    return (
-        (difference.abs() / (1e-3 + 1e-3 * expected.abs())).max().item()
-        if expected.numel()
-        else 0.0
-    )
+    if not expected.numel():
+        return 0.0
+    difference = (found - expected).float()
+    if half:
+        return (difference.norm() / (2e-2 * expected.float().norm())).item()
+    return (difference.abs() / (1e-3 + 1e-3 * expected.abs())).max().item()
 
 
 @models
@@ -47,17 +49,20 @@ def _far(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_a_model_and_its_state_give_the_logits_they_gave(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     expected = load_file(folder / "expected.safetensors")["logits"]
+    half = expected.dtype == torch.bfloat16
     state = MemoryState.load(folder / "state.safetensors")
     again = model(tokens(*make.SECOND, seed=3), memory_state=state).logits
-    assert _far(again, expected) < 1
-    # The state is one the model makes itself, but for leaves that came later, and it matters. In bfloat16
-    # a divisor of ARMT's is nearly zero; other rounding moves its normaliser by a third.
+    assert _far(again, expected, half) < 1
+    torch.testing.assert_close(again, expected, rtol=0.1, atol=0.1)
+    # The state is one the model makes itself, but for leaves that came later, and it matters.
     made = model(tokens(*make.FIRST)).memory_state.tensors
-    for name, tensor in state.tensors.items() if expected.dtype != torch.bfloat16 else ():
-        assert _far(made[name], tensor) < 1, name
+    for name, tensor in state.tensors.items():
+        for row, (ours, theirs) in enumerate(zip(made[name], tensor, strict=True)):
+            if (folder.name, name, row) != LEAPS:
+                assert _far(ours, theirs, half) < 1, (name, row)
     if folder.name != "none":
         alone = model(tokens(*make.SECOND, seed=3)).logits
-        assert _far(alone, expected) > 1
+        assert _far(alone, expected, half) > 1
 
 
 @models

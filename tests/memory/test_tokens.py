@@ -75,6 +75,12 @@ def test_what_comes_out_has_the_channels_of_a_token_side_by_side(dtype: torch.dt
     assert short_convolution(z, kernel, before, None)[0].is_contiguous()
 
 
+def test_in_half_precision_a_sum_is_rounded_once() -> None:
+    given = [x.detach().bfloat16() for x in inputs(200, 4)]
+    exact = plain(*(x.float() for x in given))
+    assert torch.equal(short_convolution(*given, real=None)[0], exact.bfloat16())
+
+
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_tokens_are_those_at_their_row_s_places(length: int) -> None:
     x = torch.arange(3.0 * length * 2).view(3, length, 2)
