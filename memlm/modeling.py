@@ -31,6 +31,7 @@ from memlm.logits import (
 )
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.output import LogitsNotMade, MemLMOutput
+from memlm.pretrained import load_weights
 from memlm.rolling import RollingMemory
 from memlm.saving import SavingMixin, finish_save
 from memlm.scan import Anchor, first_window, scan
@@ -128,15 +129,16 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         """Give a base model a memory.
 
         base: a live model (wrapped, not copied), a configuration (random weights), or a hub id or path,
-        loaded with `kwargs`. memory: a name (`memlm.memory.available_memories()`), a config, or a list.
-        segment_length: text tokens per segment. memory_dtype: "float32" keeps the memories' parameters in
-        it on a base in half precision, "base" in the base's own dtype. schedule: "wavefront" runs
-        neighbouring layers of neighbouring segments together, with the same results, and refuses a model
-        with which it cannot; "sequential" does not; "auto" measures, and does where it is faster.
+        loaded with `kwargs`, from safetensors unless these say use_safetensors=False. memory: a name
+        (`memlm.memory.available_memories()`), a config, or a list. segment_length: text tokens per
+        segment. memory_dtype: "float32" keeps the memories' parameters in it on a base in half precision,
+        "base" in the base's own dtype. schedule: "wavefront" runs neighbouring layers of neighbouring
+        segments together, with the same results, and refuses a model with which it cannot; "sequential"
+        does not; "auto" measures, and does where it is faster.
         ValueError when they do not fit each other.
         """
         if isinstance(base, (str, os.PathLike)):
-            base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+            base = load_weights(AutoModelForCausalLM.from_pretrained, base, **kwargs)
         elif isinstance(base, PreTrainedConfig):
             base = AutoModelForCausalLM.from_config(base, **kwargs)
         elif kwargs:
@@ -175,13 +177,19 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
     ) -> Any:
         """As transformers does; under a `device_map` each memory goes to the device of its layer.
 
-        RuntimeError when the map leaves a memory on the disk.
+        RuntimeError when the map leaves a memory on the disk. OSError when the weights are in a pickle
+        alone, unless use_safetensors=False asks for it.
         """
         name = pretrained_model_name_or_path
-        if name is not None:
+        load = super().from_pretrained
+        if name is None:
+            loaded = load(None, *args, **kwargs)
+        else:
             folder = os.path.join(name, kwargs.get("subfolder") or "")
             finish_save(folder, kwargs.get("config") is not None)
-        loaded = super().from_pretrained(name, *args, **kwargs)
+            loaded = load_weights(
+                lambda name, **kwargs: load(name, *args, **kwargs), name, **kwargs
+            )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model, "hf_device_map", None):
             model.memory.check_present(model.backbone.device)

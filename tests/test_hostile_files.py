@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import traceback
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,22 +19,27 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from memlm import DocumentStream, MemLMForCausalLM, MemoryState
 from memlm.card import write_card
+from memlm.cli.models import load_named
 from memlm.data.opening import open_rows
 from memlm.eval.log import RunLog
 from memlm.eval.reporting.report import Report, load_rows
 from memlm.eval.running.prompts import Prompts
 from memlm.files import parse_yaml, read_checked_json, write_checked_json, write_json
 from memlm.memory import ARMTConfig
-from memlm.retrieval import ChunkIndex, HashingEmbedder
+from memlm.pretrained import load_weights
+from memlm.retrieval import ChunkIndex, HashingEmbedder, ModelEmbedder
 from memlm.retrieval.store import _checksum as manifest_checksum
 from memlm.state import CHECKSUM, tensors_checksum
 from memlm.tasks import babi, babilong
 from memlm.text import read_text
 from memlm.train import Stage
+from memlm.train.bases import start_memory
 from memlm.train.folder import RESULT_FILE, prepare_folder
+from memlm.train.making import make_model
 from memlm.train.recipe import Recipe
 from memlm.train.trainer.checkpoint import (
     SEAL,
@@ -662,6 +668,71 @@ def test_a_checkpoint_with_a_pickle_is_refused_without_loading_it(tmp_path: Path
             again.train(resume_from_checkpoint=str(folder))
         assert not mark.exists()
         (folder / name).write_bytes(before)
+
+
+def initial(name: str) -> Recipe:
+    return Recipe.from_dict({"model": {"init_from": name}})
+
+
+def harness(name: str) -> Any:
+    pytest.importorskip("lm_eval")
+    from memlm.eval.harness.loading import load_model
+
+    return load_model(name, "auto", "main")
+
+
+PICKLED_PLACES: dict[str, Callable[[str], Any]] = {
+    "from_pretrained": MemLMForCausalLM.from_pretrained,
+    "from_base": MemLMForCausalLM.from_base,
+    "embedder": ModelEmbedder.from_pretrained,
+    "harness": harness,
+    "command": lambda name: load_named(name, Namespace(dtype="auto", device="cpu")),
+    "init_from": lambda name: make_model(initial(name), None),
+    "init_memory": lambda name: start_memory(memory_model("llama", "rmt"), name),
+}
+
+
+@pytest.mark.parametrize("place", PICKLED_PLACES)
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_weights_in_a_pickle_are_not_loaded_unasked(tmp_path: Path, place: str, kind: str) -> None:
+    """transformers reads pytorch_model.bin where it finds no safetensors; memlm asks for them."""
+    folder = tmp_path / "model"
+    memory_model("llama", "rmt").save_pretrained(folder)
+    if kind == "model":
+        weights = load_file(folder / "model.safetensors")
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    else:
+        (folder / "adapter_model.bin").write_bytes(pickled(tmp_path / "mark"))
+    with pytest.raises((OSError, ValueError), match=r"in a pickle.*use_safetensors=False"):
+        PICKLED_PLACES[place](str(folder))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_pickle_is_loaded_where_somebody_asks_for_it(tmp_path: Path) -> None:
+    model = memory_model("llama", "rmt")
+    model.save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    again = MemLMForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
+    assert same(dict(again.state_dict()), dict(model.state_dict()))
+
+
+def test_a_pickle_on_the_hub_is_refused() -> None:
+    """By what transformers is told, and by what it says then."""
+
+    def load(name: str, use_safetensors: bool) -> None:
+        assert use_safetensors
+        raise OSError(
+            f"{name} does not appear to have a file named model.safetensors or "
+            "model.safetensors.index.json and thus cannot be loaded with `safetensors`. "
+            "Please do not set `use_safetensors=True`."
+        )
+
+    with pytest.raises(OSError, match=r"'someone/old' has its weights in a pickle"):
+        load_weights(load, "someone/old")
+    with pytest.raises(OSError, match="in a pickle"):
+        load_weights(load, "someone/old", use_safetensors=None)
 
 
 def test_remote_code_is_not_run_unasked(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def load_named(name: str, arguments: argparse.Namespace) -> Any:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         # A launcher's processes have a device each.
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    load = partial(AutoModelForCausalLM.from_pretrained, dtype=arguments.dtype)
+    load = partial(
+        pretrained.load_weights, AutoModelForCausalLM.from_pretrained, dtype=arguments.dtype
+    )
     model = pretrained.load_named("model", name, load)
     return model.to(device).eval()

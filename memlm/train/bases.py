@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from memlm.modeling import MemLMForCausalLM
+from memlm.pretrained import load_weights
 from memlm.saving import MEMORY_WEIGHTS
 from memlm.train.recipe import ModelSection
 from memlm.train.recipe.binding import did_you_mean
@@ -151,7 +152,8 @@ def start_memory(model: MemLMForCausalLM, folder: str) -> None:
         if (path / MEMORY_WEIGHTS).is_file():
             model.load_memory(path)
             return
-        other = AutoModelForCausalLM.from_pretrained(path if path.exists() else folder)
+        load = AutoModelForCausalLM.from_pretrained
+        other = load_weights(load, path if path.exists() else folder)
         if not isinstance(other, MemLMForCausalLM):
             raise ValueError(f"it is a {type(other).__name__} without memory")
         with tempfile.TemporaryDirectory() as kept:

@@ -17,7 +17,7 @@ from memlm.data.opening import Rows, open_rows
 from memlm.data.rows import texts_of
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
-from memlm.pretrained import load_named
+from memlm.pretrained import load_named, load_weights
 from memlm.tasks.haystack import Haystack
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.babilong import BabilongSource
@@ -96,7 +96,7 @@ def make_model(recipe: Recipe, tokenizer: Any) -> MemLMForCausalLM:
     """The recipe's model: from scratch, from a base with fresh memory, or a trained one."""
     section = recipe.model
     if section.init_from is not None:
-        load = partial(AutoModelForCausalLM.from_pretrained, **loading(section))
+        load = partial(load_weights, AutoModelForCausalLM.from_pretrained, **loading(section))
         model = load_named("model.init_from", section.init_from, load)
         if not isinstance(model, MemLMForCausalLM):
             raise ValueError(

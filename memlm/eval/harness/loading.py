@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from memlm.pretrained import load_weights
+
 _log = logging.getLogger(__name__)
 
 
@@ -41,4 +43,5 @@ def load_model(name: str, dtype: str | torch.dtype, revision: str) -> Any:
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"pretrained={name!r} does not exist; give a folder or a hub id")
     kind = dtype if dtype == "auto" else dtype_named(dtype)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=kind, revision=revision)
+    load = AutoModelForCausalLM.from_pretrained
+    return load_weights(load, name, dtype=kind, revision=revision)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.padding import pad_rows
+from memlm.pretrained import load_weights
 from memlm.retrieval.embedders.checks import (
     checked_texts,
     checked_vectors,
@@ -91,7 +92,8 @@ class ModelEmbedder:
         """Load model and tokenizer of a hub id or a folder; `settings` are those of the class."""
         from transformers import AutoModel, AutoTokenizer
 
-        return cls(AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name), **settings)
+        model = load_weights(AutoModel.from_pretrained, name)
+        return cls(model, AutoTokenizer.from_pretrained(name), **settings)
 
     def fit(self, texts: Iterable[str]) -> ModelEmbedder:
         """A new embedder, of the same model, centred at the mean of `texts`. ValueError without any."""
