@@ -123,12 +123,20 @@ class MemoryStack(nn.Module):
         self._owner = owners[0] if owners else None
         # name -> the shape of one row of each state tensor, and the trees they stand in.
         self.shapes: dict[str, torch.Size] = {}
+        # Those that are summed up in, and so are wider than a stage in half precision.
+        self._sums: set[str] = set()
+        self._names: dict[str, list[str]] = {}
         self._trees: dict[str, Any] = {}
         with torch.no_grad():
             for label, memory in self._labelled():
                 tree = memory.init_state(1)
                 self.shapes.update((name, leaf.shape[1:]) for name, leaf in flatten(tree, label))
                 self._trees[label] = skeleton(tree)
+                own, memory.place = memory.place, cast(Tensor, memory.place).to(torch.bfloat16)
+                half = dict(flatten(memory.init_state(1), label))
+                memory.place = own
+                self._names[label] = list(half)
+                self._sums.update(n for n, leaf in half.items() if leaf.dtype == torch.float32)
 
     def set_dtype(self, dtype: torch.dtype, wide: bool) -> None:
         """States in the base model's `dtype`; parameters too, or, with `wide`, in float32 at least."""
@@ -206,7 +214,10 @@ class MemoryStack(nn.Module):
         return MemoryState(tensors, batch_size, self.signature)
 
     def admit(self, state: MemoryState, batch_size: int) -> MemoryState:
-        """`state` on the memories' devices. ValueError when it is another model's or another batch's."""
+        """`state` on the memories' devices, in no narrower numbers than theirs.
+
+        ValueError when it is another model's or another batch's.
+        """
         if not isinstance(state, MemoryState):
             raise TypeError(
                 f"memory_state is a {type(state).__name__}; give what the model returned as "
@@ -232,7 +243,22 @@ class MemoryStack(nn.Module):
                 f"{theirs.get(odd[0], 'missing')}, here {ours.get(odd[0], 'missing')}; "
                 "use a state of this model"
             )
-        return self.at_home(state)
+        return self.at_home(self._widened(state))
+
+    def _widened(self, state: MemoryState) -> MemoryState:
+        """`state` with what was kept in half precision in the numbers in which it is computed."""
+        wider = {}
+        for label, memory in self._labelled():
+            stage = cast(Tensor, memory.place).dtype
+            for name in self._names[label]:
+                value = state.tensors[name]
+                own = accumulator_dtype(stage) if name in self._sums else stage
+                if value.is_floating_point() and value.dtype != own:
+                    if value.dtype.itemsize <= own.itemsize:
+                        wider[name] = value.to(own)
+        if not wider:
+            return state
+        return MemoryState(state.tensors | wider, state.batch_size, state.signature)
 
     def _completed(self, state: MemoryState) -> MemoryState:
         """`state`, with transient leaves that an older version did not write as they are at the start."""

@@ -78,6 +78,8 @@ class MemLMConfig(PreTrainedConfig):
         inner: Any = cast(PreTrainedConfig, self.text_config).get_text_config(decoder=True)
         for name in _MIRRORED:
             setattr(self, name, getattr(inner, name, None))
+        # Asked by peft, which otherwise trains one of two weights that are the same.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         for name in _MIRRORED_TOKENS:
             if getattr(self, name, None) is None:
                 setattr(self, name, getattr(inner, name, None))

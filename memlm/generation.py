@@ -8,13 +8,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from memlm.arguments import refuse
 from memlm.attach import MemoryStack
 from memlm.backbone import Backbone, OpenSegment
-from memlm.rolling import Reader, RollingMemory, padded
+from memlm.rolling import Reader, RollingMemory, RowEnds, padded
 from memlm.segment import BORDERS, documents_in
 from memlm.state import MemoryState
 from memlm.writes import WriteCount
@@ -31,6 +36,9 @@ _NOT_IN_GENERATION = (
     "logits_to_keep",
     "return_dict",
 )
+
+# Settings of a generation_config that say how a cache of the whole text is kept.
+CACHES = ("cache_implementation", "cache_config", "prefill_chunk_size")
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -104,26 +112,54 @@ class MemoryGenerationMixin(GenerationMixin):
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         _check(prompt, kwargs)
         given = {} if generation_config is None else generation_config.to_dict()
-        given = {**{k: v for k, v in given.items() if v is not None}, **kwargs}
+        own = self.generation_config.to_dict().items()
+        asked = {k: v for k, v in given.items() if v is not None} | kwargs
+        given = {k: v for k, v in own if v is not None} | asked
         _check_settings(given, writes)
         if prompt is not None and memory_state is not None:
             memory_state = self.memory.admit(memory_state, prompt.shape[0])
-        keeps = self._keeps(given.get("use_cache", self.generation_config.use_cache), kwargs)
+        keeps = self._keeps(given.get("use_cache"), kwargs)
         if generation_config is None:
             kwargs["use_cache"] = keeps
         else:
             kwargs.pop("use_cache", None)
             generation_config = copy.deepcopy(generation_config)
             generation_config.use_cache = keeps
+        stops = RowEnds()
         rolling = RollingMemory(
             cast(Reader, self),
             memory_state,
             self.backbone.open_segment if keeps else None,
-            _ids(given.get("eos_token_id", self.generation_config.eos_token_id)),
+            _ids(given.get("eos_token_id")),
             writes,
+            stops,
+            given.get("pad_token_id"),
         )
+        if given.get("num_beams", 1) == 1:
+            # Given to transformers as a criterion, and found among all of them below.
+            if len(args) > 1:
+                args = (args[0], [*(args[1] or ()), stops], *args[2:])
+            else:
+                others = kwargs.get("stopping_criteria") or ()
+                kwargs["stopping_criteria"] = StoppingCriteriaList([*others, stops])
         out = super().generate(inputs, generation_config, *args, past_key_values=rolling, **kwargs)
         return out if isinstance(out, Tensor) else _with_memory(out, rolling)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        # transformers' own, which alone has every criterion of a call. Without it nothing is lost but the
+        # ends of rows that no end token ended.
+        found = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in found:
+            if isinstance(criterion, RowEnds):
+                return criterion.watch(found)
+        return found
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """ValueError: transformers' continuous batching keeps pages of a cache, and a memory has none."""
+        raise ValueError(
+            "generate_batch pages a cache of the whole text, which a memory has not; use generate, which "
+            "takes a batch, or memlm.StreamPool for many streams at once"
+        )
 
     def _keeps(self, wanted: bool | None, asked: Mapping[str, Any]) -> bool:
         """Whether the open segment is kept. ValueError where a call `asked` for it and it cannot be."""
@@ -160,13 +196,21 @@ def _ids(tokens: Any) -> list[int]:
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
+def without_cache(config: GenerationConfig | None) -> GenerationConfig | None:
+    """A copy without what a base's own cache is told, whose place a memory takes."""
+    found = copy.deepcopy(config)
+    for name in CACHES if found is not None else ():
+        setattr(found, name, None)
+    return found
+
+
 def _check_settings(given: Mapping[str, Any], writes: WriteCount | None) -> None:
     """Refuse what asks for another cache than the open segment's."""
-    for name in ("cache_implementation", "prefill_chunk_size"):
+    for name in CACHES:
         if given.get(name) is not None:
             raise ValueError(
                 f"{name}={given[name]!r} is for a cache of the whole text, which a memory reads in "
-                "segments; leave it out"
+                "segments; leave it out (of a generation_config, too)"
             )
     for name in ("num_beams", "num_return_sequences"):
         if writes is not None and (given.get(name) or 1) != 1:
@@ -182,8 +226,12 @@ def _check(prompt: Tensor | None, arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"generate() has no use for {', '.join(idle)}; leave it out, or call the model"
         )
-    if prompt is None or prompt.ndim != 2:
+    if prompt is None:
         return
+    if prompt.ndim != 2 or not prompt.shape[1]:
+        raise ValueError(
+            f"input_ids has shape {tuple(prompt.shape)}; give (rows, tokens), with at least one token"
+        )
     mask = arguments.get("attention_mask")
     if mask is not None and mask.shape != prompt.shape:
         raise ValueError(

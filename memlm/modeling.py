@@ -20,7 +20,8 @@ from memlm.attach import AttachedMemory, MemoryStack, check_attention
 from memlm.backbone import Backbone, new_base
 from memlm.body import Body
 from memlm.config import MemLMConfig
-from memlm.generation import MemoryGenerationMixin
+from memlm.generation import MemoryGenerationMixin, without_cache
+from memlm.loading import load_weights
 from memlm.logits import (
     Collector,
     Nothing,
@@ -31,7 +32,6 @@ from memlm.logits import (
 )
 from memlm.memory import MemoryConfig, config_to_dict, resolve_memories
 from memlm.output import LogitsNotMade, MemLMOutput
-from memlm.pretrained import load_weights
 from memlm.rolling import RollingMemory
 from memlm.saving import SavingMixin, finish_save
 from memlm.scan import Anchor, first_window, scan
@@ -75,6 +75,10 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             dtype = config.dtype or torch.get_default_dtype()
             base = new_base(config.text_config, config._attn_implementation, dtype)
         self.base = base
+        # peft asks the outermost model which weights are one.
+        tied = base._tied_weights_keys
+        if isinstance(tied, dict):
+            self._tied_weights_keys = {f"base.{k}": f"base.{v}" for k, v in tied.items()}
         self.backbone = Backbone(base)
         configs = resolve_memories(config.memory)
         self.memory = MemoryStack(configs, self.backbone, config.segment_length)
@@ -99,9 +103,9 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             self.post_init()
         if given:
             self.memory.settle(self.backbone)
-            self.generation_config = copy.deepcopy(base.generation_config)
+            self.generation_config = without_cache(base.generation_config)
         elif self.generation_config is not None and base.generation_config is not None:
-            self.generation_config = copy.deepcopy(base.generation_config)
+            self.generation_config = without_cache(base.generation_config)
         if given:
             self.scheduler.check()
 
@@ -191,6 +195,7 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 lambda name, **kwargs: load(name, *args, **kwargs), name, **kwargs
             )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.generation_config = without_cache(model.generation_config)
         if getattr(model, "hf_device_map", None):
             model.memory.check_present(model.backbone.device)
             model.memory.settle(model.backbone)
@@ -243,6 +248,13 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
         self.gradient_checkpointing = enable
         # Transformers' own function may hold what is kept on the host (offload).
         self._checkpoint = partial(gradient_checkpointing_func, use_reentrant=False)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """ValueError: an adapter is the base's, or peft's around the whole model."""
+        raise ValueError(
+            "an adapter around base and memories is peft's: get_peft_model(model, config); one of the base "
+            "alone is model.base.add_adapter(config), which save_pretrained and save_adapter write"
+        )
 
     def set_attn_implementation(
         self, attn_implementation: str | dict, *args: Any, **kwargs: Any
@@ -410,13 +422,22 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 # Every window gives every memory parameter a gradient, which data-parallel training
                 # relies on; without this a later window would not touch the initial memory.
                 loss = self.memory.touch(loss)
+            if torch.is_grad_enabled() and not loss.requires_grad:
+                # No target, no memory that is trained: a zero that `backward` takes, as a plain model's.
+                for parameter in self.parameters():
+                    if parameter.requires_grad:
+                        # Of a sharded one, what this process has.
+                        here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                        loss = loss + here.flatten()[:0].sum().to(loss.device, loss.dtype)
+                        break
         out = MemLMOutput(
             loss=loss,
             logits=keep.to_columns(logits),
             memory_state=state if write or memory_state is None else memory_state,
             auxiliary_loss=auxiliary,
         )
-        return out.to_tuple() if return_dict is False else out
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return out if as_dict else out.to_tuple()
 
     def _window(
         self, write: bool, keep: Collector, watch: Watch, writes: WriteCount | None = None

@@ -36,6 +36,8 @@ def _register_config(module: Any) -> None:
 def _register_model(module: Any) -> None:
     config_class = importlib.import_module("memlm.config").MemLMConfig
     module.AutoModelForCausalLM.register(config_class, _Model(config_class), exist_ok=True)
+    # transformers goes by these names where it asks whether a model's labels are its next tokens.
+    module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = "MemLMForCausalLM"
 
 
 # Modules of transformers, and what to do once each has been imported.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
+from transformers import Cache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from memlm.backbone import OpenSegment
 from memlm.segment import Segment, cut
@@ -51,11 +52,60 @@ class Place:
         rows = [self.rows[i] for i in index]
         return Place(self.state.select(index), rows, [self.prompts[i] for i in index])
 
-    def then(self, fresh: Tensor) -> list[Tensor]:
-        """Each row's open tokens, with `fresh` (B, n) behind them."""
+    def then(self, fresh: Tensor, counts: Sequence[int] | None = None) -> list[Tensor]:
+        """Each row's open tokens, with `fresh` (B, n) behind them, of row i the first `counts[i]`."""
         if not fresh.shape[1]:
             return self.rows
-        return [torch.cat(pair) for pair in zip(self.rows, fresh, strict=True)]
+        if counts is None:
+            return [torch.cat(pair) for pair in zip(self.rows, fresh, strict=True)]
+        together = zip(self.rows, fresh, counts, strict=True)
+        return [torch.cat((row, new[:count])) for row, new, count in together]
+
+
+class RowEnds(StoppingCriteria):
+    """Which rows have stopped at which column, by whatever criterion; none of its own.
+
+    What follows in a stopped row is padding, where generation pads at all: where it knows an end token.
+    """
+
+    def __init__(self) -> None:
+        self.columns: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def watch(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+        """`criteria` without this one, with what they find kept here where that may be more than ends."""
+        others = StoppingCriteriaList(one for one in criteria if one is not self)
+        pads = any(hasattr(one, "eos_token_id") for one in others)
+        # These stop rows where their last token says so, or all of them at once.
+        known = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
+        return (
+            _Watched(others, self) if pads and not all(type(o) in known for o in others) else others
+        )
+
+    def see(self, stopped: Tensor, columns: int) -> None:
+        """Rows (S,) that have stopped by now, when there are so many columns."""
+        if self.columns is None:
+            self.columns = torch.full_like(stopped, torch.iinfo(torch.long).max, dtype=torch.long)
+        self.columns = torch.where(stopped, self.columns.clamp(max=columns), self.columns)
+
+    def counts(self, known: int, total: int) -> list[int] | None:
+        """How many of the columns from `known` to `total` are each row's own; None: all of them."""
+        if self.columns is None:
+            return None
+        return (self.columns.clamp(max=total) - known).clamp(min=0).tolist()
+
+
+class _Watched(StoppingCriteriaList):
+    def __init__(self, criteria: StoppingCriteriaList, ends: RowEnds) -> None:
+        super().__init__(criteria)
+        self.ends = ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        stopped = super().__call__(input_ids, scores, **kwargs)
+        self.ends.see(stopped, input_ids.shape[1])
+        return stopped
 
 
 class RollingMemory(Cache):
@@ -65,7 +115,9 @@ class RollingMemory(Cache):
     on from which. After the prompts, all rows have their tokens in the same columns.
 
     begin: makes an open segment of which nothing is computed yet; None to compute it anew at every token.
-    ends: tokens that end a row; what follows one in a row is padding, and is never committed.
+    ends: tokens that end a row; what follows one in a row is padding, and is never committed. stops: where
+    rows have stopped for another reason, of which the same is true. pad: the token that beams are padded
+    with, whose stops are not known.
     """
 
     def __init__(
@@ -75,10 +127,13 @@ class RollingMemory(Cache):
         begin: Callable[[], OpenSegment] | None = None,
         ends: Sequence[int] = (),
         writes: WriteCount | None = None,
+        stops: RowEnds | None = None,
+        pad: int | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.model, self.initial, self.begin = model, initial, begin
         self.ends, self.writes = list(ends), writes
+        self.stops, self.pad = stops or RowEnds(), pad
         # Kept of the open segment: the tokens of `place` and of columns `columns[0]` to `columns[1]`.
         self.segment: OpenSegment | None = None
         self.place: Place | None = None
@@ -105,7 +160,7 @@ class RollingMemory(Cache):
             self.start, known = (self.place, total), total
             self._begin_segment()
         elif max(map(len, self.place.rows)) + total - known > self.model.segment_length:
-            rows = self.place.then(input_ids[:, known:])
+            rows = self._since(self.place, known, input_ids)
             self.place = self._commit(Place(self.place.state, rows, self.place.prompts))
             known = total
             self._begin_segment()
@@ -113,7 +168,7 @@ class RollingMemory(Cache):
             self.columns = known, total
             return input_ids[:, given:], None, self.place.state
         self.columns = known, total
-        ids, mask = padded(self.place.then(input_ids[:, known:]), "left")
+        ids, mask = padded(self._since(self.place, known, input_ids), "left")
         return ids, mask, self.place.state
 
     def after(self, sequences: Tensor, beams: bool) -> Place:
@@ -128,7 +183,16 @@ class RollingMemory(Cache):
             place, known = self.start
             kept, found = len(place.rows), len(sequences)
             place = place.select([row * kept // found for row in range(found)])
-        return self._commit(Place(place.state, place.then(sequences[:, known:]), place.prompts))
+            rows = [
+                self._unpadded(*pair) for pair in zip(place.rows, sequences[:, known:], strict=True)
+            ]
+        else:
+            rows = self._since(place, known, sequences)
+        return self._commit(Place(place.state, rows, place.prompts))
+
+    def _since(self, place: Place, known: int, ids: Tensor) -> list[Tensor]:
+        """Each row's open tokens behind those of `place`, which has the columns before `known`."""
+        return place.then(ids[:, known:], self.stops.counts(known, ids.shape[1]))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on from what row beam_idx[i] was."""
@@ -163,6 +227,11 @@ class RollingMemory(Cache):
             state = self.model.read(cut(ids, mask, None, length), state, self.writes)
         prompts = [max(0, given - n) for given, n in zip(place.prompts, full, strict=True)]
         return Place(state, [row[n:] for row, n in zip(rows, full, strict=True)], prompts)
+
+    def _unpadded(self, row: Tensor, fresh: Tensor) -> Tensor:
+        """`row` with what was generated behind it, without the padding at its end."""
+        own = (fresh != (-1 if self.pad is None else self.pad)).nonzero()
+        return torch.cat((row, fresh[: int(own[-1]) + 1 if len(own) else 0]))
 
     def _to_its_end(self, row: Tensor, prompt: int) -> Tensor:
         """`row` up to the first token behind the prompt that ends it."""

@@ -168,6 +168,8 @@ class MemoryState:
     @classmethod
     def cat(cls, states: Sequence[MemoryState]) -> MemoryState:
         """The rows of `states`, of one model, below each other. ValueError where they do not fit."""
+        if not states:
+            raise ValueError("states is empty; give at least one state")
         first = states[0]
         for state in states[1:]:
             if state.signature != first.signature or state.tensors.keys() != first.tensors.keys():

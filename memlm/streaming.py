@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from memlm.retrieval.store import remove_index
 from memlm.saved_stream import INDEX, SavedStream, another_index, other_indexes
 from memlm.segment import IGNORE, cut
 from memlm.state import MemoryState
+from memlm.text import check_characters
 from memlm.tokens import (
     Part,
     encode_after,
@@ -137,10 +138,13 @@ class DocumentStream:
             raise TypeError(
                 "text is bytes; decode it first, for instance with text.decode('utf-8')"
             )
+        if not isinstance(text, Iterable):
+            raise TypeError(f"text is a {type(text).__name__}; give a string, or pieces of one")
         with self._writing:
             for piece in (text,) if isinstance(text, str) else text:
                 if not isinstance(piece, str):
                     raise TypeError(f"text holds a {type(piece).__name__}; give strings")
+                check_characters("text", piece)
                 # A long piece goes in parts: a block taken off a string copies the rest of it.
                 for at in range(0, max(len(piece), 1), BLOCK):
                     self._append(piece[at : at + BLOCK], document)
@@ -149,7 +153,7 @@ class DocumentStream:
     def ask(
         self,
         question: str,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         streamer: BaseStreamer | None = None,
         **generate_arguments: Any,
     ) -> Answer:
@@ -157,16 +161,17 @@ class DocumentStream:
 
         The question follows the document as the model's `question_template` says. Recalled passages stand
         before it as `recall_template` says, and are the answer's `sources`. Decoding is greedy, up to an
-        end token (the tokenizer's, or one of the model's `generation_config`) or to `max_new_tokens`,
-        unless `generate_arguments` (those of transformers' `generate`) say otherwise. streamer: is given
-        tokens as they come, first the prompt's, which transformers' streamers pass over with
-        skip_prompt=True.
+        end token (the tokenizer's, or one of the model's `generation_config`) or to `max_new_tokens` (32),
+        unless `generate_arguments` (those of transformers' `generate`, a generation_config among them) say
+        otherwise. streamer: is given tokens as they come, first the prompt's, which transformers' streamers
+        pass over with skip_prompt=True.
         ValueError when nothing was written and there is nothing to recall.
         """
         _check_arguments(generate_arguments)
         if not question.strip():
             raise ValueError(f"question={question!r} is empty; ask something")
-        _check_length(max_new_tokens)
+        check_characters("question", question)
+        limit = _limit(generate_arguments, max_new_tokens, 32)
         with self._lock:
             sources = [] if self.retriever is None else self.retriever.recall(question.strip())
             tail = self._open_ids + self._encode(self._text)
@@ -182,8 +187,9 @@ class DocumentStream:
             )
         else:
             prompt = tail + prompt
-        given = {"max_new_tokens": max_new_tokens, "streamer": streamer, **generate_arguments}
-        out = self._generate(prompt, state, **given)
+        given = {"streamer": streamer, **generate_arguments, **limit}
+        # Of every kind that a generation_config may ask for, tokens are all that an answer needs.
+        out = self._generate(prompt, state, return_dict_in_generate=False, **given)
         text = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
         return Answer(text.strip(), sources)
 
@@ -191,7 +197,7 @@ class DocumentStream:
     def chat(
         self,
         messages: str | Sequence[Message],
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         streamer: BaseStreamer | None = None,
         **generate_arguments: Any,
     ) -> Answer:
@@ -199,11 +205,12 @@ class DocumentStream:
 
         messages: the new turns, what the user says or messages of `role` and `content`. They are written as
         the tokenizer's chat template writes them behind the last exchange; control tokens in what they say
-        are text. The rest is as in `ask`, without what a question has of its own. ValueError for a template
+        are text. The rest is as in `ask`, without what a question has of its own, and with 256 for the
+        longest answer. ValueError for a template
         that does not only add, and in a stream with retrieval. An error leaves the stream as it was.
         """
         _check_arguments(generate_arguments)
-        _check_length(max_new_tokens)
+        limit = _limit(generate_arguments, max_new_tokens, 256)
         new = as_messages(messages)
         if self.retriever is not None:
             raise ValueError(
@@ -220,7 +227,7 @@ class DocumentStream:
                 parts[0] = parts[0][0].removeprefix(bos), parts[0][1]
             prompt = self._open_ids + (self._encode(self._text) if self._text else first)
             prompt += self._filled(parts)
-            given = {"max_new_tokens": max_new_tokens, "streamer": streamer, **generate_arguments}
+            given = {"streamer": streamer, **generate_arguments, **limit}
             out = self._generate(
                 prompt, self._state, writes=writes, return_dict_in_generate=True, **given
             )
@@ -249,6 +256,8 @@ class DocumentStream:
             "eos_token_id": self._ends(),
             "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
         }
+        # Keywords go before a configuration, in which somebody has said otherwise.
+        settings = {k: v for k, v in settings.items() if k not in _configured(arguments)}
         return self.model.generate(
             ids, attention_mask=torch.ones_like(ids), memory_state=state, **(settings | arguments)
         )
@@ -260,6 +269,7 @@ class DocumentStream:
         The stream stays as it is. In an empty stream nothing predicts the first token, so it is not
         counted. ValueError when no token is left to count.
         """
+        check_characters("text", text)
         with self._lock:
             state, whole, at = self._state, self._text + text, len(self._text)
             ids = self._encode(whole)
@@ -476,18 +486,33 @@ OWN = (
 )
 
 
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    for name in OWN:
-        if name in arguments:
-            raise ValueError(
-                f"{name}={arguments[name]!r} is the stream's own: it reads and answers one text; leave it "
-                "out, or call model.generate"
-            )
+def _configured(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the generation_config among the arguments says; empty without one."""
+    config = arguments.get("generation_config")
+    return {k: v for k, v in config.to_dict().items() if v is not None} if config else {}
 
 
-def _check_length(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    given = {name: arguments[name] for name in OWN if name in arguments}
+    if _configured(arguments).get("num_return_sequences", 1) != 1:
+        given["num_return_sequences"] = _configured(arguments)["num_return_sequences"]
+    for name, value in given.items():
+        raise ValueError(
+            f"{name}={value!r} is the stream's own: it reads and answers one text; leave it out, or call "
+            "model.generate"
+        )
+
+
+def _limit(arguments: Mapping[str, Any], asked: int | None, default: int) -> dict[str, int]:
+    """The longest answer as an argument of `generate`; none where the arguments limit it themselves."""
+    if asked is None:
+        told = {**_configured(arguments), **arguments}
+        return (
+            {} if "max_length" in told or "max_new_tokens" in told else {"max_new_tokens": default}
+        )
+    if asked < 1:
+        raise ValueError(f"max_new_tokens={asked} must be at least 1")
+    return {"max_new_tokens": asked}
 
 
 def _damaged(path: Path, why: object) -> ValueError:

@@ -24,12 +24,19 @@ _ABBREVIATIONS = frozenset(
 
 
 def check_text_file(path: str | os.PathLike[str]) -> Path:
-    """Refuse a file that is missing, unreadable, empty or binary, before any of it is used."""
+    """Refuse a file that is missing, unreadable, empty or binary, before any of it is used.
+
+    Of a pipe or a device, which can be read once only, nothing is known before that.
+    """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"file {str(path)!r} is a folder; name the text files in it")
     if not path.exists():
-        raise FileNotFoundError(f"file {str(path)!r} does not exist; check the path")
+        hint = "give /dev/stdin for standard input" if str(path) == "-" else "check the path"
+        raise FileNotFoundError(f"file {str(path)!r} does not exist; {hint}")
+    if not path.is_file():
+        # What comes through a pipe can be read but once: by whom it is meant for.
+        return path
     for first in read_text(path):
         if first.strip():
             return path
@@ -70,6 +77,17 @@ def read_text(
     except PermissionError as error:
         raise PermissionError(
             f"file {str(path)!r} may not be read; change its permissions"
+        ) from error
+
+
+def check_characters(name: str, text: str) -> None:
+    """Refuse text that holds half a character, as undecoded bytes and broken escapes leave them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has {text[error.start]!r} at {error.start}, half a character that no tokenizer takes; "
+            "decode it with errors='replace'"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from memlm.text import check_characters
 from memlm.tokens import Part, fill, joined
 
 Message = Mapping[str, str]
@@ -22,6 +23,7 @@ def as_messages(turns: str | Sequence[Message]) -> list[dict[str, str]]:
             raise ValueError(
                 f"messages[{number}]={message!r} is no turn of text; give dicts with 'role' and 'content'"
             )
+        check_characters(f"messages[{number}]", message["content"])
     if not turns or not any(message["content"].strip() for message in turns):
         raise ValueError(f"messages={turns!r} says nothing; give at least one turn with text")
     if turns[-1]["role"] == "assistant":

@@ -9,16 +9,20 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+import memlm.memory
 from memlm import MemLMForCausalLM, MemoryState
 from memlm.attach import check_attention
 from memlm.backbone import Backbone
 from memlm.memory import (
+    ARMTConfig,
     CompressiveConfig,
     RMTConfig,
     TitansMACConfig,
     TitansMAGConfig,
     TitansMALConfig,
     TransformerXLConfig,
+    memory_class,
+    register_memory,
 )
 from tests.cases import (
     A_SITE_EACH,
@@ -345,3 +349,25 @@ def test_signatures_of_the_first_version_are_read() -> None:
     unknown = [{**model.memory.configs[0], "of_tomorrow": 1}]
     for other in (json.dumps([*wider, 32, 2]), json.dumps([*unknown, 32, 2]), "[]", "no JSON", "5"):
         assert not model.memory.signed(other)
+
+
+def test_a_memory_of_one_s_own_is_known_by_a_config_of_its_own(monkeypatch) -> None:
+    """Otherwise the one it derives from would be built in its place."""
+    monkeypatch.setattr(memlm.memory, "_MECHANISMS", dict(memlm.memory._MECHANISMS))
+    armt = memory_class("armt")
+
+    class Inherits(armt):
+        pass
+
+    class Own(armt):
+        class Config(ARMTConfig):
+            pass
+
+    with pytest.raises(ValueError, match=r"Inherits.Config is that of 'armt'.*ARMTConfig"):
+        register_memory("mine", Inherits)
+    for wrong in (dict, armt.Config, "armt"):
+        with pytest.raises(TypeError, match="give a subclass of Memory"):
+            register_memory("mine", wrong)
+    Own.Config = None
+    with pytest.raises(TypeError, match=r"Own.Config=None must be a subclass of MemoryConfig"):
+        register_memory("mine", Own)

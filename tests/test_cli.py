@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM
 from memlm.cli import main
+from memlm.data.files import TextRows
+from memlm.text import PIECE
+from memlm.train.documents import TextFiles
 from tests.cases import FAMILIES
 from tests.test_chat import TEMPLATE
 from tests.tokenizers import TEXT, tokenizer
@@ -333,7 +338,10 @@ def test_an_index_is_built_added_to_searched_and_asked(folder, tmp_path, capsys)
     question = ["-q", "Who keeps the spoon?", "--max-new-tokens", "2"]
     assert main(["ask", str(folder), "--index", library, *question]) == 0
     assert "from " in capsys.readouterr().out
+    capsys.readouterr()
+    # A file shorter than a passage is found, too.
     assert main(["ask", str(folder), str(tmp_path / "a.txt"), "--recall", "1", *question]) == 0
+    assert "from " in capsys.readouterr().out
 
 
 def test_what_is_asked_without_saving_leaves_nothing_in_a_store(
@@ -442,6 +450,11 @@ def test_what_is_asked_without_saving_leaves_nothing_in_a_store(
         (["eval", "perplexity", "{model}", "--length", "1", "--out", "{tmp}/o"], "length=1"),
         (["train", "{tmp}/missing.yaml"], "missing.yaml"),
         (["demo", "--ask", "{tmp}/text.txt"], "belong together"),
+        (["ask", "{model}", "{tmp}/text.txt", "-q", " "], "-q is empty"),
+        (["ask", "{model}", "{tmp}/text.txt", "-q", "a", "--max-new-tokens", "0"], "=0 must be"),
+        (["ask", "{model}", "{tmp}/text.txt", "--chat"], "no chat template"),
+        (["ask", "{model}", "{tmp}/text.txt", "-q", "a", "--device", "cuda"], "no CUDA here"),
+        (["ask", "{model}", "-", "-q", "a"], "/dev/stdin"),
         (["demo", "--ask", "{tmp}/binary", "-q", "Where?"], "zero byte"),
     ],
 )
@@ -482,3 +495,31 @@ def test_every_baseline_can_be_asked_for() -> None:
     actions = make_commands().parsers["eval"]._actions
     (baseline,) = (action for action in actions if action.dest == "baseline")
     assert set(baseline.choices) == {MODEL, *BASELINES}
+
+
+def test_a_pipe_is_read_whole(folder, tmp_path, capsys) -> None:
+    """It can be read but once, from its first byte."""
+    text, pipe = "Mary went to the kitchen. " * 4_000, tmp_path / "pipe"
+    (tmp_path / "book.txt").write_text(text)
+    os.mkfifo(pipe)
+    said = []
+    for path in (tmp_path / "book.txt", pipe):
+        if path == pipe:
+            threading.Thread(target=pipe.write_text, args=(text,), daemon=True).start()
+        assert main(["index", "build", str(tmp_path / f"index-{path.stem}"), str(path)]) == 0
+        said.append(capsys.readouterr().out.splitlines()[0])
+    assert len(text) > PIECE and said[0] == said[1]
+    threading.Thread(target=pipe.write_text, args=(text[:600],), daemon=True).start()
+    assert main(["ask", str(folder), str(pipe), "-q", "Where?", "--max-new-tokens", "1"]) == 0
+    read = capsys.readouterr().out
+    (tmp_path / "short.txt").write_text(text[:600])
+    asked = ["ask", str(folder), str(tmp_path / "short.txt"), "-q", "Where?"]
+    assert main([*asked, "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().out == read
+
+
+def test_rows_and_documents_do_not_come_through_a_pipe(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for reader in (lambda p: TextRows([p], "document"), TextFiles):
+        with pytest.raises(ValueError, match="is a pipe or a device"):
+            reader(tmp_path / "pipe")

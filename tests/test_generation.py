@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from memlm import MemLMForCausalLM
 from memlm.memory import TitansMAGConfig, available_memories
 from tests.cases import CASES, SEGMENT, memory_model, tokens
 from tests.memory.test_laws import grid, once_per_site
@@ -294,3 +296,86 @@ def test_another_cache_is_refused_and_a_configuration_is_obeyed() -> None:
     config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=False)
     model.generate(ids, config)
     assert given == [3, 4, 5]
+
+
+class FirstRowStops(StoppingCriteria):
+    """After so many tokens, for a reason that no token tells."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        stops = input_ids.shape[1] >= self.columns
+        return torch.tensor([stops] + [False] * (len(input_ids) - 1))
+
+
+@pytest.mark.parametrize("steps", [2, SEGMENT + 3])
+@pytest.mark.parametrize("positional", [False, True])
+@torch.no_grad()
+def test_padding_behind_a_row_that_was_stopped_is_no_text(steps: int, positional: bool) -> None:
+    """Also where segments are committed while the other row goes on."""
+    model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT + 2)
+    columns = ids.shape[1] + steps
+    stop = StoppingCriteriaList([FirstRowStops(columns)])
+    # An end token that nobody says: without one, generation goes on in rows that have stopped.
+    said = model.generate(ids, **{**GREEDY, "max_new_tokens": 3 * SEGMENT})
+    end = next(token for token in range(61) if token not in said)
+    given = {**GREEDY, "max_new_tokens": 3 * SEGMENT, "eos_token_id": end}
+    given["return_dict_in_generate"] = True
+    if positional:
+        out = model.generate(ids, None, None, stop, **given)
+    else:
+        out = model.generate(ids, stopping_criteria=stop, **given)
+    assert (out.sequences[0, columns:] == 0).all() and torch.equal(out.sequences[1], said[1])
+    for row, text in enumerate((out.sequences[0, :columns], out.sequences[1])):
+        full = (len(text) - 1) // SEGMENT * SEGMENT
+        assert torch.equal(out.open_ids[row][out.open_mask[row].bool()], text[full:])
+        state = model(text[None, :full], logits_to_keep=None).memory_state
+        for name, tensor in state.tensors.items():
+            torch.testing.assert_close(out.memory_state[name][row], tensor[0], rtol=0, atol=1e-8)
+
+
+@torch.no_grad()
+def test_padding_behind_a_beam_that_was_stopped_is_no_text() -> None:
+    model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT + 2)
+    given = {**GREEDY, "num_beams": 2, "return_dict_in_generate": True, "eos_token_id": 60}
+    # With token 0 for padding, transformers pads beams with the end token, which could be the text's.
+    given["pad_token_id"] = 59
+    columns = ids.shape[1] + 2
+    out = model.generate(ids, stopping_criteria=[FirstRowStops(columns)], **given)
+    for row, text in enumerate(out.sequences):
+        text = text[: int((text != 59).nonzero()[-1]) + 1]
+        full = (len(text) - 1) // SEGMENT * SEGMENT
+        real = slice(None) if out.open_mask is None else out.open_mask[row].bool()
+        assert torch.equal(out.open_ids[row][real], text[full:])
+
+
+def test_rows_that_stop_without_padding_go_on() -> None:
+    """Where generation knows no end token it pads nothing, and every token is the text's."""
+    model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT + 2)
+    given = {**GREEDY, "return_dict_in_generate": True}
+    out = model.generate(ids, stopping_criteria=[FirstRowStops(ids.shape[1] + 2)], **given)
+    assert out.open_mask is None and torch.equal(
+        out.open_ids[0], out.sequences[0, -out.open_ids.shape[1] :]
+    )
+
+
+def test_what_a_base_says_of_its_own_cache_is_not_taken_over() -> None:
+    base = copy.deepcopy(memory_model("llama", "armt").base)
+    base.generation_config.cache_implementation = "static"
+    base.generation_config.prefill_chunk_size = 4
+    model = MemLMForCausalLM.from_base(base, "armt", SEGMENT)
+    assert model.generate(tokens(1, 3), **GREEDY).shape == (1, 3 + NEW)
+    assert base.generation_config.cache_implementation == "static"
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match=r"cache_implementation='static' .*generation_config"):
+        model.generate(tokens(1, 3), **GREEDY)
+
+
+def test_what_has_no_tokens_is_refused() -> None:
+    model = memory_model("llama", "armt")
+    for ids in (tokens(1, 3)[0], tokens(1, 3)[:, :0]):
+        with pytest.raises(ValueError, match="with at least one token"):
+            model.generate(ids, **GREEDY)
+    with pytest.raises(ValueError, match="use generate"):
+        model.generate_batch([[1, 2]])

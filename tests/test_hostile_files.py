@@ -29,8 +29,8 @@ from memlm.eval.log import RunLog
 from memlm.eval.reporting.report import Report, load_rows
 from memlm.eval.running.prompts import Prompts
 from memlm.files import parse_yaml, read_checked_json, write_checked_json, write_json
+from memlm.loading import load_weights
 from memlm.memory import ARMTConfig
-from memlm.pretrained import load_weights
 from memlm.retrieval import ChunkIndex, HashingEmbedder, ModelEmbedder
 from memlm.retrieval.store import _checksum as manifest_checksum
 from memlm.state import CHECKSUM, tensors_checksum

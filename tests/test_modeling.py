@@ -170,7 +170,7 @@ def test_loss_is_the_mean_over_all_labels_whatever_the_windows() -> None:
     for depth in (None, 1, 3):
         torch.testing.assert_close(model(ids, labels=labels, bptt_depth=depth).loss, expected)
     nothing = model(ids, labels=torch.full_like(ids, -100)).loss
-    assert float(nothing) == 0.0
+    assert nothing.item() == 0.0 and nothing.requires_grad
 
 
 def test_tuples_for_those_who_want_them() -> None:
@@ -307,3 +307,27 @@ def test_a_field_the_file_does_not_name_takes_its_default(tmp_path) -> None:
     path.write_text(json.dumps(described))
     with pytest.raises(ValueError, match="memory="):
         model.load_memory(tmp_path)
+
+
+def test_a_tied_base_stays_tied_under_peft() -> None:
+    """Tokens trained by themselves change what is said, too, and stay what they were when merged."""
+    from peft import LoraConfig, get_peft_model
+
+    config = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+    found, ids = [], tokens(1, SEGMENT - 1)
+    for wrapped in (False, True):
+        base = base_model("llama", tie_word_embeddings=True).eval()
+        model = MemLMForCausalLM.from_base(base, None, SEGMENT).eval() if wrapped else base
+        assert not wrapped or model.config.tie_word_embeddings
+        lora = get_peft_model(
+            model, LoraConfig(**config, trainable_token_indices=ids[0, :3].tolist())
+        )
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in lora.named_parameters():
+                if "trainable_tokens_delta" in name:
+                    parameter.add_(torch.randn_like(parameter))
+            found.append(lora(input_ids=ids).logits)
+            torch.testing.assert_close(lora.merge_and_unload()(ids).logits, found[-1])
+    torch.testing.assert_close(*found)
+    assert not memory_model("llama", "armt").config.tie_word_embeddings

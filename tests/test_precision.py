@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from memlm import MemLMConfig, MemLMForCausalLM
+from memlm import MemLMConfig, MemLMForCausalLM, MemoryState
 from memlm.memory import memory_class
 from tests.cases import (
     A_SITE_EACH,
@@ -169,3 +169,23 @@ def test_a_file_of_the_first_version_keeps_its_precision() -> None:
     new = AutoModelForCausalLM.from_pretrained(folder, memory_dtype="float32")
     assert dtypes(new.memory) == {torch.float32} and dtypes(new.base) == {torch.bfloat16}
     assert MemLMConfig().memory_dtype == "float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_state_kept_in_half_precision_is_computed_with_as_any_other(dtype: torch.dtype) -> None:
+    """It is admitted in the numbers of its model, and not in those in which it was kept."""
+    for memory in CASES:
+        half = dtype == torch.bfloat16
+        model = half_model(memory) if half else memory_model("llama", memory).float()
+        ids = tokens(2, 3 * SEGMENT)
+        state = model(ids, logits_to_keep=None).memory_state
+        kept = state.to(dtype=torch.bfloat16)
+        # What the caller would have to do otherwise: each tensor in the numbers that it had.
+        numbers = {name: value.dtype for name, value in state.tensors.items()}
+        own = {name: value.to(numbers[name]) for name, value in kept.tensors.items()}
+        back = MemoryState(own, state.batch_size, state.signature)
+        found, expected = (model(ids, memory_state=one) for one in (kept, back))
+        assert torch.equal(found.logits, expected.logits), memory
+        for name, value in expected.memory_state.tensors.items():
+            assert found.memory_state[name].dtype == value.dtype, (memory, name)

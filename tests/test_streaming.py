@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import memlm.streaming
 from memlm import DocumentStream, MemLMForCausalLM, MemoryState
@@ -518,3 +519,49 @@ def test_segments_that_were_written_are_counted(small_blocks, tmp_path) -> None:
     again.write(TEXT)
     assert again.writes == stream.writes
     assert written(TEXT, "rmt").writes is None
+
+
+def test_a_configuration_says_how_an_answer_is_made() -> None:
+    """Keywords go before a configuration, but what a stream would do by itself does not."""
+    stream, question = written(TEXT), "Where is Mary?"
+    # Tokens are not counted in text: what is left out of it is what `generate` was asked for.
+    asked: list[dict] = []
+    generate = stream.model.generate
+
+    def kept(ids, **arguments):
+        asked.append({**arguments, "width": ids.shape[1]})
+        out = generate(ids, **arguments)
+        asked[-1]["new"] = out.shape[1] - ids.shape[1]
+        return out
+
+    stream.model.generate = kept
+    ends = {"eos_token_id": 399, "pad_token_id": 0}
+    config = GenerationConfig(max_new_tokens=40, do_sample=True, temperature=9.0, **ends)
+    answers = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        answers.add(str(stream.ask(question, generation_config=config)))
+        assert asked[-1]["new"] == 40
+    assert len(answers) == 3
+    stream.ask(question, 3, generation_config=config)
+    assert asked[-1]["new"] == 3
+    greedy = GenerationConfig(return_dict_in_generate=True, **ends)
+    assert stream.ask(question, generation_config=greedy) == stream.ask(question, eos_token_id=399)
+    assert asked[-1]["new"] == asked[-2]["new"] == 32
+    with pytest.raises(ValueError, match="num_return_sequences=2 is the stream's own"):
+        stream.ask(
+            question, generation_config=GenerationConfig(num_return_sequences=2, num_beams=2)
+        )
+
+
+def test_half_a_character_is_refused_and_leaves_the_stream_as_it_was() -> None:
+    stream = written(TEXT)
+    before, half = stream.ask("Where is Mary?"), "Mary \ud800 went"
+    for act in (stream.write, stream.ask, stream.score, stream.chat):
+        with pytest.raises(ValueError, match=r"'\\ud800' at 5.*errors='replace'"):
+            act(half)
+    with pytest.raises(ValueError, match="half a character"):
+        stream.write(["whole ", half])
+    assert stream.ask("Where is Mary?") != "" or before == ""
+    with pytest.raises(TypeError, match="text is a NoneType"):
+        stream.write(None)

@@ -67,8 +67,17 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if not arguments.question and not arguments.chat:
         raise ValueError("no question; ask one with -q QUESTION, or talk with --chat")
+    # Before a long document is read.
+    if any(not question.strip() for question in arguments.question or ()):
+        raise ValueError("-q is empty; ask something")
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={arguments.max_new_tokens} must be at least 1")
     retriever = make_retriever(arguments)
     model, tokenizer = load_model(arguments)
+    if arguments.chat and tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, which --chat needs; leave it out, and ask with -q"
+        )
     from memlm import DocumentStream
 
     if arguments.load is not None:
@@ -93,6 +102,9 @@ def read_and_ask(arguments: argparse.Namespace, files: list[Path], stream: Any) 
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", delay=1, leave=False) as bar:
         for path in files:
             stream.write(read_text(path, bar.update), document=str(path))
+    if files and stream.retriever is not None:
+        # Nothing of a file is still to come, so that its last words can be recalled.
+        stream.retriever.end()
     print(
         f"{stream.tokens_seen:,} tokens read, {stream.memory_bytes:,} bytes of memory", flush=True
     )

@@ -37,6 +37,7 @@ def load_named(name: str, arguments: argparse.Namespace) -> Any:
 
     import memlm.modeling  # noqa: F401 - registers the model with the Auto classes
     from memlm import pretrained
+    from memlm.loading import load_weights
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -54,8 +55,8 @@ def load_named(name: str, arguments: argparse.Namespace) -> Any:
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         # A launcher's processes have a device each.
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    load = partial(
-        pretrained.load_weights, AutoModelForCausalLM.from_pretrained, dtype=arguments.dtype
-    )
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch finds no CUDA here; use --device cpu")
+    load = partial(load_weights, AutoModelForCausalLM.from_pretrained, dtype=arguments.dtype)
     model = pretrained.load_named("model", name, load)
     return model.to(device).eval()

@@ -85,6 +85,11 @@ class TextRows(Sequence[Row]):
     def __init__(self, paths: Sequence[Path], form: Format) -> None:
         self.paths, self.format = list(paths), form
         for path in self.paths:
+            if not path.is_file():
+                raise ValueError(
+                    f"file {str(path)!r} is a pipe or a device, and rows are read again and again; write "
+                    "its text to a file"
+                )
             if not any(map(str.strip, read_text(path))):
                 raise ValueError(f"file {str(path)!r} is empty; remove it")
 

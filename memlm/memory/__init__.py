@@ -77,8 +77,22 @@ def memory_class(name: str) -> type[Memory]:
 def register_memory(name: str, mechanism: type[Memory]) -> None:
     """Make a mechanism of your own known by `name`, before a model with it is made or loaded.
 
-    ValueError when the name is taken by another.
+    Its `Config` has to be its own, even if it only derives from another's: memories are known by their
+    configs. ValueError when the name or the `Config` is another's, TypeError for what is no memory.
     """
+    if not (inspect.isclass(mechanism) and issubclass(mechanism, Memory)):
+        raise TypeError(f"mechanism={mechanism!r} is no memory; give a subclass of Memory")
+    config = getattr(mechanism, "Config", None)
+    if not (inspect.isclass(config) and issubclass(config, MemoryConfig)):
+        raise TypeError(
+            f"{mechanism.__name__}.Config={config!r} must be a subclass of MemoryConfig"
+        )
+    for other, known in _MECHANISMS.items():
+        if known.Config is config and known is not mechanism:
+            raise ValueError(
+                f"{mechanism.__name__}.Config is that of {other!r}, which would be built in its place; "
+                f"give it one of its own: class Config({config.__name__}): ..."
+            )
     if name == NO_MEMORY or _MECHANISMS.get(name, mechanism) is not mechanism:
         raise ValueError(f"name={name!r} is another memory's; give your own a new name")
     _MECHANISMS[name] = mechanism

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from memlm.loading import load_weights
 from memlm.modeling import MemLMForCausalLM
-from memlm.pretrained import load_weights
 from memlm.saving import MEMORY_WEIGHTS
 from memlm.train.recipe import ModelSection
 from memlm.train.recipe.binding import did_you_mean

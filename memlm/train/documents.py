@@ -145,6 +145,11 @@ class TextFiles(Sequence[tuple[str, str]]):
         self.path = root = Path(path)
         if not root.exists():
             raise FileNotFoundError(f"path {str(root)!r} does not exist; name a file or a folder")
+        if not root.is_dir() and not root.is_file():
+            raise ValueError(
+                f"path {str(root)!r} is a pipe or a device, and documents are read again and again; write "
+                "its text to a file"
+            )
         files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
         self.files = [p for p in files if not p.name.startswith(".")]
         if not self.files:

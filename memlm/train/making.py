@@ -15,9 +15,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from memlm.data.encoding import Encoder
 from memlm.data.opening import Rows, open_rows
 from memlm.data.rows import texts_of
+from memlm.loading import load_weights
 from memlm.memory import resolve_memories
 from memlm.modeling import MemLMForCausalLM
-from memlm.pretrained import load_named, load_weights
+from memlm.pretrained import load_named
 from memlm.tasks.haystack import Haystack
 from memlm.tasks.haystack.cache import tokenized_haystack
 from memlm.train.babilong import BabilongSource

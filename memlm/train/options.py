@@ -55,9 +55,10 @@ class BabilongOptions:
     )
     lessons: tuple[str, ...] = described(
         "aligned, flowing: what else is asked about a task's stories, other tasks and the steps they are "
-        "made of: handler (Who had the apple?), taker (Who took it to the kitchen?), carrier (Who carries "
-        "it? nobody, if it was put down), left (Where was it left?), before (Where was Mary before the "
-        "kitchen?), gift (What did Mary give to John?)",
+        "made of: handler (Who had the apple?), holder (Where is the one who had it?), taker (Who took "
+        "it to the kitchen?), carrier (Who carries it? nobody, if it was put down), carried (qa2, of what "
+        "somebody carries), left (Where was it left?), before (Where was Mary before the kitchen?), gift "
+        "(What did Mary give to John?)",
         (),
     )
     distinct_actors: bool = described(

@@ -382,8 +382,8 @@ def test_lessons_are_asked_beside_a_task(haystack: TokenHaystack) -> None:
     assert starts == ["is", "is", "was"] * 3
     with pytest.raises(ValueError, match="'handler', which no story of tasks"):
         BabilongOptions(layout="aligned", lessons=("handler",))
-    with pytest.raises(ValueError, match="'holder', which is neither a lesson nor a task"):
-        BabilongOptions(layout="aligned", lessons=("handler", "holder"))
+    with pytest.raises(ValueError, match="'owner', which is neither a lesson nor a task"):
+        BabilongOptions(layout="aligned", lessons=("handler", "owner"))
 
 
 def test_questions_are_put_as_the_template_says(haystack: TokenHaystack) -> None:

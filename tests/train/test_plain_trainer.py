@@ -58,3 +58,39 @@ def test_evaluations_have_a_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = float(model(ids, labels=ids).loss)
     assert made.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_smoothed_labels_are_the_next_tokens(tmp_path: Path) -> None:
+    """The Trainer shifts labels itself then, for models whose names it knows as causal."""
+    model = memory_model("llama", "armt")
+    made = plain(tmp_path, model, 8, label_smoothing_factor=0.2)
+    ids = torch.stack([sample["input_ids"] for sample in made.eval_dataset])
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+    # The Trainer spreads the share over all tokens, as PyTorch does.
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.2)
+    assert made.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_batch_without_targets_is_learned_from_like_any_other(tmp_path: Path) -> None:
+    """As completions that were cut off: no target, more than a segment, no memory that is trained."""
+    model = memory_model("llama", "armt")
+    model.memory.requires_grad_(False)
+    made = plain(tmp_path, model, 8)
+    made.train_dataset = [
+        {"input_ids": sample["input_ids"], "labels": torch.full_like(sample["labels"], -100)}
+        for sample in made.train_dataset
+    ]
+    before = weights(model)
+    made.train()
+    assert made.state.log_history[0]["loss"] == 0.0
+    assert_same(weights(model), before)
+
+
+def test_an_adapter_of_transformers_is_refused_where_it_could_not_be_saved() -> None:
+    peft = pytest.importorskip("peft")
+    model = memory_model("llama", "armt")
+    with pytest.raises(
+        ValueError, match=r"get_peft_model\(model, config\).*model.base.add_adapter"
+    ):
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from memlm.pretrained import load_weights
+from memlm.loading import load_weights
 
 _log = logging.getLogger(__name__)
 

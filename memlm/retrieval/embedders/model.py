@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.loading import load_weights
 from memlm.padding import pad_rows
-from memlm.pretrained import load_weights
 from memlm.retrieval.embedders.checks import (
     checked_texts,
     checked_vectors,

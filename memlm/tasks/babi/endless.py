@@ -19,7 +19,7 @@ from memlm.tasks.babi.generators.places import WALKS, Step
 from memlm.tasks.babi.generators.relations import place_on_a_line, tell_placement
 from memlm.tasks.babi.generators.world import DIRECTIONS, PLACES, Event, World
 
-LESSONS = ("handler", "taker", "before", "carrier", "left", "gift")
+LESSONS = ("handler", "holder", "taker", "before", "carrier", "carried", "left", "gift")
 # Not qa11 and qa13: where a fact found no room in its segment, nobody knows who the next one calls "she".
 WALKED = ("qa9", "qa10", "qa12")
 TASKS = (*DIALECTS, "qa4", *WALKED)
@@ -55,7 +55,8 @@ def kinds_of(task: str) -> set[str]:
     dialect = DIALECTS[task]
     found = {"qa1", "qa6", "before"}
     if dialect.handles:
-        found |= {"qa2", "qa3", "qa7", "qa8", "handler", "taker", "carrier", "left"}
+        found |= {"qa2", "qa3", "qa7", "qa8"}
+        found |= {"handler", "holder", "taker", "carrier", "carried", "left"}
     return found | {"qa5", "gift"} if dialect.gives else found
 
 
@@ -240,6 +241,12 @@ def _whereabouts_of_things(story: Events) -> dict[str, str]:
     return found
 
 
+def _whereabouts_of_carried_things(story: Events) -> dict[str, str]:
+    """Of qa2, where nobody ever told the place together with the thing."""
+    held = {f"Where is the {thing}?" for thing, hand in story.hands.items() if hand[3] is None}
+    return {q: place for q, place in _whereabouts_of_things(story).items() if q in held}
+
+
 def _steps(way: list[str]) -> dict[str, str]:
     """Each place that was come to from another -> the place before its latest visit."""
     visits = {place: at for at, place in enumerate(way)}
@@ -320,6 +327,15 @@ def _handlers(story: Events) -> dict[str, str]:
     }
 
 
+def _places_of_handlers(story: Events) -> dict[str, str]:
+    """Where whoever had a thing last is now, with it or not: two steps, with no way around the first."""
+    return {
+        f"Where is the one who had the {thing}?": story.ways[actor][-1][0]
+        for thing, (number, actor, _, _) in story.hands.items()
+        if story.recent(number) and actor in story.ways and story.recent(story.ways[actor][-1][1])
+    }
+
+
 def _takers(story: Events) -> dict[str, str]:
     """Who took a thing to a place on its newest journey: the handler, where a place is named too."""
     return {
@@ -363,9 +379,11 @@ _ANSWERS: dict[str, Callable[[Events], dict[str, str]]] = {
     "qa7": _counts,
     "qa8": _listings,
     "handler": _handlers,
+    "holder": _places_of_handlers,
     "before": _ways_before,
     "taker": _takers,
     "carrier": _carriers,
+    "carried": _whereabouts_of_carried_things,
     "left": _places_left,
     "gift": _gifts,
 }

@@ -68,6 +68,16 @@ def ways(facts: list[str]) -> dict[str, str]:
     return found
 
 
+def places_of(handlers: dict[str, str], facts: list[str]) -> dict[str, str]:
+    """Where those are who had each thing."""
+    at = dict(match.groups() for fact in facts if (match := MOVED.match(fact)))
+    return {
+        question.replace("Who", "Where is the one who"): at[actor]
+        for question, actor in handlers.items()
+        if actor in at
+    }
+
+
 def carriers(facts: list[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Who carries each thing, and where those were left that nobody does."""
     carried, left, at = {}, {}, {}
@@ -120,9 +130,13 @@ def test_lessons_ask_for_the_steps_an_answer_is_made_of(task: str) -> None:
     for seed in range(4):
         for story, facts in told(task, seed, RECENT_FACTS):
             assert story.answers("handler") == handlers(facts)
+            assert story.answers("holder") == places_of(handlers(facts), facts)
             assert story.answers("taker") == takers(facts)
             assert story.answers("before") == ways(facts)
             assert (story.answers("carrier"), story.answers("left")) == carriers(facts)
+            held = {q.split()[-1] for q, a in carriers(facts)[0].items() if a != "nobody"}
+            where = story.answers("qa2").items()
+            assert story.answers("carried") == {q: a for q, a in where if q.split()[-1] in held}
             given = story.answers("qa5").items()
             assert story.answers("gift") == {q: a for q, a in given if q.startswith("What ")}
 
