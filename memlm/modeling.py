@@ -87,14 +87,15 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
             # transformers obeys this when it loads a checkpoint, and quantisers leave the memories out.
             self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = [MEMORY_NAMES]
         config.memory = list(self.memory.configs)
-        heads = [layer for site, layer in self.memory.cells() if site == "heads"]
-        recurrent = [layer for site, layer in self.memory.cells() if site == "recurrence"]
+        cells = self.memory.cells()
+        heads = {layer: found for (site, layer), found in cells.items() if site == "heads"}
+        recurrent = [layer for site, layer in cells if site == "recurrence"]
         self._open_heads()
         self.backbone.open_recurrences(recurrent)
         if given and self.backbone.device.type != "meta":
             # A model whose weights are still to be loaded was tried out when it was first made.
-            for layer in heads:
-                self.backbone.rotates(layer)
+            for layer, found in heads.items():
+                self.backbone.rotates(layer, any(cell.memory.joins_softmax for cell in found))
             for layer in recurrent[:1]:
                 self.backbone.try_recurrence(layer)
         self._set_gradient_checkpointing(False)

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import memlm.memory
 from memlm.backbone import find_attention
 from memlm.backbone.heads import only_real, with_keys_in_front
 from memlm.backbone.open import Front
 from memlm.backbone.run import RUN
-from memlm.memory import QKV, Memory, MemoryConfig
+from memlm.memory import QKV, Memory, MemoryConfig, TransformerXLConfig
 from memlm.modeling import MemLMForCausalLM
 from tests.cases import FAMILIES, SEGMENT, base_model, memory_model, randomise, tokens
 
@@ -72,8 +73,6 @@ def test_every_family_carries_and_ignores_padding(family: str, memory: str) -> N
 
 @families
 def test_tied_weights_and_gradients_round_trip(family: str, tmp_path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = MemLMForCausalLM.from_base(
         base_model(family, tie_word_embeddings=True), memory="armt", segment_length=SEGMENT
     )
@@ -385,3 +384,38 @@ def test_no_run_is_left_when_a_call_ends_or_fails() -> None:
         model(ids)
     handle.remove()
     assert RUN.get() is None
+
+
+@torch.no_grad()
+def test_attention_that_rotates_by_pairs_or_calls_the_softmax_from_a_part_of_it() -> None:
+    """gpt-oss has an angle per pair of features, and sinks; BERT calls the softmax from a part."""
+    config = CONFIG_MAPPING["gpt_oss"](
+        **{**FAMILIES["llama"], "intermediate_size": 16},
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention"] * 2,
+    )
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids, every = tokens(2, 3 * SEGMENT), TransformerXLConfig(memory_length=24)
+    for parameter in base.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    unsplit = base(ids).logits
+    model = MemLMForCausalLM.from_base(base, memory=every, segment_length=SEGMENT)
+    # Experts are computed in float32 at most.
+    torch.testing.assert_close(model(ids).logits, unsplit, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="s_aux"):
+        MemLMForCausalLM.from_base(model.unload(), memory="landmark", segment_length=SEGMENT)
+
+    sizes = {k: v for k, v in FAMILIES["llama"].items() if k != "num_key_value_heads"}
+    config = CONFIG_MAPPING["bert"](**sizes, is_decoder=True)
+    base = AutoModelForCausalLM.from_config(config).double().eval()
+    split = torch.cat([base(part).logits for part in ids.split(SEGMENT, 1)], 1)
+    model = MemLMForCausalLM.from_base(base, memory=every, segment_length=SEGMENT).eval()
+    out = model(ids)
+    # The first segment as the base reads it; the others with what was before them.
+    torch.testing.assert_close(out.logits[:, :SEGMENT], split[:, :SEGMENT], **EXACT)
+    assert (out.logits - split)[:, SEGMENT:].abs().amax(-1).min() > 1e-4
+    state = model(ids[:, : 2 * SEGMENT]).memory_state
+    later = model(ids[:, 2 * SEGMENT :], memory_state=state).logits
+    torch.testing.assert_close(later, out.logits[:, 2 * SEGMENT :], **EXACT)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,8 +30,11 @@ OPENED = "memlm_"
 # The name in transformers' families of the function that rotates queries and keys by (cos, sin).
 ROTATION = "apply_rotary_pos_emb"
 
-# While an attention module is tried out, its queries and keys go here instead of to the softmax.
-_TRIED: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("memlm_tried", default=None)
+# While an attention module is tried out, its queries and keys go here instead of to the softmax, with
+# what else it tells the softmax.
+_TRIED: ContextVar[list[tuple[Tensor, Tensor, Mapping[str, Any]]] | None] = ContextVar(
+    "memlm_tried", default=None
+)
 
 
 def open_attention(inner: str) -> str:
@@ -57,11 +60,13 @@ def _attend(
         attention = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation == "eager" else implementation]
     tried = _TRIED.get()
     if tried is not None:
-        tried.append((query, key))
+        tried.append((query, key, kwargs))
         return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2), None
     run = RUN.get()
-    layer = getattr(module, "_memlm_layer", -1)
-    if run is None or run.heads != layer:
+    # What calls the softmax may be a part of the layer's attention (BERT's).
+    inside = None if run is None else run.heads
+    layer = getattr(module, "_memlm_layer", inside)
+    if run is None or inside is None or inside != layer:
         spared = 0 if run is None or run.wanted is None else query.shape[2] - run.wanted
         if spared and attention_mask is not None and attention_mask.ndim == 4:
             query, attention_mask = query[:, :, spared:], attention_mask[:, :, spared:]
@@ -184,12 +189,7 @@ def _softmax_parts(
 
     ValueError for an attention whose softmax is not one over scaled products.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if arguments.get(name) is not None:
-            raise ValueError(
-                f"base: no other keys can join the softmax of its attention, which takes {name!r}; use a "
-                "memory that mixes outputs, such as 'infini' or a 'knn' with combine='gate'"
-            )
+    _refuse_terms(arguments)
     scaling = arguments.get("scaling")
     q = q * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (q.unflatten(1, (k.shape[1], -1)) @ k.mT.unsqueeze(2)).flatten(1, 2)
@@ -213,18 +213,30 @@ def _softmax_parts(
 
 
 @torch.no_grad()
+def _refuse_terms(arguments: Mapping[str, Any]) -> None:
+    for name in ("softcap", "s_aux", "position_bias"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"base: no other keys can join the softmax of its attention, which takes {name!r}; use a "
+                "memory that mixes outputs, such as 'infini' or a 'knn' with combine='gate'"
+            )
+
+
+@torch.no_grad()
 def rotates_by_position(
     layer: int,
     module: nn.Module,
     x: Tensor,
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     dims: Dims,
+    joins: bool = False,
 ) -> bool:
     """Whether the attention `module` of `layer` rotates queries and keys by position: found by trying it.
 
     x (1, T, D): hidden states to try it on. rotary: (cos, sin) of positions (1, T) as the module takes
-    them; None for a decoder without. Weights have to be there. ValueError for an attention whose rotation
-    cannot be taken off and done here.
+    them; None for a decoder without. joins: whether a memory there joins other keys to the softmax. Weights
+    have to be there. ValueError for an attention whose rotation cannot be taken off and done here, or whose
+    softmax cannot be joined.
     """
     parameters = signature_of(original_class(module)).parameters
     arguments = {
@@ -234,12 +246,14 @@ def rotates_by_position(
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     if rotary is None or "position_embeddings" not in parameters:
-        _tried(layer, module, x, arguments, dims)
+        _tried(layer, module, x, arguments, dims, joins)
         return False
     cos, sin = rotary(torch.arange(x.shape[1], device=x.device)[None])
-    rotated = _tried(layer, module, x, {**arguments, "position_embeddings": (cos, sin)}, dims)
+    rotated = _tried(
+        layer, module, x, {**arguments, "position_embeddings": (cos, sin)}, dims, joins
+    )
     still = torch.ones_like(cos), torch.zeros_like(sin)
-    plain = _tried(layer, module, x, {**arguments, "position_embeddings": still}, dims)
+    plain = _tried(layer, module, x, {**arguments, "position_embeddings": still}, dims, joins)
     if _alike(rotated, plain):
         return False
     rotate = find_in_family(module, ROTATION)
@@ -253,10 +267,10 @@ def rotates_by_position(
 
 
 def _tried(
-    layer: int, module: nn.Module, x: Tensor, arguments: Mapping[str, Any], dims: Dims
+    layer: int, module: nn.Module, x: Tensor, arguments: Mapping[str, Any], dims: Dims, joins: bool
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys the attention `module` would hand to its softmax."""
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor, Mapping[str, Any]]] = []
     training, failure = module.training, None
     run, tried = RUN.set(None), _TRIED.set(found)
     try:
@@ -268,19 +282,22 @@ def _tried(
         _TRIED.reset(tried)
         RUN.reset(run)
     expected = [(1, n, x.shape[1], dims.head_dim) for n in (dims.num_heads, dims.num_kv_heads)]
-    if failure is not None or [tuple(part.shape) for pair in found for part in pair] != expected:
+    if failure is not None or [tuple(part.shape) for one in found for part in one[:2]] != expected:
         raise ValueError(
             f"base: the attention of layer {layer} ({type(module).__name__}) does not run its softmax "
             "through transformers' attention interface in the way a memory at its heads needs; use "
             "one that works outside it, such as 'armt' or 'rmt'"
         ) from failure
-    if not all(bool(part.any()) for part in found[0]):
+    query, key, told = found[0]
+    if joins:
+        _refuse_terms(told)
+    if not bool(query.any() and key.any()):
         raise ValueError(
             f"base: whether the attention of layer {layer} ({type(module).__name__}) rotates its queries "
             "and keys cannot be told, since the queries or keys are zero; load the base's weights "
             "first, or use a memory that works outside it, such as 'armt' or 'rmt'"
         )
-    return found[0]
+    return query, key
 
 
 def _alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
@@ -292,11 +309,27 @@ def _alike(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> boo
     )
 
 
+@lru_cache
+def _takes_pairs(rotate: Callable[..., tuple[Tensor, Tensor]], part: int) -> bool:
+    """Whether `rotate` wants 2 `part` features where angles have `part`: found by trying it."""
+    angles = torch.zeros(1, 1, part)
+    try:
+        rotate(*torch.zeros(2, 1, 1, 1, part), angles, angles)
+    except RuntimeError:
+        return True
+    return False
+
+
 def apply_rotary(
     rotate: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`rotate` on the leading features that (cos, sin) cover; the others stay (partial rotary)."""
+    """`rotate` on the leading features that (cos, sin) cover; the others stay (partial rotary).
+
+    Where it takes an angle per pair of features (gpt-oss), these are twice as many as the angles.
+    """
     part = cos.shape[-1]
+    if 2 * part <= q.shape[-1] and _takes_pairs(rotate, part):
+        part = 2 * part
     if part == q.shape[-1]:
         return rotate(q, k, cos, sin)
     rotated = rotate(q[..., :part], k[..., :part], cos, sin)

@@ -499,10 +499,11 @@ class Backbone:
         still = torch.ones_like(cos), torch.zeros_like(sin)
         return {**arguments, "position_embeddings": still}, (cos, sin)
 
-    def rotates(self, layer: int) -> bool:
+    def rotates(self, layer: int, joins: bool = False) -> bool:
         """Whether the attention of `layer` rotates queries and keys by position: found by trying it.
 
-        Weights have to be there. ValueError for an attention whose rotation cannot be taken over here.
+        Weights have to be there. ValueError for an attention whose rotation cannot be taken over here, or,
+        where a memory `joins` other keys to its softmax, whose softmax is not one over scaled products.
         """
         if layer not in self._rotates:
             device = works_on(self.layers[layer])
@@ -511,7 +512,9 @@ class Backbone:
             x = x.reshape(1, 3, -1).to(self.dtype)
             rotary = partial(self.rotary, layer, x) if self._has_rotary else None
             module = find_attention(self.layers[layer])[0]
-            self._rotates[layer] = rotates_by_position(layer, module, x, rotary, self.dims(1))
+            self._rotates[layer] = rotates_by_position(
+                layer, module, x, rotary, self.dims(1), joins
+            )
         return self._rotates[layer]
 
     @contextmanager

@@ -235,6 +235,9 @@ class Memory(nn.Module, ABC):
     not_batched: ClassVar[str] = ""
     # False when no gradient passes through the state, however deep the backpropagation.
     differentiable: ClassVar[bool] = True
+    # At "heads": whether other keys join the softmax of the attention inside. A property where it depends
+    # on the config.
+    joins_softmax: ClassVar[bool] = False
     # A property where it depends on the config.
     continues: ClassVar[Continues] = Continues("again", reason="the mechanism does not say how")
 

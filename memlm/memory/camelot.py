@@ -75,6 +75,7 @@ class CAMELoT(Memory):
     neutral: ClassVar[bool] = True
     differentiable: ClassVar[bool] = False
     continues: ClassVar[Continues] = Continues("read")
+    joins_softmax: ClassVar[bool] = True
     config: CAMELoTConfig
 
     @classmethod

@@ -150,6 +150,10 @@ class KNN(Memory):
             # The score q . k / sqrt(dh) of queries and keys whose entries have size 1.
             nn.init.constant_(self.log_scale, 0.5 * math.log(self.dims.head_dim))
 
+    @property
+    def joins_softmax(self) -> bool:  # type: ignore[override]
+        return self.joint
+
     def init_state(self, batch_size: int) -> KNNState:
         shape = (batch_size, self.dims.num_kv_heads, self.capacity, self.dims.head_dim)
         return KNNState(

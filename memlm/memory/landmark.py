@@ -85,6 +85,7 @@ class Landmark(Memory):
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
     continues: ClassVar[Continues] = Continues("read")
+    joins_softmax: ClassVar[bool] = True
     config: LandmarkConfig
 
     @classmethod

@@ -47,6 +47,7 @@ class TOVA(Memory):
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
     continues: ClassVar[Continues] = Continues("front")
+    joins_softmax: ClassVar[bool] = True
 
     def __init__(self, config: TOVAConfig, dims: Dims) -> None:
         super().__init__(config, dims)

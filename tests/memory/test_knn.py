@@ -365,13 +365,11 @@ def test_what_cannot_be_is_refused(options: dict) -> None:
 def test_joint_refuses_a_softmax_it_cannot_join() -> None:
     config = CONFIG_MAPPING["gemma2"](**FAMILIES["llama"], head_dim=8, attn_logit_softcapping=20.0)
     base = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    ids = tokens(1, SEGMENT)
-    for combine in ("gate", "joint"):
-        model = MemLMForCausalLM.from_base(
-            base, memory=KNNConfig(combine=combine), segment_length=SEGMENT
-        )
-        if combine == "gate":
-            assert model(ids).logits.isfinite().all()
-        else:
-            with pytest.raises(ValueError, match="softcap"):
-                model(ids)
+
+    def made(memory: object) -> MemLMForCausalLM:
+        return MemLMForCausalLM.from_base(base, memory=memory, segment_length=SEGMENT)
+
+    assert made(KNNConfig(combine="gate"))(tokens(1, SEGMENT)).logits.isfinite().all()
+    for memory in (KNNConfig(combine="joint"), "landmark", "camelot", "tova"):
+        with pytest.raises(ValueError, match="softcap"):
+            made(memory)
