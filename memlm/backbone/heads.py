@@ -212,7 +212,6 @@ def _softmax_parts(
     return scores.logsumexp(dim=-1), q, scores
 
 
-@torch.no_grad()
 def _refuse_terms(arguments: Mapping[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias"):
         if arguments.get(name) is not None:

@@ -97,6 +97,12 @@ class _Template:
 
     def by_prefixes(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
         """Tokens and labels, each turn as what it adds to the conversation before it."""
+        if messages[0]["role"] == "assistant":
+            raise ValueError(
+                f"{self.row.where}: the conversation begins with the assistant, and where its words begin "
+                "cannot be told from what the template writes before them; begin with a system's or a "
+                "user's message, or mark answers in the template with {% generation %}"
+            )
         whole, spans = self.parts(messages, False), []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":

@@ -65,7 +65,7 @@ def open_tables(paths: Sequence[Path], name: str) -> StreamedRows:
     """The rows of Parquet or CSV files, all checked."""
     import datasets
 
-    builder = BUILDERS[paths[0].suffix]
+    builder = BUILDERS[paths[0].suffix.lower()]
     for path in paths:
         if not path.stat().st_size:
             raise ValueError(f"file {str(path)!r} is empty; give at least one row")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,15 @@ def without_training(model: Any) -> Iterator[None]:
 
 
 def fingerprint(model: Any) -> str:
-    """Name the model's class, segment length, live options that are set, and a digest of its values.
+    """Name the model's class, segment length, live options that are set, and a digest of the rest.
 
-    The digest is of some values of every parameter.
+    The digest is of the memories' configurations, which need have no parameters, and of some values of
+    every parameter.
     """
     known = hashlib.blake2b(digest_size=8)
+    for memory in getattr(model.config, "memory", None) or []:
+        described = {key: value for key, value in memory.items() if key != "write_threshold"}
+        known.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         # The ends of each tensor: reading billions of values would take longer than it is worth.
         values = parameter.detach().reshape(-1)
@@ -39,6 +44,8 @@ def fingerprint(model: Any) -> str:
         known.update(f"{name}{tuple(parameter.shape)}{ends}".encode())
     length = getattr(model.config, "segment_length", None)
     segments = "" if length is None else f"/segment_length={length}"
+    if getattr(model.config, "question_segment", "open") != "open":
+        segments += f"/question_segment={model.config.question_segment}"
     # Options that change a finished model's answers.
     thresholds = "".join(f"/write_threshold={value}" for value in write_thresholds(model) if value)
     return f"{type(model).__name__}{segments}{thresholds}/{known.hexdigest()}"

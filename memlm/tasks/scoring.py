@@ -74,18 +74,34 @@ def exact_match(output: str, target: str) -> bool:
 
 def normalised_match(output: str, target: str) -> bool:
     """SQuAD's exact match: equal but for case, punctuation, articles and blanks."""
-    return _squad_words(output) == _squad_words(target)
+    said, wanted = _words_of_both(output, target)
+    return said == wanted
 
 
 def token_f1(output: str, target: str) -> float:
     """SQuAD's F1, from 0 to 1: of the words that output and target share, each as often as in both."""
-    said, wanted = _squad_words(output), _squad_words(target)
+    said, wanted = _words_of_both(output, target)
     if not said or not wanted:
         return float(said == wanted)
     shared = (Counter(said) & Counter(wanted)).total()
     return 2 * shared / (len(said) + len(wanted))
 
 
+def _words_of_both(output: str, target: str) -> tuple[list[str], list[str]]:
+    """The words of both that SQuAD compares; all of them, where it would leave none of the target's.
+
+    Of an answer "A", as of a choice, the article is what was asked for, and of "?" the punctuation.
+    """
+    for words in (_squad_words, _words, str.split):
+        if found := words(target):
+            return words(output), found
+    # No answer at all is wanted.
+    return _squad_words(output), []
+
+
 def _squad_words(text: str) -> list[str]:
-    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+    return re.sub(r"\b(a|an|the)\b", " ", " ".join(_words(text))).split()
+
+
+def _words(text: str) -> list[str]:
+    return "".join(letter for letter in text.lower() if letter not in string.punctuation).split()

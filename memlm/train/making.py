@@ -254,7 +254,9 @@ def make_arguments(
     """
     asked = recipe.data.source == "babilong" or (survey is not None and survey.questions > 0)
     values = {**DEFAULTS, "track_accuracy": asked, **recipe.training}
-    if "max_steps" not in values:
+    # As transformers reads it: none says how many, so that epochs do.
+    if int(values.get("max_steps", -1)) <= 0:
+        values.pop("max_steps", None)
         if curriculum.total_steps is None and survey is not None and survey.whole:
             return steps_of_epochs(recipe, out, survey, values)
         if curriculum.total_steps is None:
@@ -272,7 +274,7 @@ def steps_of_epochs(
     """The arguments with as many steps as `num_train_epochs` over the surveyed rows take."""
     arguments = MemLMTrainingArguments(output_dir=str(out), seed=recipe.seed, **values, max_steps=1)
     stage = recipe.curriculum.stages[-1]
-    batches = survey.pieces(stage, recipe.model.segment_length) * arguments.num_train_epochs
+    batches = survey.pieces(stage, *arguments.steps_by) * arguments.num_train_epochs
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
     arguments.max_steps = max(1, math.ceil(batches / (rows * arguments.world_size)))
     return arguments

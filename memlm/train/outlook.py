@@ -52,6 +52,7 @@ class Outlook:
     bptt_depth: int | None
     stages: tuple[str, ...]
     survey: Survey | None
+    pieces: int
     optimizer_bytes: int | None
     device: str
     trial: Trial | None
@@ -108,7 +109,7 @@ class Outlook:
             f"has {longest:,}, or {segments:,} segment{'s' if segments > 1 else ''}"
         )
         if survey.single and survey.whole and self.steps:
-            epochs = self.steps * self.rows_per_step / rows
+            epochs = self.steps * self.rows_per_step / self.pieces
             yield f"documents are read whole, each {epochs:.3g} times"
 
 
@@ -140,6 +141,7 @@ def look_ahead(
         bptt_depth=args.bptt_depth,
         stages=tuple(_stages(curriculum.stages, source)),
         survey=survey,
+        pieces=0 if survey is None else survey.pieces(curriculum.stages[-1], *args.steps_by),
         optimizer_bytes=_optimizer_bytes(str(getattr(args.optim, "value", args.optim)), model),
         device=str(args.device),
         trial=try_out(trainer, source, curriculum) if args.world_size == 1 else None,

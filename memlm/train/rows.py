@@ -13,6 +13,8 @@ from memlm.data.opening import Rows
 from memlm.data.order import ShuffledRows
 from memlm.data.rows import DocumentRow, Row, TextRow
 from memlm.data.tables import StreamedRows
+from memlm.scan import Anchor, first_window
+from memlm.segment import IGNORE
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, Question, shifted
 from memlm.train.documents import cut_pieces
@@ -28,7 +30,8 @@ class Survey:
     """What the rows hold. lengths: tokens of each row. whole: whether these are all rows there are.
 
     exact: whether all tokens were counted, rather than estimated from characters. single: whether every
-    row is one piece.
+    row is one piece. aimed: of each row, the segments of `segment_length` tokens in which something is
+    learned; None: all of them.
     """
 
     lengths: np.ndarray
@@ -36,13 +39,29 @@ class Survey:
     whole: bool
     exact: bool
     single: bool
+    segment_length: int
+    aimed: tuple[np.ndarray | None, ...]
 
-    def pieces(self, stage: Stage, segment_length: int) -> int:
-        """About how many pieces the rows make in `stage`."""
-        if self.single:
+    def pieces(self, stage: Stage, window: int | None = None, anchor: Anchor = "end") -> int:
+        """About how many pieces the rows make in `stage`, or windows of so many segments.
+
+        Pieces and windows in which nothing is learned join the next one.
+        """
+        if window is None and self.single:
             return len(self.lengths)
-        tokens = (stage.min_segments + stage.max_segments) / 2 * segment_length
-        return int(np.ceil(self.lengths / tokens).sum())
+        size = (stage.min_segments + stage.max_segments) / 2
+        total = 0
+        for length, aimed in zip(self.lengths, self.aimed, strict=True):
+            if aimed is None:
+                aimed = np.arange(max(1, -(-int(length) // self.segment_length)))
+            if not self.single:
+                numbers = aimed // (size if window is None else min(size, window))
+            else:
+                assert window is not None
+                first = first_window(int(aimed.max(initial=0)) + 1, window, anchor)
+                numbers = (aimed - first) // window
+            total += max(1, len(np.unique(numbers)))
+        return total
 
 
 class RowSource:
@@ -82,26 +101,37 @@ class RowSource:
         """
         whole = not isinstance(self.rows, StreamedRows) or self.rows.size is not None
         lengths, questions, counted, characters = [], 0, 0, 0
+        aimed: list[np.ndarray | None] = []
         exact = True
         for row in self.rows if whole else islice(self.rows, LOOKED_AT):
             if isinstance(row, DocumentRow):
                 questions += self._check_questions(row)
+            places: np.ndarray | None = None
             if isinstance(row, (DocumentRow, TextRow)):
                 size = len(row.text)
                 if characters < COUNTED_CHARACTERS:
-                    tokens = self._count(row)
+                    tokens, places = self._count(row)
                     counted, characters = counted + tokens, characters + size
                 else:
                     tokens, exact = round(size * counted / characters), False
             else:
-                tokens = self._count(row)
+                tokens, places = self._count(row)
             lengths.append(tokens)
-        return Survey(np.array(lengths), questions, whole, exact, self.asks)
+            aimed.append(places)
+        return Survey(
+            np.array(lengths), questions, whole, exact, self.asks, self.segment_length, tuple(aimed)
+        )
 
-    def _count(self, row: Row) -> int:
+    def _count(self, row: Row) -> tuple[int, np.ndarray | None]:
+        """A row's tokens, and the segments in which something is learned; None: all."""
         if isinstance(row, DocumentRow):
-            return len(self.encoder.encode_document(row)[0])
-        return len(self.encoder.encode(row)[0])
+            piece = self._asked(row)
+            return len(piece.ids), np.unique([question.segment for question in piece.questions])
+        ids, labels = self.encoder.encode(row)
+        if isinstance(row, TextRow):
+            return len(ids), None
+        targets = np.flatnonzero(shifted(labels) != IGNORE)
+        return len(ids), np.unique(targets // self.segment_length)
 
     def _check_questions(self, row: DocumentRow) -> int:
         found = self.encoder.encode_questions(row)

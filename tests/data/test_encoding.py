@@ -187,3 +187,9 @@ def test_what_has_no_token_is_refused() -> None:
         made.encode(make_row({"prompt": "x", "completion": "zzz"}, "row 7")[0])
     with pytest.raises(ValueError, match="row 7: token 9999 is none of the tokenizer's"):
         made.encode(make_row({"input_ids": [1, 9999]}, "row 7")[0])
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused_by_its_row() -> None:
+    turns = [{"role": "assistant", "content": "Hello."}, *TURNS]
+    with pytest.raises(ValueError, match=r"begins with the assistant.*\{% generation %\}"):
+        encode(encoder(), {"messages": turns})

@@ -56,7 +56,7 @@ def test_a_format_is_known_by_its_columns_in_every_kind_of_file(form: str, tmp_p
     lines = open_rows(write(tmp_path, values, "", values))
     array = tmp_path / "array.json"
     array.write_text(json.dumps([values, values]), encoding="utf-8")
-    table = open_rows(parquet(tmp_path, [values, values]))
+    table = open_rows(parquet(tmp_path, [values, values], "MY.PARQUET"))
     for rows in (lines, open_rows(array), table):
         assert rows.format.name == form
         assert [type(row) for row in rows] == [kind, kind]

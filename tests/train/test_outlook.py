@@ -65,7 +65,7 @@ def test_the_plan_is_what_can_be_counted(own: Path, tmp_path: Path) -> None:  # 
 def test_the_time_is_told_in_words_of_its_size(seconds: float, said: str) -> None:
     outlook = Outlook(
         trained={"memory": 1}, frozen=0, segment_length=4, state_bytes=4, steps=100, rows_per_step=1,
-        bptt_depth=None, stages=(), survey=None, optimizer_bytes=8, device="cpu",
+        bptt_depth=None, stages=(), survey=None, pieces=0, optimizer_bytes=8, device="cpu",
         trial=Trial(tokens=4, seconds=seconds, peak=100),
     )  # fmt: skip
     assert said in list(outlook.lines())[-1]

@@ -226,3 +226,16 @@ def test_a_recipe_is_checked_before_anything_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_overrides_of_a_recipe_for_ones_own_data_do_what_they_say() -> None:
+    """Options of a memory keep its name, and Muon's rate takes the place of the memory's."""
+    made = Recipe.for_data(
+        "base",
+        "somebody/rows",
+        "gated-delta",
+        ["model.memory.head_dim=8", "training.muon_learning_rate=0.01"],
+    )
+    assert made.model.memory == {"name": "gated-delta", "head_dim": 8}
+    assert "memory_learning_rate" not in made.training
+    assert "memory_learning_rate" in Recipe.for_data("base", "somebody/rows").training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import torch
 from memlm.data import open_rows
 from memlm.data.encoding import Encoder
 from memlm.segment import IGNORE, cut
-from memlm.train import MemLMTrainer, RowSource, Stage
+from memlm.train import Curriculum, MemLMTrainer, Recipe, RowSource, Stage
+from memlm.train.data import Windows
+from memlm.train.making import make_arguments
 from tests.cases import memory_model
 from tests.data.test_rows import parquet, write
+from tests.test_chat import TEMPLATE
 from tests.tokenizers import tokenizer
 from tests.train.tiny import arguments, gradients, stream
 
@@ -157,12 +161,68 @@ def test_a_survey_counts_and_refuses_what_cannot_be_learned(tmp_path: Path) -> N
     survey = made.survey()
     lengths = [len(next(made.document(n, Stage(max_segments=1))).ids) for n in range(2)]
     assert sorted(survey.lengths) == sorted(lengths) and survey.questions == 4
-    assert survey.exact and survey.whole and survey.pieces(Stage(max_segments=1), SEGMENT) == 2
+    assert survey.exact and survey.whole and survey.pieces(Stage(max_segments=1)) == 2
     texts = source(write(tmp_path, {"text": TEXT}, {"text": TEXT * 5}, name="texts.jsonl")).survey()
-    assert texts.pieces(Stage(max_segments=1), SEGMENT) == sum(-(-texts.lengths // SEGMENT))
+    assert texts.pieces(Stage(max_segments=1)) == sum(-(-texts.lengths // SEGMENT))
     long = asked(1)
     long["questions"][1]["question"] = TEXT
     with pytest.raises(
         ValueError, match=r"line 2: the question 'Mary .* more than a segment of 16"
     ):
         source(write(tmp_path, asked(1), long)).survey()
+
+
+@pytest.mark.parametrize("anchor", ["end", "start"])
+@pytest.mark.parametrize("kind", ["asked", "completion", "chat", "text"])
+def test_a_survey_counts_the_pieces_and_windows_there_are(
+    tmp_path: Path, kind: str, anchor: Any
+) -> None:
+    """An epoch is then every row once: also of rows in which little is learned, at their end."""
+    rows: list[dict[str, Any]] = []
+    for number, times in enumerate((1, 4, 9, 2)):
+        text = f"{number}. {TEXT * times}"
+        if kind == "asked":
+            rows.append(asked(number, times + 2))
+        elif kind == "completion":
+            rows.append({"prompt": text, "completion": " kitchen"})
+        elif kind == "chat":
+            said = {"role": "user", "content": text}
+            rows.append({"messages": [said, {"role": "assistant", "content": "Yes."}] * 2})
+        else:
+            rows.append({"text": text})
+    made = source(write(tmp_path, *rows))
+    if kind == "chat":
+        made.encoder.tokenizer.chat_template = TEMPLATE
+    survey = made.survey()
+    for stage in (Stage(max_segments=1), Stage(min_segments=3, max_segments=3)):
+        found = sum(len(list(made.document(n, stage))) for n in range(len(rows)))
+        assert survey.pieces(stage) == found
+        windows = Windows(made, 1, SEGMENT, anchor)
+        found = sum(len(list(windows.document(n, stage))) for n in range(len(rows)))
+        assert survey.pieces(stage, 1, anchor) == found
+    if kind == "asked":
+        windows = Windows(made, 2, SEGMENT, anchor)
+        found = sum(len(list(windows.document(n, stage))) for n in range(len(rows)))
+        assert survey.pieces(stage, 2, anchor) == found > len(rows)
+    # One completion has a border inside.
+    assert kind != "completion" or survey.pieces(Stage(max_segments=1)) == len(rows) + 1
+
+
+def test_epochs_are_counted_where_no_steps_are_asked_for(tmp_path: Path) -> None:
+    """As transformers reads max_steps=-1; a step is a window where the arguments make it one."""
+    survey = source(write(tmp_path, *(asked(n, 5) for n in range(4)))).survey()
+    given = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "use_cpu": True}
+    given["gradient_accumulation_steps"] = 1
+
+    def steps(**training: Any) -> int:
+        recipe = Recipe.for_data("base", "somebody/rows", overrides=[])
+        recipe = replace(recipe, training={**given, **training})
+        return make_arguments(
+            recipe, tmp_path, Curriculum([Stage(max_segments=2)]), survey
+        ).max_steps
+
+    assert steps() == steps(max_steps=-1) == steps(max_steps=0) == 6
+    windows = survey.pieces(Stage(max_segments=2), 1)
+    assert windows > 4
+    assert steps(window_step="window", bptt_depth=1) == -(-3 * windows // 2)
+    assert steps(max_steps=5) == 5

@@ -808,3 +808,21 @@ def test_a_window_pays_only_where_it_is_said_to() -> None:
     )
     with pytest.raises(ValueError, match=r"auxiliary_mask has shape \(2, 1\).*2 segments"):
         cut_batch({**batch, "auxiliary_mask": counted[:, :1]}, SEGMENT)
+
+
+@pytest.mark.parametrize("labels", [[-100] * 9, [7]])
+def test_a_step_without_a_target_changes_nothing(
+    model: MemLMForCausalLM, tmp_path: Path, labels: list[int]
+) -> None:
+    """Neither by a division by no targets, where the step is not left out."""
+    rows = [{"input_ids": [7] * len(labels), "labels": labels}] * 4
+    before = weights(model)
+    made = trainer(model, tmp_path, rows, skip_nonfinite=False)
+    made.train()
+    assert made.state.log_history[0]["loss"] == 0.0
+    assert_same(weights(model), before)
+
+
+def test_metrics_of_predictions_are_refused(armt: MemLMForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"compute_metrics .* get no predictions.*track_accuracy"):
+        MemLMTrainer(armt, arguments(tmp_path), compute_metrics=lambda found: {})

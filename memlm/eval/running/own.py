@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from memlm.data import DocumentRow, Row, open_rows
 from memlm.data.encoding import Encoder
 from memlm.eval.running.samples import Sampled, SampleSource
+from memlm.tasks.asking import encode_answer
 from memlm.tasks.babi import Story
 from memlm.tasks.lengths import parse_length
 from memlm.tasks.scoring import exact_match, normalised_match, token_f1
@@ -123,10 +124,10 @@ class OwnQuestions(SampleSource):
                 self._cells.setdefault(_group(read), []).append((number, order))
                 target = question.answer.strip()
                 self._asked[number, order] = (question.question.strip(), target)
-                longest = max(longest, len(tokenizer(target, add_special_tokens=False).input_ids))
+                longest = max(longest, len(encode_answer(tokenizer, target)))
         self._digest = known.hexdigest()
-        # A token more, for the end of the answer.
-        self._task = Task(QUESTIONS, _tells_none, _mark, answer_tokens=longest + 1)
+        # With its end.
+        self._task = Task(QUESTIONS, _tells_none, _mark, answer_tokens=longest)
 
     @property
     def cells(self) -> dict[tuple[str, int], int]:

@@ -64,8 +64,11 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             if isinstance(place, list) and part.isdigit() and int(part) < len(place):
                 place = place[int(part)]
             elif isinstance(place, dict):
-                if not isinstance(place.get(part), (dict, list)):
-                    place[part] = {}
+                given = place.get(part)
+                if not isinstance(given, (dict, list)):
+                    # Of a memory given by its name alone, the name stays.
+                    named = part == "memory" and isinstance(given, str)
+                    place[part] = {"name": given} if named else {}
                 place = place[part]
             else:
                 raise ValueError(f"override {text!r}: {part!r} is in no section; check the key")

@@ -167,7 +167,13 @@ class Recipe:
         cls, base: str, data: str, memory: Any = "armt", overrides: Sequence[str] = ()
     ) -> Recipe:
         """A recipe that gives the model `base` a memory, and trains on the rows of `data`."""
-        recipe = cls.from_dict(override(own_data(base, data, memory), overrides))
+        values = own_data(base, data, memory)
+        if any(
+            text.partition("=")[0].strip() == "training.muon_learning_rate" for text in overrides
+        ):
+            # Both would set the rate of the memory's matrices.
+            del values["training"]["memory_learning_rate"]
+        recipe = cls.from_dict(override(values, overrides))
         recipe.check_files()
         return recipe
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import TrainingArguments
 
+from memlm.scan import Anchor
 from memlm.train.trainer.initial import check_initial_state
 
 
@@ -76,6 +78,12 @@ class MemLMTrainingArguments(TrainingArguments):
             "log their number as 'skipped'; false, or under FSDP: an overflowing memory ends the run"
         },
     )
+
+    @property
+    def steps_by(self) -> tuple[int | None, Anchor]:
+        """Segments that a step takes, None for a whole piece, and from which end they are counted."""
+        window = self.bptt_depth if self.window_step == "window" else None
+        return window, cast(Anchor, self.bptt_anchor)
 
     def __post_init__(self) -> None:
         if self.bptt_depth is not None and self.bptt_depth < 1:

@@ -84,6 +84,11 @@ class MemLMTrainer(TrainedAlone, Trainer):
                 "label_smoothing_factor and compute_loss_func are not for documents in segments, "
                 "whose loss the model sums; leave them out"
             )
+        if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
+            raise ValueError(
+                "compute_metrics and preprocess_logits_for_metrics get no predictions: no logits of a long "
+                "document are kept; use track_accuracy=True, or evaluate the trained model with memlm.eval"
+            )
         stream = self.train_dataset
         if self.args.window_step == "window" and not isinstance(stream, TrainingStream):
             raise ValueError(
@@ -166,16 +171,17 @@ class MemLMTrainer(TrainedAlone, Trainer):
         self, batch_samples: list[Any], device: torch.device
     ) -> Tensor | int | None:
         # Targets of questions count as well; a document counts once, whatever its windows.
+        # None is one, by which a sum of nothing is divided.
         count = sum(count_targets(batch) for batch in batch_samples)
         if len(batch_samples) == 1 and self.args.world_size == 1:
             self._learned_rows = None  # The batch's own number, found when it is run.
-            return torch.tensor(count, device=device)
+            return torch.tensor(max(count, 1), device=device)
         rows = sum(int(self._plan(batch, train=True).learned_rows) for batch in batch_samples)
         counts = torch.tensor([[count, rows]], device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts)
         total, self._learned_rows = counts.sum(dim=0)
-        return total
+        return total.clamp(min=1)
 
     # A batch.
 
@@ -192,7 +198,7 @@ class MemLMTrainer(TrainedAlone, Trainer):
         inputs = self._prepare_inputs(inputs)
         cursor = inputs.pop("cursor", None)
         if num_items_in_batch is None:
-            num_items_in_batch = count_targets(inputs)
+            num_items_in_batch = max(count_targets(inputs), 1)
         self._set_memory_options()
         loss, tally = self._run_batch(model, inputs, num_items_in_batch, train=True)
         self._step_tally.add(tally)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from memlm.eval import Report, evaluate
 from memlm.eval.metrics import normalised_match, token_f1
 from memlm.eval.reporting.report import load_rows
 from memlm.eval.reporting.runs import Run
-from memlm.eval.running.own import are_own_questions
+from memlm.eval.running.own import QUESTIONS, OwnQuestions, are_own_questions
+from memlm.memory import TOVAConfig
+from memlm.tasks.asking import encode_answer
 from memlm.tasks.lengths import parse_length
-from tests.cases import FAMILIES, randomise
+from tests.cases import FAMILIES, SEGMENT, base_model, randomise
 from tests.eval.fake import SolvingModel
 from tests.tokenizers import tokenizer
 
@@ -250,7 +253,14 @@ def test_what_cannot_be_asked_is_refused_by_name(row, arguments, told, words, tm
         ("a dog, a dog", "dog dog", True, 1.0),
         ("mouse", "cat", False, 0.0),
         ("", "cat", False, 0.0),
-        ("the", "a", True, 1.0),
+        # SQuAD would leave nothing of these targets, and call nothing right.
+        ("the", "a", False, 0.0),
+        ("", "A", False, 0.0),
+        ("a.", "A", True, 1.0),
+        ("", "?", False, 0.0),
+        ("?", "?", True, 1.0),
+        ("the", "", True, 1.0),
+        ("cat", "", False, 0.0),
         ("don't", "dont", True, 1.0),
         ("theatre", "atre", False, 0.0),
     ],
@@ -258,3 +268,29 @@ def test_what_cannot_be_asked_is_refused_by_name(row, arguments, told, words, tm
 def test_answers_are_scored_as_squads(output, target, exact, f1) -> None:
     assert normalised_match(output, target) is exact
     assert token_f1(output, target) == pytest.approx(f1)
+
+
+def test_a_run_goes_on_with_the_memory_and_the_asking_it_began_with(data, words, tmp_path) -> None:
+    """Memories without parameters are told apart, and so is where a question stands."""
+    base = base_model("llama", vocab_size=len(words)).float()
+    out = tmp_path / "out"
+
+    def run(memory: object, segment: str = "open") -> None:
+        model = MemLMForCausalLM.from_base(copy.deepcopy(base), memory, SEGMENT)
+        model.config.question_segment = segment
+        evaluate(model, words, data=data, out=out, progress=False, max_new_tokens=2)
+
+    run(TOVAConfig(memory_length=4))
+    run(TOVAConfig(memory_length=4))
+    for memory in (None, TOVAConfig(memory_length=5), "transformer-xl"):
+        with pytest.raises(ValueError, match="model"):
+            run(memory)
+    with pytest.raises(ValueError, match="question_segment=own"):
+        run(TOVAConfig(memory_length=4), "own")
+
+
+def test_an_answer_may_be_as_long_as_the_answer_that_is_right(words, tmp_path) -> None:
+    said = f"one {words.eos_token} two {words.eos_token} three"
+    row = {"document": "Text.", "questions": [asked("Which?", said)]}
+    source = OwnQuestions(write(tmp_path / "a.jsonl", [row]), words)
+    assert source.task(QUESTIONS).answer_tokens == len(encode_answer(words, said))
