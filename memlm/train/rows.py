@@ -54,6 +54,7 @@ class Survey:
         for length, aimed in zip(self.lengths, self.aimed, strict=True):
             if aimed is None:
                 aimed = np.arange(max(1, -(-int(length) // self.segment_length)))
+            numbers: np.ndarray
             if not self.single:
                 numbers = aimed // (size if window is None else min(size, window))
             else:
