@@ -230,7 +230,10 @@ class RollingMemory(Cache):
 
     def _unpadded(self, row: Tensor, fresh: Tensor) -> Tensor:
         """`row` with what was generated behind it, without the padding at its end."""
-        own = (fresh != (-1 if self.pad is None else self.pad)).nonzero()
+        if self.pad is None or self.pad in self.ends:
+            # The first of them is the text's own end.
+            return torch.cat((row, fresh))
+        own = (fresh != self.pad).nonzero()
         return torch.cat((row, fresh[: int(own[-1]) + 1 if len(own) else 0]))
 
     def _to_its_end(self, row: Tensor, prompt: int) -> Tensor:

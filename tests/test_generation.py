@@ -257,14 +257,18 @@ def test_prompts_that_differ_in_padding_keep_their_own_memory_in_beam_search() -
 
 
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3, "num_return_sequences": 2}])
+@pytest.mark.parametrize("pads_with_end", [False, True])
 @torch.no_grad()
-def test_what_is_returned_is_where_the_text_stands(search: dict) -> None:
+def test_what_is_returned_is_where_the_text_stands(search: dict, pads_with_end: bool) -> None:
     model, ids = memory_model("llama", "armt"), tokens(2, SEGMENT + 2)
     given = {**GREEDY, **search, "max_new_tokens": 3 * SEGMENT}
     free = model.generate(ids, **given)
     # One row ends early, and what pads it afterwards is not remembered.
     end = int(free[0, ids.shape[1] + 2])
-    out = model.generate(ids, **{**given, "eos_token_id": end, "return_dict_in_generate": True})
+    given |= {"eos_token_id": end, "return_dict_in_generate": True}
+    if pads_with_end:
+        given["pad_token_id"] = end
+    out = model.generate(ids, **given)
     assert "past_key_values" not in out
     for row, sequence in enumerate(out.sequences):
         new = sequence[ids.shape[1] :].tolist()
@@ -379,3 +383,18 @@ def test_what_has_no_tokens_is_refused() -> None:
             model.generate(ids, **GREEDY)
     with pytest.raises(ValueError, match="use generate"):
         model.generate_batch([[1, 2]])
+
+
+@pytest.mark.parametrize(("pad", "kept"), [(7, [5, 7]), (0, [5, 7]), (None, [5, 7])])
+def test_the_end_of_a_beam_is_no_padding(pad: int | None, kept: list[int]) -> None:
+    """Also where the end token pads: its first is the text's."""
+    from memlm.rolling import RollingMemory
+
+    model = memory_model("llama", "armt")
+    rolling = RollingMemory(model, None, None, [7], pad=pad)
+    rolling.advance(tokens(1, 2), None)
+    filled = 7 if pad is None else pad
+    found = rolling.after(
+        torch.cat([tokens(1, 2)[0], torch.tensor([5, 7, filled, filled])])[None], True
+    )
+    assert found.rows[0].tolist() == [*tokens(1, 2)[0].tolist(), *kept]

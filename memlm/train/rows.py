@@ -126,7 +126,7 @@ class RowSource:
     def _count(self, row: Row) -> tuple[int, np.ndarray | None]:
         """A row's tokens, and the segments in which something is learned; None: all."""
         if isinstance(row, DocumentRow):
-            piece = self._asked(row)
+            piece = self._piece(row)
             return len(piece.ids), np.unique([question.segment for question in piece.questions])
         ids, labels = self.encoder.encode(row)
         if isinstance(row, TextRow):
@@ -148,6 +148,9 @@ class RowSource:
 
     def _asked(self, row: DocumentRow) -> Piece:
         self._check_questions(row)
+        return self._piece(row)
+
+    def _piece(self, row: DocumentRow) -> Piece:
         ids, asked = self.encoder.encode_document(row)
         questions = tuple(
             Question(
