@@ -89,20 +89,21 @@ class StreamPool:
             # In one order, or two pools could wait for each other.
             for stream in sorted(streams, key=id):
                 held.enter_context(stream._writing)
-            count = min(map(self._full, streams)) * self.model.segment_length
+            model = streams[0].model
+            count = min(map(self._full, streams)) * model.segment_length
             if not count:
                 return
             ids = torch.tensor(
-                [stream._open_ids[:count] for stream in streams], device=self.model.backbone.device
+                [stream._open_ids[:count] for stream in streams], device=model.backbone.device
             )
             known = [stream._writes.rows() for stream in streams]
             writes = WriteCount([0 if rows is None else rows[0] for rows in known])
-            state = self.model.read(
-                cut(ids, None, None, self.model.segment_length),
+            state = model.read(
+                cut(ids, None, None, model.segment_length),
                 MemoryState.cat([stream._state for stream in streams]),
                 writes,
             )
-            gates = self.model.memory.largest_gate(state) is not None
+            gates = model.memory.largest_gate(state) is not None
             counted = writes.rows() or []
             for row, stream in enumerate(streams):
                 with stream._lock:

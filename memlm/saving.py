@@ -433,10 +433,13 @@ def load_memory(
     directory = Path(directory)
     described, tensors = _read(directory)
     for key in ("memory", "hidden_size", "num_hidden_layers"):
-        if described.get(key) != description[key]:
+        theirs, ours = described.get(key), description[key]
+        if theirs != ours:
+            if key == "memory":
+                theirs, ours = _differing(theirs, ours)
             raise ValueError(
-                f"directory={str(directory)!r} was saved with {key}={described.get(key)}, but this "
-                f"model has {description[key]}; build the model with the same memory"
+                f"directory={str(directory)!r} was saved with {key}={theirs}, but this model has {ours}; "
+                "build the model with the same memory"
             )
     # Before anything is copied: a memory half of which is another's would go unnoticed.
     known = {n: tuple(t.shape) for n, t in memory.state_dict().items()}
@@ -449,3 +452,22 @@ def load_memory(
             "build the model with the same memory"
         )
     memory.load_state_dict(tensors)
+
+
+def _differing(theirs: Any, ours: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+    """Two lists of memories, cut to the fields that differ where they are the same memories otherwise."""
+    try:
+        if [entry["name"] for entry in theirs] != [entry["name"] for entry in ours]:
+            return theirs, ours
+        absent = object()
+        odd = [
+            [k for k in {**a, **b} if a.get(k, absent) != b.get(k, absent)]
+            for a, b in zip(theirs, ours, strict=True)
+        ]
+    except (TypeError, KeyError, AttributeError):
+        return theirs, ours
+    cut = [
+        [{k: v for k, v in entry.items() if k == "name" or k in fields} for entry, fields in pairs]
+        for pairs in (zip(theirs, odd, strict=True), zip(ours, odd, strict=True))
+    ]
+    return cut[0], cut[1]

@@ -105,7 +105,7 @@ class DocumentStream:
                 f"tokenizer has {len(tokenizer)} tokens, but the model embeds "
                 f"{model.config.vocab_size}; use the model's own tokenizer"
             )
-        self.model = model.eval()
+        self._model = model.eval()
         self.tokenizer = tokenizer
         self.split_special_tokens = split_special_tokens
         self._make_locks()
@@ -127,6 +127,11 @@ class DocumentStream:
         self._pool: Pool | None = None
         # The folder it was saved to or loaded from last, and what its index is called there.
         self._saved = ("", INDEX)
+
+    @property
+    def model(self) -> MemLMForCausalLM:
+        """The model, in evaluation mode: a training since then would have left its dropout on."""
+        return self._model.eval() if self._model.training else self._model
 
     def write(self, text: str | Iterable[str], document: str | None = None) -> None:
         """Read text: a string, or pieces of one (a list, a generator, an open file), lazily.
@@ -451,7 +456,8 @@ class DocumentStream:
 
     def _ends(self) -> list[int]:
         """What ends an answer: the tokenizer's end token, and those the model was made with."""
-        made = self.model.generation_config.eos_token_id
+        config = self.model.generation_config
+        made = None if config is None else config.eos_token_id
         made = made if isinstance(made, list) else [] if made is None else [made]
         return list(dict.fromkeys([self.tokenizer.eos_token_id, *made]))
 

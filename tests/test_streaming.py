@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 import memlm.streaming
-from memlm import DocumentStream, MemLMForCausalLM, MemoryState
+from memlm import DocumentStream, MemLMForCausalLM, MemoryState, StreamPool
 from memlm.memory import available_memories
 from memlm.retrieval import ChunkIndex, HashingEmbedder
 from memlm.retrieval.retriever import RetrievalConfig, Retriever
@@ -565,3 +565,23 @@ def test_half_a_character_is_refused_and_leaves_the_stream_as_it_was() -> None:
     assert stream.ask("Where is Mary?") != "" or before == ""
     with pytest.raises(TypeError, match="text is a NoneType"):
         stream.write(None)
+
+
+def test_a_training_in_between_leaves_no_dropout_in_what_is_read() -> None:
+    model, tok = memory_model("gpt2", "armt", SEGMENT, vocab_size=400), tokenizer("byte-bpe")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    first, second = DocumentStream(model, tok), DocumentStream(model, tok)
+    pool = StreamPool(model, tok)
+    pooled = pool.open()
+    pooled.write(TEXT)
+    first.write(TEXT)
+    model.train()
+    second.write(TEXT)
+    assert same(first, second)
+    model.train()
+    pool.run()
+    assert same(first, pooled)
+    model.train()
+    assert first.score("more of it") == second.score("more of it")

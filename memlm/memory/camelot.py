@@ -48,8 +48,9 @@ READS = ("nearest", "all")
 @dataclass(frozen=True, kw_only=True)
 class CAMELoTConfig(MemoryConfig):
     """num_modes: modes a layer holds. merge_similarity: the cosine above which a token is merged into the
-    nearest mode; above 1 none is, and the modes are the last tokens. read: "nearest", one mode for each
-    token, by the token's key, or "all", every mode, weighed by the token's queries."""
+    nearest mode; above 1 none is, and the modes are the last tokens (at 1 itself rounding decides). read:
+    "nearest", one mode for each token, by the token's key, or "all", every mode, weighed by the token's
+    queries."""
 
     num_modes: int = 512
     merge_similarity: float = 0.9

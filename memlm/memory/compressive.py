@@ -46,7 +46,8 @@ class CompressiveConfig(MemoryConfig):
     base model's positions leave no room. compression_rate: tokens per
     slot; it divides memory_length. compression: "conv" (a strided convolution, starting as the mean),
     "mean", "max", or "most-used" (the tokens that the segments' queries attended to most).
-    reconstruction_weight: price of the convolution's reconstruction loss.
+    reconstruction_weight: price of the convolution's reconstruction loss, which alone trains it; 0 leaves
+    it as it is.
     """
 
     memory_length: int | None = None

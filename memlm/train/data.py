@@ -200,13 +200,28 @@ class Collator:
 
 
 def _piece(sample: Mapping[str, Any]) -> Piece:
+    if sample.get("input_ids") is None:
+        raise ValueError(
+            f"a row holds {', '.join(sample) or 'nothing'}, but no input_ids; tokenize its text first, or "
+            "train with memlm.train and data.source: rows"
+        )
     ids = np.asarray(sample["input_ids"])
+    real = np.ones(len(ids), dtype=bool)
     if sample.get("attention_mask") is not None:
-        real = np.asarray(sample["attention_mask"]).astype(bool)
-    else:
-        real = np.ones(len(ids), dtype=bool)
-    labels = np.asarray(sample["labels"]) if sample.get("labels") is not None else ids
+        real = _beside(ids, sample, "attention_mask").astype(bool)
+    labels = ids if sample.get("labels") is None else _beside(ids, sample, "labels")
     return Piece(ids[real], shifted(labels[real]))
+
+
+def _beside(ids: np.ndarray, sample: Mapping[str, Any], name: str) -> np.ndarray:
+    """A column that has a number for every token."""
+    values = np.asarray(sample[name])
+    if values.shape != ids.shape:
+        raise ValueError(
+            f"a row has {name} of shape {values.shape}, but input_ids of shape {ids.shape}; give one for "
+            "every token"
+        )
+    return values
 
 
 class TrainingStream(IterableDataset):  # type: ignore[type-arg]

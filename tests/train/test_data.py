@@ -84,6 +84,20 @@ def test_an_empty_document_is_refused_in_a_batch() -> None:
         Collator()([text_piece(3), Piece(np.array([], dtype=np.int64))])
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a page"}, "holds text, but no input_ids; tokenize its text first"),
+        ({}, "holds nothing, but no input_ids"),
+        ({"input_ids": [4, 5, 6], "labels": [5, 6]}, r"labels of shape \(2,\), but input_ids of"),
+        ({"input_ids": [4, 5], "attention_mask": [1, 1, 0]}, "attention_mask of shape"),
+    ],
+)
+def test_rows_that_are_not_tokens_are_refused(row, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Collator()([row])
+
+
 # Streams.
 
 
