@@ -5,6 +5,7 @@ Local tables are read once to check every row; rows of the hub are checked as th
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class StreamedRows(Iterable[Row]):
         self.stream = stream
         self.column = column
         self.size: int | None = None
+        self.remedy = "write it again" if check else "check the connection and the data set"
         self.format: Format
         rows = self._rows(stream, None)
         first = next(rows, None)
@@ -49,7 +51,7 @@ class StreamedRows(Iterable[Row]):
             yield row
 
     def _rows(self, stream: Any, expected: Format | None) -> Iterator[tuple[Row, Format]]:
-        for number, values in enumerate(stream):
+        for number, values in enumerate(self._read(stream)):
             where = f"{self.name!r} row {number}"
             if self.column is not None:
                 if self.column not in values:
@@ -59,6 +61,14 @@ class StreamedRows(Iterable[Row]):
                 values = {"text": values[self.column]}
             made, expected = make_row(values, where, expected)
             yield made, expected
+
+    def _read(self, stream: Any) -> Iterator[Any]:
+        try:
+            yield from stream
+        except Exception as error:
+            raise ValueError(
+                f"{self.name!r} cannot be read ({_reason(error)}); {self.remedy}"
+            ) from error
 
 
 def open_tables(paths: Sequence[Path], name: str) -> StreamedRows:
@@ -70,13 +80,29 @@ def open_tables(paths: Sequence[Path], name: str) -> StreamedRows:
         if not path.stat().st_size:
             raise ValueError(f"file {str(path)!r} is empty; give at least one row")
     try:
+        options = _all_text(paths[0]) if builder == "csv" else {}
         stream = datasets.load_dataset(
-            builder, data_files=[str(path) for path in paths], split="train", streaming=True
+            builder,
+            data_files=[str(path) for path in paths],
+            split="train",
+            streaming=True,
+            **options,
         )
-        next(iter(stream), None)
     except Exception as error:  # `datasets` raises a different type for every cause.
         raise ValueError(f"{name!r} cannot be read ({_reason(error)}); write it again") from error
     return StreamedRows(name, stream, check=True)
+
+
+def _all_text(path: Path) -> dict[str, Any]:
+    """How to read a CSV file, whose cells have no types: 12 and NA are what somebody wrote."""
+    import datasets
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    return {
+        "features": datasets.Features({name: datasets.Value("string") for name in names}),
+        "keep_default_na": False,
+    }
 
 
 def open_hub(name: str, config: str | None, column: str | None, split: str) -> StreamedRows:
