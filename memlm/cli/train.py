@@ -35,6 +35,12 @@ def add_to(commands: Commands) -> None:
         help="documents with questions, chats, prompts with completions, or texts: a file or folder of "
         ".jsonl, .parquet or text, or a hub id",
     )
+    train.add_argument(
+        "--eval-data",
+        metavar="DATA",
+        help="held-out data, named as --data: evaluated ten times on the way, unless "
+        "training.eval_strategy and eval_steps say otherwise",
+    )
     train.add_argument("--out", type=Path, help="folder of the run (default: the recipe's own)")
     train.add_argument(
         "--dry-run",
@@ -81,6 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
     accuracy = "" if result.accuracy is None else f", {result.accuracy:.0%} of answers right"
     loss = "" if result.loss is None else f", loss {result.loss:.3f}"
     print(f"{result.steps} steps in {result.seconds:.0f} s{loss}{accuracy}")
+    if result.eval_loss is not None:
+        right = result.eval_accuracy
+        answers = "" if right is None else f", {right:.0%} of answers right"
+        print(f"held-out loss {result.eval_loss:.3f}{answers}")
     print_written(result.files)
 
 
@@ -94,6 +104,9 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
     if not named and (arguments.base is None or arguments.data is None):
         missing = "a RECIPE, or --base and --data" if arguments.base is None else "--data"
         raise ValueError(f"nothing says what to train; give {missing}")
+    if arguments.eval_data is not None:
+        path = f"data.eval_path={json.dumps(arguments.eval_data)}"
+        overrides = [path, "training.eval_strategy=steps", "training.eval_steps=0.1", *overrides]
     if not named:
         memory = arguments.memory or "armt"
         return Recipe.for_data(arguments.base, arguments.data, memory, overrides)

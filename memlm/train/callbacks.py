@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,13 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
 
+def held_out(logs: Mapping[str, float]) -> str:
+    """What an evaluation on the way found."""
+    right = logs.get("eval_accuracy")
+    answers = "" if right is None else f", {right:.0%} of answers right"
+    return f"held-out loss {logs['eval_loss']:.3f}{answers}"
+
+
 class ProgressLine(TrainerCallback):
     """One line: steps with an estimate, the stage, loss and the share of answers right."""
 
@@ -74,7 +81,11 @@ class ProgressLine(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if self.bar is None or not logs or "loss" not in logs:
+        if self.bar is None or not logs:
+            return
+        if "eval_loss" in logs:
+            self.bar.write(f"step {state.global_step}: {held_out(logs)}", file=self.bar.fp)
+        if "loss" not in logs:
             return
         shown = {"loss": f"{logs['loss']:.3f}"}
         if "stage" in logs:

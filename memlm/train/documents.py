@@ -16,6 +16,7 @@ import numpy as np
 from memlm.segment import IGNORE
 from memlm.tasks.haystack.sources import (
     CARRIED,
+    Split,
     open_dataset,
     parse_hub,
     read_documents,
@@ -26,6 +27,7 @@ from memlm.tokens import encode_texts
 from memlm.train.curriculum import Stage
 from memlm.train.data import Piece, shifted
 
+Texts = Sequence[tuple[str, str]] | Iterable[tuple[str, str]]
 _NO_TEXT = "texts holds no document with text in it; give at least one"
 
 
@@ -40,7 +42,7 @@ class DocumentSource:
 
     def __init__(
         self,
-        texts: Sequence[tuple[str, str]] | Iterable[tuple[str, str]],
+        texts: Texts,
         tokenizer: Any,
         segment_length: int,
         seed: int = 0,
@@ -73,12 +75,25 @@ class DocumentSource:
 
     def document(self, ordinal: int, stage: Stage) -> Iterator[Piece]:
         """Document `ordinal`, cut into as many segments per piece as `stage` draws."""
-        ids = self._encode(ordinal)
+        ids = self._encode(*self._text(ordinal))
         rng = np.random.default_rng([self.seed, ordinal])
         yield from cut_pieces(ids, shifted(ids), self.segment_length, stage, rng)
 
-    def _encode(self, ordinal: int) -> np.ndarray:
-        name, text = self._text(ordinal)
+    def whole(self, limit: int) -> list[Piece]:
+        """The first `limit` documents in their order, each in one piece, to evaluate on."""
+        pieces: list[Piece] = []
+        for name, text in self.texts:
+            if self.skip_empty and not text.strip():
+                continue
+            ids = self._encode(name, text)
+            pieces.append(Piece(ids, shifted(ids)))
+            if len(pieces) == limit:
+                break
+        if not pieces:
+            raise ValueError(_NO_TEXT)
+        return pieces
+
+    def _encode(self, name: str, text: str) -> np.ndarray:
         if not text.strip():
             raise ValueError(
                 f"document {name!r} is empty; remove it, or set skip_empty to skip such documents"
@@ -199,18 +214,25 @@ class DatasetTexts:
             yield f"row {number}", str(row[column] or "")
 
 
-def open_texts(
-    path: str, skip_empty: bool = False
-) -> Sequence[tuple[str, str]] | Iterable[tuple[str, str]]:
-    """A text file, a folder of them, what the haystack "builtin" or "installed" has for training, or
+def open_texts(path: str, skip_empty: bool = False, split: Split = "train") -> Texts:
+    """A text file, a folder of them, what the haystack "builtin" or "installed" has for `split`, or
     "hub:ID[@CONFIG][:COLUMN]" streamed through `datasets`.
 
-    skip_empty: of a folder's files, leave out those without text.
+    skip_empty: of a folder's files, leave out those without text. ValueError for a data set of the hub
+    that has no split for evaluation.
     """
     if path in CARRIED:
-        return [(text.name, " ".join(text.sentences)) for text in read_documents(path, "train")]
+        return [(text.name, " ".join(text.sentences)) for text in read_documents(path, split)]
     if not path.startswith("hub:"):
         return TextFiles(path, skip_empty)
     name, config, column = parse_hub(path)
     splits = open_dataset(path, name, config)
+    if split == "eval":
+        held_out = [part for part in ("validation", "test") if part in splits]
+        if not held_out:
+            raise ValueError(
+                f"{path!r} has no split 'validation' or 'test' but {', '.join(splits)}; name other data "
+                "to evaluate on"
+            )
+        return DatasetTexts(splits[held_out[0]], column)
     return DatasetTexts(splits["train" if "train" in splits else next(iter(splits))], column)

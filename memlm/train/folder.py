@@ -20,7 +20,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. loss, accuracy: of the last log line; finished: False when interrupted."""
+    """How a run ended. finished: False when interrupted.
+
+    loss, accuracy: of the last log line; eval_loss, eval_accuracy: of the last evaluation on held-out data.
+    """
 
     output_dir: str
     finished: bool
@@ -31,6 +34,8 @@ class TrainResult:
     seconds: float
     cpu_seconds: float
     files: tuple[str, ...] = ()
+    eval_loss: float | None = None
+    eval_accuracy: float | None = None
 
 
 def prepare_folder(

@@ -21,11 +21,12 @@ from memlm.modeling import MemLMForCausalLM
 from memlm.pretrained import load_named
 from memlm.tasks.haystack import Haystack
 from memlm.tasks.haystack.cache import tokenized_haystack
+from memlm.tasks.haystack.sources import CARRIED
 from memlm.train.babilong import BabilongSource
 from memlm.train.bases import check_base, loading, start_memory
 from memlm.train.curriculum import Curriculum
 from memlm.train.data import Piece, Source
-from memlm.train.documents import DocumentSource, open_texts
+from memlm.train.documents import DocumentSource, Texts, open_texts
 from memlm.train.recipe import ModelSection, Recipe
 from memlm.train.recipe.binding import did_you_mean, plain
 from memlm.train.rows import RowSource, Survey
@@ -208,15 +209,22 @@ def make_source(
     """The recipe's documents, except those of source 'rows' (`make_rows`)."""
     seed = recipe.seed if seed is None else seed
     if recipe.data.source == "documents":
-        return DocumentSource(
-            open_texts(recipe.data.path or "", recipe.data.skip_empty),
-            tokenizer,
-            segment_length,
-            seed=seed,
-            skip_empty=recipe.data.skip_empty,
-            split_special_tokens=recipe.data.split_special_tokens,
-        )
+        texts = open_texts(recipe.data.path or "", recipe.data.skip_empty)
+        return _of_documents(recipe, texts, tokenizer, segment_length, seed)
     return BabilongSource(haystack, segment_length, recipe.options(), seed=seed)
+
+
+def _of_documents(
+    recipe: Recipe, texts: Texts, tokenizer: Any, segment_length: int, seed: int
+) -> DocumentSource:
+    return DocumentSource(
+        texts,
+        tokenizer,
+        segment_length,
+        seed=seed,
+        skip_empty=recipe.data.skip_empty,
+        split_special_tokens=recipe.data.split_special_tokens,
+    )
 
 
 def make_rows(recipe: Recipe, rows: Rows, tokenizer: Any, model: MemLMForCausalLM) -> RowSource:
@@ -229,20 +237,42 @@ def make_rows(recipe: Recipe, rows: Rows, tokenizer: Any, model: MemLMForCausalL
 
 
 def make_eval_set(
-    recipe: Recipe, tokenizer: Any, segment_length: int, arguments: MemLMTrainingArguments
+    recipe: Recipe, source: Source, tokenizer: Any, model: MemLMForCausalLM
 ) -> list[Piece] | None:
-    """Documents of the last stage from held-out text, when the arguments ask for evaluations."""
-    if str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)) == "no":
+    """Held-out documents, when the recipe asks for evaluations: `eval.samples` of them at most.
+
+    Of BABILong, documents as the last stage has them; of other data, whole ones. source: what is trained.
+    """
+    if not recipe.evaluates:
         return None
-    if recipe.data.source != "babilong":
+    data, limit = recipe.data, recipe.eval.samples
+    if data.source == "babilong":
+        haystack = tokenized_haystack(data.haystack, "eval", tokenizer)
+        seed = recipe.seed + 1
+        held_out = make_source(recipe, tokenizer, model.segment_length, haystack, seed=seed)
+        stage = recipe.curriculum.stages[-1]
+        return [next(iter(held_out.document(n, stage))) for n in range(limit)]
+    if data.source == "documents":
+        path = data.eval_path or (data.path if data.path in CARRIED else None)
+    else:
+        path = data.eval_path or (data.path if data.eval_split else None)
+    if path is None:
         raise ValueError(
-            "training.eval_strategy evaluates on held-out BABILong, which data.source="
-            f"{recipe.data.source!r} has none of; leave it out"
+            "training.eval_strategy needs held-out data, and none are named; set data.eval_path, or leave "
+            "eval_strategy out"
         )
-    haystack = tokenized_haystack(recipe.data.haystack, "eval", tokenizer)
-    source = make_source(recipe, tokenizer, segment_length, haystack, seed=recipe.seed + 1)
-    stage = recipe.curriculum.stages[-1]
-    return [next(iter(source.document(n, stage))) for n in range(recipe.eval.samples)]
+    if data.source == "documents":
+        texts = open_texts(path, data.skip_empty, "eval")
+        return _of_documents(recipe, texts, tokenizer, model.segment_length, 0).whole(limit)
+    assert isinstance(source, RowSource)
+    rows = open_rows(path, data.eval_split or data.split)
+    own = RowSource(rows, source.encoder, model.segment_length)
+    if own.asks != source.asks:
+        raise ValueError(
+            f"data.eval_path={path!r} holds rows of {rows.format.name}, but data.path rows of "
+            f"{source.rows.format.name}; evaluate on what is trained"
+        )
+    return own.whole(limit)
 
 
 def make_arguments(
@@ -253,7 +283,8 @@ def make_arguments(
     ValueError when nothing says when to stop.
     """
     asked = recipe.data.source == "babilong" or (survey is not None and survey.questions > 0)
-    values = {**DEFAULTS, "track_accuracy": asked, **recipe.training}
+    pinned = {"dataloader_pin_memory": torch.cuda.is_available()}
+    values = {**DEFAULTS, **pinned, "track_accuracy": asked, **recipe.training}
     # As transformers reads it: none says how many, so that epochs do.
     if int(values.get("max_steps", -1)) <= 0:
         values.pop("max_steps", None)

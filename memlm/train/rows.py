@@ -95,6 +95,16 @@ class RowSource:
         rng = np.random.default_rng([self.seed, ordinal])
         yield from cut_pieces(ids, shifted(labels), self.segment_length, stage, rng)
 
+    def whole(self, limit: int) -> list[Piece]:
+        """The first `limit` rows in their order, each in one piece, to evaluate on."""
+        return [self._whole(row) for row in islice(self.rows, limit)]
+
+    def _whole(self, row: Row) -> Piece:
+        if isinstance(row, DocumentRow):
+            return self._asked(row)
+        ids, labels = self.encoder.encode(row)
+        return Piece(ids, shifted(labels))
+
     def survey(self) -> Survey:
         """Go through the rows once, and refuse those that cannot be learned from.
 

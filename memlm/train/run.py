@@ -105,7 +105,8 @@ def train(
     if finished:
         with quiet():
             written = save_finished(run)
-    last = last_logged(trainer.state.log_history)
+    last = last_logged(trainer.state.log_history, "loss")
+    evaluated = last_logged(trainer.state.log_history, "eval_loss")
     result = TrainResult(
         output_dir=str(out),
         finished=finished,
@@ -113,6 +114,8 @@ def train(
         stage=run.curriculum.index_at(max(trainer.state.global_step - 1, 0)),
         loss=last.get("loss"),
         accuracy=last.get("accuracy"),
+        eval_loss=evaluated.get("eval_loss"),
+        eval_accuracy=evaluated.get("eval_accuracy"),
         seconds=time.perf_counter() - began,
         cpu_seconds=time.process_time() - cpu,
         files=tuple(
@@ -193,7 +196,7 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
         model=model,
         args=arguments,
         train_dataset=TrainingStream(source, curriculum, tokenizer.pad_token_id),
-        eval_dataset=make_eval_set(recipe, tokenizer, model.segment_length, arguments),
+        eval_dataset=make_eval_set(recipe, source, tokenizer, model),
         processing_class=tokenizer,
         callbacks=[LogFile(out / LOG_FILE), interrupt],
     )
@@ -247,6 +250,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def last_logged(history: list[dict[str, float]]) -> dict[str, float]:
-    """The newest log line that has a loss."""
-    return next((line for line in reversed(history) if "loss" in line), {})
+def last_logged(history: list[dict[str, float]], key: str) -> dict[str, float]:
+    """The newest log line that has `key`."""
+    return next((line for line in reversed(history) if key in line), {})

@@ -574,8 +574,21 @@ def test_a_haystack_s_held_out_part_is_no_training_text() -> None:
     everything = {text.name for text in read_documents("builtin", "all")}
     assert texts.keys() | held_out.keys() == everything and len(texts) > 5 * len(held_out) > 0
     assert not texts.keys() & held_out.keys()
+    assert dict(open_texts("builtin", split="eval")) == held_out
     # Sentences run on as text.
     assert all(text.strip() and "  " not in text[:200] for text in texts.values())
+
+
+def test_a_hub_data_set_is_evaluated_on_a_split_that_is_not_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    splits = {part: [{"text": f"{part} text"}] for part in ("train", "test")}
+    monkeypatch.setattr("memlm.train.documents.open_dataset", lambda *_: splits)
+    assert [text for _, text in open_texts("hub:me/my")] == ["train text"]
+    assert [text for _, text in open_texts("hub:me/my", split="eval")] == ["test text"]
+    del splits["test"]
+    with pytest.raises(ValueError, match="no split 'validation' or 'test' but train; name other"):
+        open_texts("hub:me/my", split="eval")
 
 
 def test_control_tokens_in_training_texts_are_text_unless_asked_otherwise() -> None:

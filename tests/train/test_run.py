@@ -319,6 +319,91 @@ def test_evaluations_score_held_out_text(tmp_path: Path) -> None:
     assert stages[6] == int(any(line["eval_accuracy"] > 0 for line in scored[:1]))
 
 
+OWN = {
+    "text": [{"text": PAGE[n * 90 : n * 90 + 160]} for n in range(6)],
+    "asked": [
+        {
+            "document": PAGE[n * 90 : n * 90 + 160],
+            "questions": [{"question": "Who?", "answer": f"{n}"}],
+        }
+        for n in range(6)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["documents", "text", "asked"])
+def test_own_data_are_evaluated_on_what_is_held_out(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On whole documents, however long, as the finished model reads them."""
+    trained, held_out = tmp_path / "train", tmp_path / "held-out"
+    for folder, part in ((trained, slice(0, 3)), (held_out, slice(3, 6))):
+        folder.mkdir()
+        if kind == "documents":
+            for n, row in enumerate(OWN["text"][part]):
+                (folder / f"{n}.txt").write_text(row["text"])
+        else:
+            (folder / "rows.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in OWN[kind][part])
+            )
+    source = "documents" if kind == "documents" else "rows"
+    made = recipe(
+        tmp_path,
+        f"data={{source: {source}, path: '{trained}', eval_path: '{held_out}'}}",
+        "curriculum.stages=[{max_segments: 1, steps: 4}]",
+        "training.eval_strategy=steps",
+        "training.eval_steps=0.5",
+        # A batch's mean is a mean over its targets.
+        "training.per_device_eval_batch_size=1",
+        *(["data.question_template=' {question}'"] if kind == "asked" else []),
+    )
+    result = train(made, tmp_path / "out")
+    scored = [line for line in lines(tmp_path / "out") if "eval_loss" in line]
+    assert [line["step"] for line in scored] == [2, 4]
+    assert result.eval_loss == scored[-1]["eval_loss"]
+    assert f"step 4: held-out loss {result.eval_loss:.3f}" in capsys.readouterr().err
+    model = MemLMForCausalLM.from_pretrained(tmp_path / "out")
+    tok = AutoTokenizer.from_pretrained(tmp_path / "out")
+    losses = []
+    for row in OWN["text"][3:]:
+        if kind == "asked":
+            continue
+        ids = torch.tensor([[*tok(row["text"]).input_ids, tok.eos_token_id]])
+        assert ids.shape[1] > 2 * model.segment_length
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=ids).loss))
+    if kind == "asked":
+        assert scored[-1]["eval_accuracy"] == result.eval_accuracy is not None
+    else:
+        assert result.eval_loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_an_evaluation_without_held_out_data_is_refused(tmp_path: Path) -> None:
+    rows = {kind: tmp_path / f"{kind}.jsonl" for kind in OWN}
+    for kind, path in rows.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in OWN[kind]))
+    evaluated = ("curriculum.stages=[{max_segments: 1, steps: 4}]", "training.eval_strategy=epoch")
+    for data, words, more in (
+        (f"path: '{rows['text']}'", "none are named; set data.eval_path", evaluated),
+        (
+            f"path: '{rows['text']}', eval_path: '{rows['asked']}'",
+            "holds rows of document, but data.path rows of text",
+            evaluated,
+        ),
+        (
+            f"path: '{rows['text']}', eval_path: '{rows['text']}'",
+            "data.eval_path: is for training.eval_strategy, which is not set",
+            evaluated[:1],
+        ),
+    ):
+        made = recipe(tmp_path, f"data={{source: rows, {data}}}", *more)
+        with pytest.raises(ValueError, match=words):
+            train(made, tmp_path / "out", progress=False)
+    made = recipe(tmp_path, f"data={{source: rows, path: '{rows['text']}', eval_path: ./no.jsonl}}")
+    with pytest.raises(FileNotFoundError, match=r"data\.eval_path='./no\.jsonl' does not exist"):
+        made.check_files()
+
+
 def test_a_model_that_learns_to_read_passages_remembers_how_it_was_asked() -> None:
     recipe = Recipe.load("tiny-none-recall", ["data.recall_template=' See: {text}'"])
     config = make_model(recipe, tokenizer("byte-bpe")).config

@@ -34,6 +34,8 @@ READ_FROM = {
     "path": ("documents", "rows"),
     "skip_empty": ("documents",),
     "split": ("rows",),
+    "eval_path": ("documents", "rows"),
+    "eval_split": ("rows",),
 }
 # Keys that may differ when a run is continued: they change what is reported, not what is learned.
 MAY_DIFFER = (
@@ -117,6 +119,12 @@ class Recipe:
             for name, sources in READ_FROM.items()
             if name in changed and data.source not in sources
         ]
+        if not self.evaluates:
+            found += [
+                f"data.{name}: is for training.eval_strategy, which is not set"
+                for name in ("eval_path", "eval_split")
+                if name in changed
+            ]
         if data.source != "babilong":
             of_stages = [
                 f"curriculum.stages.{i}.data" for i, stage in enumerate(stages) if stage.data
@@ -139,6 +147,12 @@ class Recipe:
                 if not options.reads(name)
             ]
         return found
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the training section asks for evaluations on the way."""
+        # YAML reads a bare `no` as false.
+        return self.training.get("eval_strategy", "no") not in ("no", False, None)
 
     def asking(self) -> tuple[Literal["own", "open"], str]:
         """How the finished model is asked: the question's segment, and the template of passages.
@@ -221,20 +235,24 @@ class Recipe:
             raise FileNotFoundError(
                 f"tokenizer.chat_template={template!r} does not exist; name a file with a template"
             )
+        paths = {"path": self.data.path or ""}
+        if self.data.eval_path is not None:
+            paths["eval_path"] = self.data.eval_path
         if self.data.source == "rows":
-            path = self.data.path or ""
-            if looks_like_file(path) and not Path(path).expanduser().exists():
-                raise FileNotFoundError(
-                    f"data.path={path!r} does not exist; name a file, a folder or a data set of the hub"
-                )
+            for key, path in paths.items():
+                if looks_like_file(path) and not Path(path).expanduser().exists():
+                    raise FileNotFoundError(
+                        f"data.{key}={path!r} does not exist; name a file, a folder or a data set of the "
+                        "hub"
+                    )
         elif self.data.source == "documents":
-            path = self.data.path or ""
-            named = path in CARRIED or path.startswith("hub:")
-            if not named and not Path(path).exists():
-                raise FileNotFoundError(
-                    f"data.path={path!r} does not exist; name 'builtin', 'installed', a text file, a "
-                    "folder or 'hub:ID'"
-                )
+            for key, path in paths.items():
+                named = path in CARRIED or path.startswith("hub:")
+                if not named and not Path(path).exists():
+                    raise FileNotFoundError(
+                        f"data.{key}={path!r} does not exist; name 'builtin', 'installed', a text file, a "
+                        "folder or 'hub:ID'"
+                    )
         else:
             try:
                 check_source(self.data.haystack)

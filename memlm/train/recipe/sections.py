@@ -108,6 +108,14 @@ class DataSection(BabilongOptions):
         None,
     )
     split: str = described("rows: split of a hub data set", "train")
+    eval_path: str | None = described(
+        "documents, rows: held-out data that training.eval_strategy evaluates on, named as path is; "
+        "'builtin' and its like are what they hold out. null: path, where eval_split says which part",
+        None,
+    )
+    eval_split: str | None = described(
+        "rows: split of a hub data set to evaluate on; null: split's, of eval_path", None
+    )
     skip_empty: bool = described(
         "documents: pass over empty rows and files instead of refusing them", False
     )
@@ -142,6 +150,8 @@ class EvalSection:
 
     tasks: Names = described("bAbI tasks", ("qa1",))
     lengths: Names = described("tokens of text, as '4k' or '1M'", ("0k", "4k", "16k"))
-    samples: Count = described("samples per task and length", 100)
+    samples: Count = described(
+        "samples per task and length; during training, at most so many documents or rows", 100
+    )
     haystack: str = described("as in data", "builtin")
     batch_size: Count = described("samples read side by side", 8)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from memlm.modeling import MemLMForCausalLM
@@ -230,18 +230,16 @@ class MemLMTrainer(TrainedAlone, Trainer):
         self._eval_tally.add(tally)
         return loss, None, None
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer does; with `track_accuracy`, also the share of answers right."""
         self._eval_tally = Tally()
-        metrics = super().evaluate(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         right, asked = self._answers_everywhere(self._eval_tally)
-        if asked and self.args.track_accuracy:
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            metrics[f"{prefix}_accuracy"] = right / asked
-            self.log({f"{prefix}_accuracy": right / asked})
+        if asked and self.args.track_accuracy and output.metrics is not None:
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_accuracy"] = right / asked
             if self._stream is not None and self.is_in_train:
                 self._stream.curriculum.record_score(self._stream.step, right / asked)
-        return metrics
+        return output
 
     def _plan(self, batch: dict[str, Any], *, train: bool) -> BatchPlan:
         """The batch's segments and windows, as the arguments have them."""
