@@ -16,7 +16,16 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import QKV, Continues, Dims, InnerHeads, Memory, MemoryConfig, Site
+from memlm.memory.base import (
+    QKV,
+    Continues,
+    Dims,
+    InnerHeads,
+    Memory,
+    MemoryConfig,
+    Site,
+    live_option,
+)
 from memlm.memory.parts.cache import held, length_kept, push
 
 
@@ -25,9 +34,12 @@ class TransformerXLConfig(MemoryConfig):
     """memory_length: tokens before the segment that attention sees.
 
     None picks a segment, or what the base model's positions leave beside one where that is less.
+    read_dropout: in training, the share of rows whose attention does not see them, layer by layer (ours, so
+    that another memory beside this one learns what attention would have answered); 1 is all rows.
     """
 
     memory_length: int | None = None
+    read_dropout: float = live_option(0.0)
 
     @classmethod
     def paper(cls) -> Self:
@@ -52,6 +64,7 @@ class TransformerXL(Memory):
     neutral: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False
     continues: ClassVar[Continues] = Continues("front")
+    config: TransformerXLConfig
 
     def __init__(self, config: TransformerXLConfig, dims: Dims) -> None:
         super().__init__(config, dims)
@@ -65,6 +78,8 @@ class TransformerXL(Memory):
 
     @classmethod
     def resolve(cls, config: TransformerXLConfig, dims: Dims) -> TransformerXLConfig:
+        if not 0 <= config.read_dropout <= 1:
+            raise ValueError(f"read_dropout={config.read_dropout} must be from 0 to 1")
         return replace(config, memory_length=length_kept(config.memory_length, dims))
 
     @classmethod
@@ -98,6 +113,8 @@ class TransformerXL(Memory):
         k = torch.cat([past.to(x.k.dtype), x.k], dim=2)
         v = torch.cat([state.values.to(x.v.dtype), x.v], dim=2)
         real = held(state.length, self.memory_length)
+        if self.training and self.config.read_dropout:
+            real = real & (torch.rand(len(real), 1, device=real.device) >= self.config.read_dropout)
         present = real.new_ones(x.k.shape[0], x.k.shape[2]) if mask is None else mask
         y = inner(QKV(x.q, k, v), mask=torch.cat([real, present], dim=1))
         if not write:

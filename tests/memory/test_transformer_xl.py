@@ -109,3 +109,57 @@ def test_no_memory_length_is_refused() -> None:
         MemLMForCausalLM.from_base(
             base_model("llama"), memory=TransformerXLConfig(memory_length=0), segment_length=SEGMENT
         )
+
+
+def dropping(share: float, schedule: str = "sequential") -> MemLMForCausalLM:
+    """In training, without the base's own dropout."""
+    return MemLMForCausalLM.from_base(
+        base_model("llama"),
+        memory=TransformerXLConfig(memory_length=SEGMENT, read_dropout=share),
+        segment_length=SEGMENT,
+        schedule=schedule,
+    ).train()
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+@torch.no_grad()
+def test_rows_go_without_the_tokens_before_the_segment_in_training(schedule: str) -> None:
+    ids = tokens(32, 2 * SEGMENT)
+    alone = dropping(0.0, schedule)(ids[:, SEGMENT:]).logits
+    whole = dropping(0.0, schedule)(ids).logits[:, SEGMENT:]
+
+    def shares(model: MemLMForCausalLM) -> tuple[float, float]:
+        logits = model(ids).logits[:, SEGMENT:]
+        same = [(logits - one).abs().amax(dim=(1, 2)) < 1e-5 for one in (alone, whole)]
+        return float(same[0].double().mean()), float(same[1].double().mean())
+
+    assert shares(dropping(1.0, schedule)) == (1.0, 0.0)
+    assert shares(dropping(1.0, schedule).eval()) == (0.0, 1.0)
+    # Each layer draws by itself: a quarter of the rows sees nothing, a quarter everything.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nothing, everything = shares(dropping(0.5, schedule))
+    assert 0.05 < nothing < 0.5 and 0.05 < everything < 0.5
+    model = dropping(1.0, schedule)
+    model.set_memory_options(read_dropout=0.0)
+    assert shares(model) == (0.0, 1.0)
+
+
+def test_recomputing_drops_the_same_rows_again() -> None:
+    found = []
+    for again in (False, True):
+        model = dropping(0.5)
+        if again:
+            model.gradient_checkpointing_enable()
+        ids = tokens(4, 3 * SEGMENT)
+        torch.manual_seed(0)
+        model(ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, recomputed, **EXACT)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_of_rows_is_refused_that_is_none(share: float) -> None:
+    with pytest.raises(ValueError, match=r"read_dropout=.* must be from 0 to 1"):
+        dropping(share)
