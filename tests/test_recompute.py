@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from tests.cases import SEGMENT, memory_model, tokens
+from memlm import MemLMForCausalLM
+from memlm.memory import GatedDeltaConfig, MemoryConfig, TransformerXLConfig
+from tests.cases import SEGMENT, base_model, memory_model, randomise, tokens
 
 
 class Live(TorchDispatchMode):
@@ -96,3 +98,29 @@ def test_a_share_of_the_layers_is_refused() -> None:
     assert model.gradient_checkpointing
     model.activation_checkpointing_disable()
     assert not model.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("memory", "schedule"),
+    [
+        (GatedDeltaConfig(read_dropout=0.5, output_std=0.5), "sequential"),
+        (GatedDeltaConfig(read_dropout=0.5, output_std=0.5), "wavefront"),
+        (TransformerXLConfig(memory_length=SEGMENT, read_dropout=0.5), "sequential"),
+        (TransformerXLConfig(memory_length=SEGMENT, read_dropout=0.5), "wavefront"),
+    ],
+)
+def test_recomputing_drops_the_same_rows_again(memory: MemoryConfig, schedule: str) -> None:
+    found = []
+    for again in (False, True):
+        model = MemLMForCausalLM.from_base(
+            base_model("llama"), memory=memory, segment_length=SEGMENT, schedule=schedule
+        ).train()
+        randomise(model.memory)
+        if again:
+            model.gradient_checkpointing_enable()
+        ids = tokens(4, 3 * SEGMENT)
+        torch.manual_seed(0)
+        model(ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0.0, atol=1e-9)

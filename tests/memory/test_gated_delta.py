@@ -321,22 +321,6 @@ def test_every_layer_is_dropped_by_itself(schedule: str) -> None:
     assert 0.25 < same[told].double().mean() < 0.75
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
-def test_recomputing_drops_the_same_rows_again(schedule: str) -> None:
-    found = []
-    for again in (False, True):
-        model = dropping(schedule)
-        randomise(model.memory)
-        if again:
-            model.gradient_checkpointing_enable()
-        ids = tokens(4, 3 * SEGMENT)
-        torch.manual_seed(0)
-        model(ids, labels=ids).loss.backward()
-        found.append([p.grad for p in model.parameters() if p.grad is not None])
-    for plain, recomputed in zip(*found, strict=True):
-        torch.testing.assert_close(plain, recomputed, **EXACT)
-
-
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_of_rows_is_refused_that_is_none(share: float) -> None:
     with pytest.raises(ValueError, match=r"read_dropout=.* must be from 0 to below 1"):

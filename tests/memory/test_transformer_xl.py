@@ -145,20 +145,6 @@ def test_rows_go_without_the_tokens_before_the_segment_in_training(schedule: str
     assert shares(model) == (0.0, 1.0)
 
 
-def test_recomputing_drops_the_same_rows_again() -> None:
-    found = []
-    for again in (False, True):
-        model = dropping(0.5)
-        if again:
-            model.gradient_checkpointing_enable()
-        ids = tokens(4, 3 * SEGMENT)
-        torch.manual_seed(0)
-        model(ids, labels=ids).loss.backward()
-        found.append([p.grad for p in model.parameters() if p.grad is not None])
-    for plain, recomputed in zip(*found, strict=True):
-        torch.testing.assert_close(plain, recomputed, **EXACT)
-
-
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_of_rows_is_refused_that_is_none(share: float) -> None:
     with pytest.raises(ValueError, match=r"read_dropout=.* must be from 0 to 1"):
