@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, and say how it went. KeyboardInterrupt when it was stopped early."""
     recipe = make_recipe(arguments)
     from memlm.train import plan, train
+    from memlm.train.callbacks import held_out
 
     if arguments.dry_run:
         # Nothing is written, so a folder need not be named.
@@ -88,9 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     loss = "" if result.loss is None else f", loss {result.loss:.3f}"
     print(f"{result.steps} steps in {result.seconds:.0f} s{loss}{accuracy}")
     if result.eval_loss is not None:
-        right = result.eval_accuracy
-        answers = "" if right is None else f", {right:.0%} of answers right"
-        print(f"held-out loss {result.eval_loss:.3f}{answers}")
+        print(held_out(result.eval_loss, result.eval_accuracy))
     print_written(result.files)
 
 

@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,10 @@ class LogFile(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
 
-def held_out(logs: Mapping[str, float]) -> str:
-    """What an evaluation on the way found."""
-    right = logs.get("eval_accuracy")
+def held_out(loss: float, right: float | None) -> str:
+    """What an evaluation on the way found: the loss, and the share of answers right if any were asked."""
     answers = "" if right is None else f", {right:.0%} of answers right"
-    return f"held-out loss {logs['eval_loss']:.3f}{answers}"
+    return f"held-out loss {loss:.3f}{answers}"
 
 
 class ProgressLine(TrainerCallback):
@@ -84,7 +83,8 @@ class ProgressLine(TrainerCallback):
         if self.bar is None or not logs:
             return
         if "eval_loss" in logs:
-            self.bar.write(f"step {state.global_step}: {held_out(logs)}", file=self.bar.fp)
+            found = held_out(logs["eval_loss"], logs.get("eval_accuracy"))
+            self.bar.write(f"step {state.global_step}: {found}", file=self.bar.fp)
         if "loss" not in logs:
             return
         shown = {"loss": f"{logs['loss']:.3f}"}

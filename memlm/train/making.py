@@ -265,7 +265,7 @@ def make_eval_set(
         texts = open_texts(path, data.skip_empty, "eval")
         return _of_documents(recipe, texts, tokenizer, model.segment_length, 0).whole(limit)
     assert isinstance(source, RowSource)
-    rows = open_rows(path, data.eval_split or data.split)
+    rows = open_rows(path, data.eval_split or "train")
     own = RowSource(rows, source.encoder, model.segment_length)
     if own.asks != source.asks:
         raise ValueError(

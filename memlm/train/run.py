@@ -200,17 +200,27 @@ def prepare(recipe: Recipe, out: Path, checkpoint: str | None) -> Run:
         processing_class=tokenizer,
         callbacks=[LogFile(out / LOG_FILE), interrupt],
     )
-    sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
-    for name in ("lora", "quantization") if sharded else ():
+    if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        check_sharded(recipe)
+    # Their progress lines and ours would overwrite each other.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return Run(recipe, out, trainer, tokenizer, source, curriculum, survey, interrupt, lora)
+
+
+def check_sharded(recipe: Recipe) -> None:
+    """Refuse what cannot be done with weights that are spread over processes. ValueError."""
+    for name in ("lora", "quantization"):
         if getattr(recipe.model, name) is not None:
             raise ValueError(
                 f"model.{name} is set, and FSDP spreads the weights over the processes, from which an "
                 "adapter alone cannot be saved; train it with DDP, or the whole model"
             )
-    # Their progress lines and ours would overwrite each other.
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return Run(recipe, out, trainer, tokenizer, source, curriculum, survey, interrupt, lora)
+    if recipe.evaluates and recipe.data.source != "babilong":
+        raise ValueError(
+            "training.eval_strategy reads whole documents, and those of different lengths make different "
+            "calls in each process, for which FSDP would wait forever; leave it out, or use DDP"
+        )
 
 
 def save_finished(run: Run) -> list[Path]:

@@ -20,6 +20,7 @@ from memlm.train import Recipe, train
 from memlm.train.callbacks import LogFile
 from memlm.train.making import make_model, make_tokenizer
 from memlm.train.recipe import override
+from memlm.train.run import check_sharded
 from tests.tokenizers import tokenizer
 from tests.train.tiny import weights
 
@@ -402,6 +403,25 @@ def test_an_evaluation_without_held_out_data_is_refused(tmp_path: Path) -> None:
     made = recipe(tmp_path, f"data={{source: rows, path: '{rows['text']}', eval_path: ./no.jsonl}}")
     with pytest.raises(FileNotFoundError, match=r"data\.eval_path='./no\.jsonl' does not exist"):
         made.check_files()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.quantization=8bit"], r"model\.quantization is set, and FSDP"),
+        (["data={source: rows, path: x}", "training.eval_strategy=steps"], "reads whole documents"),
+    ],
+)
+def test_what_weights_spread_over_processes_cannot_do_is_refused(
+    tmp_path: Path, changes: list[str], words: str
+) -> None:
+    made = recipe(tmp_path)
+    check_sharded(made)
+    check_sharded(recipe(tmp_path, "training.eval_strategy=steps"))
+    if "quantization" in changes[0]:
+        changes = ["model.config=null", "model.base=x", "tokenizer={}", *changes]
+    with pytest.raises(ValueError, match=words):
+        check_sharded(recipe(tmp_path, *changes))
 
 
 def test_a_model_that_learns_to_read_passages_remembers_how_it_was_asked() -> None:

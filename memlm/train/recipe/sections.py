@@ -114,7 +114,7 @@ class DataSection(BabilongOptions):
         None,
     )
     eval_split: str | None = described(
-        "rows: split of a hub data set to evaluate on; null: split's, of eval_path", None
+        "rows: split of a hub data set to evaluate on; null: 'train', of eval_path", None
     )
     skip_empty: bool = described(
         "documents: pass over empty rows and files instead of refusing them", False
