@@ -16,14 +16,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from kinds import right
+from kinds import opened, right
 from record import write_result
-from transformers import AutoTokenizer
 
 from memlm import MemLMForCausalLM
-from memlm.pretrained import resolve_pretrained
 from memlm.tasks.babi.endless import Telling, telling
-from memlm.tasks.haystack import TokenHaystack, tokenized_haystack
+from memlm.tasks.haystack import TokenHaystack
 from memlm.templates import BABILONG_FACT_TEMPLATE
 
 # Facts before the one that is cut, and where the first begins in its segment.
@@ -72,11 +70,8 @@ def main(
     out: Path = Path(__file__).parent / "results/borders.json",
 ) -> None:
     """Measure; write the table and its JSON."""
-    torch.set_num_threads(1)
-    path = resolve_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    path, tokenizer, haystack = opened(model)
     weights = MemLMForCausalLM.from_pretrained(path).eval()
-    haystack = tokenized_haystack("builtin", "eval", tokenizer)
     length = weights.segment_length
     rows: list[dict[str, Any]] = []
     cut, longest = 0, 1

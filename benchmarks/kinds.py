@@ -36,6 +36,14 @@ ASKED = ("qa1", "qa2", "qa3", "qa4", "qa5", *LESSONS)
 MOST, ROWS = 4, 256
 
 
+def opened(model: str) -> tuple[str, PreTrainedTokenizerBase, TokenHaystack]:
+    """A model's folder by its name or path, its tokenizer, and the built-in held-out text."""
+    torch.set_num_threads(1)
+    path = resolve_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return path, tokenizer, tokenized_haystack("builtin", "eval", tokenizer)
+
+
 def told(
     task: str, seed: int, facts: int, length: int, haystack: TokenHaystack
 ) -> tuple[np.ndarray, Telling]:
@@ -120,10 +128,7 @@ def main(
     out: Path = Path(__file__).parent / "results/kinds.json",
 ) -> None:
     """Measure; write the table and its JSON."""
-    torch.set_num_threads(1)
-    path = resolve_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    haystack = tokenized_haystack("builtin", "eval", tokenizer)
+    path, tokenizer, haystack = opened(model)
     rows: list[dict[str, Any]] = []
     for left_out in (0, *(without or ())):
         weights = MemLMForCausalLM.from_pretrained(path).eval()

@@ -436,7 +436,7 @@ def load_memory(
         theirs, ours = described.get(key), description[key]
         if theirs != ours:
             if key == "memory":
-                theirs, ours = _differing(theirs, ours)
+                theirs, ours = _differing(described["memory"], description["memory"])
             raise ValueError(
                 f"directory={str(directory)!r} was saved with {key}={theirs}, but this model has {ours}; "
                 "build the model with the same memory"
@@ -454,20 +454,18 @@ def load_memory(
     memory.load_state_dict(tensors)
 
 
-def _differing(theirs: Any, ours: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+def _differing(theirs: list[Any], ours: list[dict[str, Any]]) -> tuple[Any, Any]:
     """Two lists of memories, cut to the fields that differ where they are the same memories otherwise."""
-    try:
-        if [entry["name"] for entry in theirs] != [entry["name"] for entry in ours]:
-            return theirs, ours
-        absent = object()
-        odd = [
-            [k for k in {**a, **b} if a.get(k, absent) != b.get(k, absent)]
-            for a, b in zip(theirs, ours, strict=True)
-        ]
-    except (TypeError, KeyError, AttributeError):
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in theirs]
+    if names != [entry["name"] for entry in ours]:
         return theirs, ours
-    cut = [
-        [{k: v for k, v in entry.items() if k == "name" or k in fields} for entry, fields in pairs]
-        for pairs in (zip(theirs, odd, strict=True), zip(ours, odd, strict=True))
+    odd = [
+        {"name", *(key for key in a | b if a.get(key, ...) != b.get(key, ...))}
+        for a, b in zip(theirs, ours, strict=True)
     ]
-    return cut[0], cut[1]
+
+    def cut(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        pairs = zip(entries, odd, strict=True)
+        return [{k: v for k, v in entry.items() if k in shown} for entry, shown in pairs]
+
+    return cut(theirs), cut(ours)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 import memlm
@@ -61,6 +62,26 @@ def test_a_shipped_model_answers_after_many_segments(name, notes) -> None:
     assert stream.tokens_seen > 4 * model.segment_length
     assert stream.ask("Where is John?") == "office"
     assert stream.ask("Where is Mary?") == "garden"
+
+
+@names
+def test_a_shipped_model_remembers_a_fact_wherever_a_border_cuts_it(name) -> None:
+    """The first layer sees across the border, and did not before: three in four of these were lost."""
+    model, tokenizer = memlm.load_pretrained(name)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    talk, fact = ids(f"Mary went to the garden. {TALK * 60}"), ids(" Mary moved to the office.")
+    question = torch.tensor([ids(model.config.question_template.format(question="Where is Mary?"))])
+    length = model.segment_length
+    for cut in range(1, len(fact)):
+        told = talk[: 2 * length - cut] + fact + talk[2 * length : 3 * length + cut - len(fact)]
+        assert len(told) == 3 * length
+        with torch.no_grad():
+            state = model(torch.tensor([told])).memory_state
+            said = model(question, memory_state=state).logits[0, -1].argmax()
+        assert tokenizer.decode(said).strip() == "office", cut
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:

@@ -98,7 +98,7 @@ def _all_text(path: Path) -> dict[str, Any]:
     import datasets
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file), [])
+        names = next(filter(None, csv.reader(file)), [])
     return {
         "features": datasets.Features({name: datasets.Value("string") for name in names}),
         "keep_default_na": False,

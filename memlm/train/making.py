@@ -285,6 +285,8 @@ def make_arguments(
     asked = recipe.data.source == "babilong" or (survey is not None and survey.questions > 0)
     pinned = {"dataloader_pin_memory": torch.cuda.is_available()}
     values = {**DEFAULTS, **pinned, "track_accuracy": asked, **recipe.training}
+    # YAML reads a bare `no` as false.
+    values |= {k: "no" for k, v in values.items() if v is False and k.endswith("_strategy")}
     # As transformers reads it: none says how many, so that epochs do.
     if int(values.get("max_steps", -1)) <= 0:
         values.pop("max_steps", None)

@@ -193,7 +193,11 @@ def test_a_table_s_row_is_named_by_its_number(tmp_path: Path) -> None:
 def test_cells_of_a_csv_file_are_what_is_written_there(tmp_path: Path) -> None:
     """Not numbers, and nothing missing where somebody answers NA."""
     said = ["12", "007", "NA", "None", "1.50", "True", "a, b\nc"]
-    lines = ["\ufeffid,prompt,completion", *(f'{n},What?,"{text}"' for n, text in enumerate(said))]
+    lines = [
+        "\ufeff",
+        "id,prompt,completion",
+        *(f'{n},What?,"{text}"' for n, text in enumerate(said)),
+    ]
     rows = open_rows(write(tmp_path, *lines, name="MY.CSV"))
     assert [row.completion for row in rows] == said
 

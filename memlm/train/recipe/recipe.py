@@ -151,7 +151,7 @@ class Recipe:
     @property
     def evaluates(self) -> bool:
         """Whether the training section asks for evaluations on the way."""
-        # YAML reads a bare `no` as false.
+        # A bare `no` is false in YAML.
         return self.training.get("eval_strategy", "no") not in ("no", False, None)
 
     def asking(self) -> tuple[Literal["own", "open"], str]:
