@@ -285,10 +285,18 @@ class MemoryStack(nn.Module):
         return {label: unflatten(tree, label, state.tensors) for label, tree in self._trees.items()}
 
     def pack(self, trees: dict[str, Any], batch_size: int) -> MemoryState:
-        """The reverse of `unpack`."""
+        """The reverse of `unpack`. ValueError for a state of another form than `init_state` gives."""
         tensors: dict[str, Tensor] = {}
         for label, tree in trees.items():
-            tensors.update(flatten(tree, label))
+            named = dict(flatten(tree, label))
+            shapes = {name: leaf.shape[1:] for name, leaf in named.items()}
+            known = {name: self.shapes[name] for name in self._names[label]}
+            if shapes != known:
+                raise ValueError(
+                    f"the memory {label!r} left {_described(shapes)} of each row after a segment, where "
+                    f"its init_state has {_described(known)}; return a state of the same names and shapes"
+                )
+            tensors.update(named)
         return MemoryState(tensors, batch_size, self.signature)
 
     def auxiliary_loss(
@@ -390,6 +398,11 @@ class MemoryStack(nn.Module):
 
     def _labelled(self) -> list[tuple[str, Memory]]:
         return [(cell.name, cell.memory) for cells in self.cells().values() for cell in cells]
+
+
+def _described(shapes: Mapping[str, torch.Size]) -> str:
+    """The tensors of a state and their shapes, for a message."""
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items()) or "nothing"
 
 
 def signature_of(configs: Sequence[MemoryConfig], hidden_size: int, num_layers: int) -> str:

@@ -371,3 +371,40 @@ def test_a_memory_of_one_s_own_is_known_by_a_config_of_its_own(monkeypatch) -> N
     Own.Config = None
     with pytest.raises(TypeError, match=r"Own.Config=None must be a subclass of MemoryConfig"):
         register_memory("mine", Own)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "left"),
+    [
+        (
+            lambda state: state._replace(keys=torch.cat([state.keys] * 2, 2)),
+            r"left mine.*, 8, .*has",
+        ),
+        (lambda state: state.keys, r"left mine.0 \(.*mine.0.keys"),
+        (lambda state: (), "left nothing"),
+    ],
+    ids=["grown", "a tensor", "empty"],
+)
+@pytest.mark.parametrize("schedule", ["sequential", "wavefront"])
+def test_a_state_of_another_form_than_it_began_with_is_refused(
+    monkeypatch, spoil, left: str, schedule: str
+) -> None:
+    """A memory of one's own may be wrong: its state would grow with the document, or be lost."""
+    monkeypatch.setattr(memlm.memory, "_MECHANISMS", dict(memlm.memory._MECHANISMS))
+    cached = memory_class("transformer-xl")
+
+    class Spoilt(cached):
+        class Config(TransformerXLConfig):
+            pass
+
+        def forward(self, x, state, inner, *, mask, write=True):
+            y, new = super().forward(x, state, inner, mask=mask, write=write)
+            return y, spoil(new)
+
+    register_memory("mine", Spoilt)
+    memory = Spoilt.Config(memory_length=4)
+    # The wavefront is tried out when the model is made.
+    with pytest.raises(ValueError, match=left):
+        MemLMForCausalLM.from_base(base_model("llama"), memory, SEGMENT, schedule=schedule)(
+            tokens(1, 3 * SEGMENT)
+        )
