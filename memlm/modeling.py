@@ -152,7 +152,10 @@ class MemLMForCausalLM(SavingMixin, PreTrainedModel, MemoryGenerationMixin):
                 "leave them out for a live model"
             )
         if isinstance(base, MemLMForCausalLM):
-            raise ValueError("base already has memories; wrap its `.base` instead")
+            raise ValueError(
+                "base already has memories; train it as it is (model.init_from in a recipe), or wrap its "
+                "`.base`"
+            )
         if not isinstance(base, PreTrainedModel):
             raise TypeError(
                 f"base={type(base).__name__} is not a transformers model; give a PreTrainedModel, a "

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlm.card import SHIPPED
+from memlm.card import CONFIG, SHIPPED
+from memlm.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,16 @@ def resolve_pretrained(name: str) -> str:
     if name in available_pretrained() and not os.path.isfile(os.path.join(name, "config.json")):
         return str(SHIPPED / name)
     return name
+
+
+def holds_memory(name: str) -> bool:
+    """Whether `name` is a shipped model, or the folder of one with a memory; the hub is not asked."""
+    path = Path(resolve_pretrained(name)).expanduser() / CONFIG
+    # Its config says so itself; what is wrong with the file is said when the model is loaded.
+    try:
+        return path.is_file() and read_json(path).get("model_type") == "memlm"
+    except (ValueError, AttributeError):
+        return False
 
 
 def load_named(key: str, name: str, load: Callable[[str], Any]) -> Any:

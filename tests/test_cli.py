@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import json
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memlm import MemLMForCausalLM
 from memlm.cli import main
+from memlm.cli.train import make_recipe
 from memlm.data.files import TextRows
 from memlm.text import PIECE
 from memlm.train.documents import TextFiles
@@ -266,6 +268,24 @@ def test_keys_of_recipes_are_printed_without_one(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["train", "--keys"])
     assert stop.value.code == 0 and "model.segment_length" in capsys.readouterr().out
+
+
+def test_a_base_that_has_a_memory_is_trained_on(folder, tmp_path, capsys) -> None:
+    """Named alone, or in place of a recipe's own base."""
+    data = tmp_path / "my.jsonl"
+    data.write_text(json.dumps({"text": TEXT}) + "\n", encoding="utf-8")
+    named = ["--base", str(folder), "--data", str(data)]
+    assert main(["train", *named, "--out", str(tmp_path / "more"), "training.max_steps=1"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "more")
+    assert model.segment_length == 16 and [m["name"] for m in model.config.memory] == ["armt"]
+    given = argparse.Namespace(
+        words=["gpt2-armt-babilong"], base=str(folder), data=str(data), eval_data=None, memory=None
+    )
+    section = make_recipe(given).model
+    assert (section.base, section.init_from) == (None, str(folder))
+    # The recipe's memory is another one.
+    assert main(["train", "gpt2-armt-babilong", *named, "--out", str(tmp_path / "other")]) == 2
+    assert "leave it out" in capsys.readouterr().err
 
 
 def test_baselines_are_compared_and_reported(folder, noise, tmp_path, capsys) -> None:

@@ -27,7 +27,10 @@ def add_to(commands: Commands) -> None:
     )
     let_options_interrupt(train, "words", str)
     train.add_argument(
-        "--base", metavar="MODEL", help="folder or hub id of the model to give a memory"
+        "--base",
+        metavar="MODEL",
+        help="folder or hub id of the model to give a memory; a model that has one, in a folder or shipped "
+        "(qa1), is trained on with its own",
     )
     train.add_argument("--memory", help="its memory, by name (default: armt, or the recipe's own)")
     train.add_argument(
@@ -95,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def make_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe that was named, or the one that --base and --data stand for."""
+    from memlm.pretrained import holds_memory
     from memlm.train import Recipe
 
     words = arguments.words
@@ -107,10 +111,12 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
         path = f"data.eval_path={json.dumps(arguments.eval_data)}"
         overrides = [path, "training.eval_strategy=steps", "training.eval_steps=0.1", *overrides]
     if not named:
-        memory = arguments.memory or "armt"
-        return Recipe.for_data(arguments.base, arguments.data, memory, overrides)
+        return Recipe.for_data(arguments.base, arguments.data, arguments.memory, overrides)
     # As JSON, which is YAML: a name is text whatever it looks like.
     keys = {"model.base": arguments.base, "model.memory": arguments.memory}
+    if arguments.base is not None and holds_memory(arguments.base):
+        keys["model.init_from"] = keys.pop("model.base")
+        overrides = ["model.base=null", *overrides]
     if arguments.data is not None:
         keys |= {"data.source": "rows", "data.path": arguments.data}
     given = [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]

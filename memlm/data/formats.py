@@ -22,18 +22,22 @@ from memlm.data.rows import (
 )
 
 KNOWN = (
-    '"document" and "questions", "documents", "input_ids" (and "labels"), "prompt" and "completion", '
-    '"messages" or "text"'
+    '"document" and "questions", "document", "question" and "answer", "documents", "input_ids" (and '
+    '"labels"), "prompt" and "completion", "messages" or "text"'
 )
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of rows. columns: those that a row must have; make: from them, and where it came from."""
+    """A format of rows. columns: those that a row must have; make: from them, and where it came from.
+
+    asks: whether its rows are documents with questions.
+    """
 
     name: str
     columns: tuple[str, ...]
     make: Callable[[Mapping[str, Any], str], Row]
+    asks: bool = False
 
 
 def find_format(columns: Mapping[str, Any]) -> Format | None:
@@ -93,6 +97,16 @@ def _document(values: Mapping[str, Any], where: str) -> Row:
             f"{where}: questions is empty; give at least one, or use rows of text for documents without"
         )
     return DocumentRow((made,), where)
+
+
+def _one_question(values: Mapping[str, Any], where: str) -> Row:
+    document = _text(values, "document", where)
+    at = values.get("at")
+    # A cell of a CSV file is text, and empty where there is nothing.
+    if isinstance(at, str) and (at.isdecimal() or not at):
+        at = int(at) if at else None
+    question = _question({**values, "at": at}, document, where)
+    return DocumentRow((AskedDocument(document, (question,)),), where)
 
 
 def _asked(values: Any, where: str) -> AskedDocument:
@@ -244,8 +258,9 @@ def _kind(value: Any) -> str:
 # In the order in which they are looked for. trl takes tokens before prompts, prompts before messages, and
 # messages before text.
 FORMATS = (
-    Format("documents", ("documents",), _documents),
-    Format("document", ("document", "questions"), _document),
+    Format("documents", ("documents",), _documents, asks=True),
+    Format("document", ("document", "questions"), _document, asks=True),
+    Format("question", ("document", "question", "answer"), _one_question, asks=True),
     Format("input_ids", ("input_ids",), _tokens),
     Format("prompt", ("prompt", "completion"), _completion),
     Format("messages", ("messages",), _conversation),

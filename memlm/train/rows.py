@@ -78,7 +78,7 @@ class RowSource:
         self.encoder = encoder
         self.segment_length = segment_length
         self.seed = seed
-        self.asks = rows.format.name in ("document", "documents")
+        self.asks = rows.format.asks
         self._shuffled = ShuffledRows(rows, seed)
 
     def single_piece(self, stages: Sequence[Stage]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ ROWS: dict[str, tuple[dict[str, Any], type]] = {
     "prompt": ({"prompt": "The sky is", "completion": " blue."}, CompletionRow),
     "input_ids": ({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, TokensRow),
     "document": (ASKED, DocumentRow),
+    "question": (
+        {"document": "Mary left. John came.", "question": "Who left?", "answer": "Mary", "at": 10},
+        DocumentRow,
+    ),
     "documents": ({"documents": [{"document": "Once."}, ASKED]}, DocumentRow),
 }
 
@@ -68,7 +73,8 @@ def test_a_format_is_known_by_its_columns_in_every_kind_of_file(form: str, tmp_p
 
 def test_columns_of_two_formats_are_told_apart_as_trl_does() -> None:
     """trl looks for tokens, then a prompt with its completion, then messages, then text."""
-    every = {name: value for values, _ in ROWS.values() for name, value in values.items()}
+    one = {"question", "answer", "at"}
+    every = {k: v for row, _ in ROWS.values() for k, v in row.items() if k not in one}
     order = []
     while every:
         _, form = make_row(every, "row 0")
@@ -188,6 +194,26 @@ def test_files_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
 def test_a_table_s_row_is_named_by_its_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"my\.parquet' row 1 .* is empty"):
         open_rows(parquet(tmp_path, [{"text": "x"}, {"text": None}]))
+
+
+def test_one_question_per_row(tmp_path: Path) -> None:
+    """What a table has room for. Cells of a CSV file are text, a place in the document too."""
+    document = "Mary left. John came."
+    path = tmp_path / "asked.csv"
+    path.write_text(
+        f'document,question,answer,at\n"{document}",Who left?,Mary,10\n"{document}",Who came?,John,\n',
+        encoding="utf-8",
+    )
+    first, second = open_rows(path)
+    assert [(at, q.question, q.answer) for at, q in first.asked] == [(10, "Who left?", "Mary")]
+    assert [(at, q.question, q.answer) for at, q in second.asked] == [(21, "Who came?", "John")]
+    assert first == replace(make_row(ASKED, "")[0], where=first.where)
+    both, form = make_row({**ASKED, "question": "Who came?", "answer": "John"}, "")
+    assert form.name == "document" and len(both.asked) == 1
+    for at in ("-1", "0", "22", "ten", 2.0, True):
+        row = {"document": document, "question": "Who left?", "answer": "Mary", "at": at}
+        with pytest.raises(ValueError, match="is no place in its document of 21 characters"):
+            make_row(row, "row 0")
 
 
 def test_cells_of_a_csv_file_are_what_is_written_there(tmp_path: Path) -> None:

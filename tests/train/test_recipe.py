@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+import memlm
 from memlm.train import MemLMTrainingArguments, Recipe, Stage
+from memlm.train.making import check_same_model
 from memlm.train.recipe import (
     override,
     parse_yaml,
@@ -226,6 +229,32 @@ def test_a_recipe_is_checked_before_anything_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_base_that_has_a_memory_is_gone_on_from(tmp_path: Path) -> None:
+    """A folder or a shipped name; what is no such folder stays a base, whatever its config holds."""
+    data = tmp_path / "my.jsonl"
+    data.write_text('{"text": "The sky is blue."}\n', encoding="utf-8")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for config, source in (
+        ({"model_type": "memlm"}, "init_from"),
+        ({"model_type": "llama"}, "base"),
+        (["memlm"], "base"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        made = Recipe.for_data(str(folder), str(data)).model
+        assert getattr(made, source) == str(folder)
+        assert (made.base is None) == (source == "init_from")
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    assert Recipe.for_data(str(folder), str(data)).model.base == str(folder)
+    assert Recipe.for_data("qa1", str(data)).model.init_from == "qa1"
+    # A memory that is named must be its own, "armt" too.
+    for memory in ("armt", "titans-mag"):
+        recipe = Recipe.for_data("qa1", str(data), memory)
+        model, _ = memlm.load_pretrained("qa1")
+        with pytest.raises(ValueError, match="leave it out"):
+            check_same_model(recipe.model, model)
 
 
 def test_overrides_of_a_recipe_for_ones_own_data_do_what_they_say() -> None:

@@ -166,8 +166,8 @@ class OwnQuestions(SampleSource):
         if not isinstance(row, DocumentRow):
             raise ValueError(
                 f"{row.where} is a {type(row).__name__}; to ask questions, give rows of "
-                '"document" and "questions", or of "documents"; samples in the published layout are named '
-                "by their folder"
+                '"document" and "questions", of "document", "question" and "answer", or of "documents"; '
+                "samples in the published layout are named by their folder"
             )
         return row
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from memlm.pretrained import holds_memory
 
-def own_data(base: str, data: str, memory: Any = "armt") -> dict[str, Any]:
+
+def start(base: str, memory: Any = None) -> dict[str, Any]:
+    """Keys of the model section: `base` with a memory, or, where it has one already, that model again.
+
+    memory: None is the model's own, or else "armt".
+    """
+    if not holds_memory(base):
+        return {"base": base, "memory": memory or "armt"}
+    # As a mapping it is compared with the model's own even where it is the default of a recipe.
+    given = {"name": memory} if isinstance(memory, str) else memory
+    return {"init_from": base} | ({} if given is None else {"memory": given})
+
+
+def own_data(base: str, data: str, memory: Any = None) -> dict[str, Any]:
     """Plain values of a recipe that gives `base` a memory and trains both on the rows of `data`."""
     return {
-        "model": {"base": base, "memory": memory},
+        "model": start(base, memory),
         "data": {"source": "rows", "path": data},
         "curriculum": {"stages": [{"min_segments": 2, "max_segments": 4}]},
         "training": {

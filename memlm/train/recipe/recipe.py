@@ -178,9 +178,12 @@ class Recipe:
 
     @classmethod
     def for_data(
-        cls, base: str, data: str, memory: Any = "armt", overrides: Sequence[str] = ()
+        cls, base: str, data: str, memory: Any = None, overrides: Sequence[str] = ()
     ) -> Recipe:
-        """A recipe that gives the model `base` a memory, and trains on the rows of `data`."""
+        """A recipe that gives the model `base` a memory ("armt" by default) and trains on rows of `data`.
+
+        A folder of a model with a memory, or the name of a shipped one, is trained on as it is.
+        """
         values = own_data(base, data, memory)
         if any(
             text.partition("=")[0].strip() == "training.muon_learning_rate" for text in overrides
