@@ -251,7 +251,7 @@ class _Teller:
         )
         while len(asked) < room and lessons:
             # By kind first, so that a lesson with few questions is asked as often as another.
-            kind = str(self.rng.choice(list(lessons)))
+            kind = str(self.rng.choice([kind for kind in kinds if kind in lessons]))
             left = {q: answer for q, answer in lessons[kind].items() if q not in asked}
             asked |= self._drawn(sorted(left), left, 1)
             if not left:

@@ -58,7 +58,7 @@ class BabilongOptions:
         "made of: handler (Who had the apple?), holder (Where is the one who had it?), taker (Who took "
         "it to the kitchen?), carrier (Who carries it? nobody, if it was put down), carried (qa2, of what "
         "somebody carries), left (Where was it left?), before (Where was Mary before the kitchen?), gift "
-        "(What did Mary give to John?)",
+        "(What did Mary give to John?). One named twice is asked twice as often",
         (),
     )
     distinct_actors: bool = described(

@@ -396,6 +396,34 @@ def test_lessons_are_asked_beside_a_task(haystack: TokenHaystack) -> None:
     assert starts == ["is", "is", "was"] * 3
     with pytest.raises(ValueError, match="'handler', which no story of tasks"):
         BabilongOptions(layout="aligned", lessons=("handler",))
+
+
+def test_a_lesson_named_again_is_asked_more_often(haystack: TokenHaystack) -> None:
+    def shares(*lessons: str) -> float:
+        source = source_of(
+            haystack,
+            tasks=("qa2",),
+            lessons=lessons,
+            layout="aligned",
+            facts_per_segment=(1,),
+            questions=2,
+        )
+        asked = [
+            haystack.tokenizer.decode(question.ids)
+            for number in range(12)
+            for piece in source.document(number, Stage(min_segments=40, max_segments=40))
+            # By then there are both kinds to ask.
+            for question in piece.questions
+            if question.segment >= 20
+        ]
+        found = [text.startswith(" Who had") for text in asked if " Where is the" not in text]
+        return sum(found) / len(found)
+
+    assert 0.4 < shares("handler", "before") < 0.6
+    assert 0.65 < shares("handler", "before", "handler", "handler") < 0.85
+
+
+def test_lessons_that_nothing_tells_are_refused() -> None:
     with pytest.raises(ValueError, match="'owner', which is neither a lesson nor a task"):
         BabilongOptions(layout="aligned", lessons=("handler", "owner"))
 
