@@ -260,9 +260,10 @@ def _kind(value: Any) -> str:
 FORMATS = (
     Format("documents", ("documents",), _documents, asks=True),
     Format("document", ("document", "questions"), _document, asks=True),
-    Format("question", ("document", "question", "answer"), _one_question, asks=True),
     Format("input_ids", ("input_ids",), _tokens),
     Format("prompt", ("prompt", "completion"), _completion),
     Format("messages", ("messages",), _conversation),
     Format("text", ("text",), _text_row),
+    # Last, so that chats and texts with such columns beside them are read as trl reads them.
+    Format("question", ("document", "question", "answer"), _one_question, asks=True),
 )
