@@ -286,6 +286,9 @@ def test_a_base_that_has_a_memory_is_trained_on(folder, tmp_path, capsys) -> Non
     # The recipe's memory is another one.
     assert main(["train", "gpt2-armt-babilong", *named, "--out", str(tmp_path / "other")]) == 2
     assert "leave it out" in capsys.readouterr().err
+    # One that is named is compared, where it is a recipe's default, too.
+    given.memory = "armt"
+    assert make_recipe(given).model.memory == {"name": "armt"}
 
 
 def test_baselines_are_compared_and_reported(folder, noise, tmp_path, capsys) -> None:

@@ -100,6 +100,7 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe that was named, or the one that --base and --data stand for."""
     from memlm.pretrained import holds_memory
     from memlm.train import Recipe
+    from memlm.train.recipe.own import start
 
     words = arguments.words
     named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
@@ -115,12 +116,13 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
     # As JSON, which is YAML: a name is text whatever it looks like.
     keys = {"model.base": arguments.base, "model.memory": arguments.memory}
     if arguments.base is not None and holds_memory(arguments.base):
-        keys["model.init_from"] = keys.pop("model.base")
+        given = start(arguments.base, arguments.memory)
+        keys = {f"model.{key}": value for key, value in given.items()}
         overrides = ["model.base=null", *overrides]
     if arguments.data is not None:
         keys |= {"data.source": "rows", "data.path": arguments.data}
-    given = [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
-    return Recipe.load(words[0], [*given, *overrides])
+    named_keys = [f"{key}={json.dumps(value)}" for key, value in keys.items() if value is not None]
+    return Recipe.load(words[0], [*named_keys, *overrides])
 
 
 def print_outlook(outlook: Outlook) -> None:

@@ -64,6 +64,7 @@ def test_a_format_is_known_by_its_columns_in_every_kind_of_file(form: str, tmp_p
     table = open_rows(parquet(tmp_path, [values, values], "MY.PARQUET"))
     for rows in (lines, open_rows(array), table):
         assert rows.format.name == form
+        assert rows.format.asks == (kind is DocumentRow)
         assert [type(row) for row in rows] == [kind, kind]
     assert len(lines) == 2 and table.size == 2
     assert lines[1].where.endswith("my.jsonl' line 3")
