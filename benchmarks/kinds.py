@@ -2,7 +2,8 @@
 
 Every story is told one fact per short segment, with words of the built-in held-out text around it, and then
 asked each kind of question of its end. `--without 1` leaves out what the first memory answers, in reading
-and in asking alike, so that it shows which memory an answer depends on.
+and in asking alike, so that it shows which memory an answer depends on. In a checkpoint of stages that hid
+the tokens before the segment (transformer-xl with read_dropout=1) they are hidden here, too.
 
     python benchmarks/kinds.py qa1-5 [--facts 30 --stories 128 --length 12 --without 1 --without 2]
 """
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memlm import MemLMForCausalLM
 from memlm.memory.parts.delta_block import DeltaBlock
+from memlm.memory.transformer_xl import TransformerXL
 from memlm.pretrained import resolve_pretrained
 from memlm.tasks.babi.endless import LESSONS, Telling, kinds_of, telling
 from memlm.tasks.babilong import encode_answer, encode_question
@@ -116,6 +118,13 @@ def silence(model: MemLMForCausalLM, number: int) -> None:
     memories[number - 1].o_proj.weight.data.zero_()
 
 
+def hide_unseen(model: MemLMForCausalLM) -> None:
+    """Hide the tokens before the segment from attention that never saw them in training."""
+    for module in model.modules():
+        if isinstance(module, TransformerXL) and module.config.read_dropout == 1:
+            module.train()
+
+
 def main(
     model: Annotated[str, typer.Argument(help="a folder, or the name of a shipped model")],
     facts: Annotated[int, typer.Option(help="facts of a story")] = 30,
@@ -132,6 +141,7 @@ def main(
     rows: list[dict[str, Any]] = []
     for left_out in (0, *(without or ())):
         weights = MemLMForCausalLM.from_pretrained(path).eval()
+        hide_unseen(weights)
         if left_out:
             silence(weights, left_out)
         found: Counter[str] = Counter()
