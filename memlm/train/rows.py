@@ -151,8 +151,8 @@ class RowSource:
             if width > self.segment_length:
                 raise ValueError(
                     f"{row.where}: the question {question.question[:40]!r} with its answer has {width} "
-                    f"tokens, more than a segment of {self.segment_length}; shorten it, or use a larger "
-                    "model.segment_length"
+                    f"tokens, more than a segment of {self.segment_length}; shorten it, or give a "
+                    "new memory a larger model.segment_length"
                 )
         return len(found)
 
